@@ -5,12 +5,12 @@ from __future__ import annotations
 import difflib
 
 from ..errors import UnknownFormatError
-from . import ik_rows4, ik_table, ik_trellis
+from . import ik_rows4, ik_table, ik_trellis, iquants, kquants, legacy
 from .base import Format
 
 __all__ = ["Format", "format_by_ggml_type", "get_format", "list_formats"]
 
-_MODULES = (ik_trellis, ik_table, ik_rows4)
+_MODULES = (ik_trellis, ik_table, ik_rows4, legacy, kquants, iquants)
 
 _BY_NAME: dict[str, Format] = {}
 _BY_TYPE: dict[int, Format] = {}

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .base import Codebook, Format, IntArray, RunSpec, Wire, at, bits, table
+from .base import Codebook, Format, IntArray, Wire, at, bits, table
+from .layout import bit, codes2, codes4, codes8, high1, nibbles, nibbles_by, offset, pairs, signed_bytes
 from .tables import IQ2, IQ2_KL_PAIRS, IQ3, IQ4, IQ5, IQ6, shifted
 
 TABLE2 = table(IQ2, shifted(IQ2, 5))
@@ -22,46 +23,6 @@ TABLE6 = table(IQ6, shifted(IQ6, 1))
 PAIRS = Codebook(lambda: np.array(IQ2_KL_PAIRS, np.int8)[None], vec=2, entries=32)
 
 
-
-def _bit(byte: int, step: int = 1) -> RunSpec:
-    """One bit per element, `step` bits apart."""
-    return (lambda g: 8 * byte + step * g, 1)
-
-
-def _codes2(byte: int) -> RunSpec:
-    """Two bits per weight: weights j, j+32, j+64, j+96 of each 128 share a byte."""
-    return (lambda j: 8 * (byte + 32 * (j // 128) + j % 32) + 2 * (j // 32 % 4), 2)
-
-
-def _high1(byte: int) -> RunSpec:
-    """One high bit per weight: byte j % 32, bit number j // 32."""
-    return (lambda j: 8 * (byte + j % 32) + j // 32, 1)
-
-
-def _codes4_by16(byte: int) -> RunSpec:
-    """Four bits per weight: weights i and i+16 of each 32 share a byte."""
-    return (lambda j: 8 * (byte + 16 * (j // 32) + j % 16) + 4 * (j // 16 % 2), 4)
-
-
-def _codes4_by32(byte: int) -> RunSpec:
-    """Four bits per weight: weights i and i+32 of each 64 share a byte."""
-    return (lambda j: 8 * (byte + 32 * (j // 64) + j % 32) + 4 * (j // 32 % 2), 4)
-
-
-def _nibbles(byte: int) -> RunSpec:
-    """Scale nibbles in order: groups 2i and 2i+1 share byte i."""
-    return (lambda g: 8 * byte + 4 * g, 4)
-
-
-def _nibbles_by4(byte: int) -> RunSpec:
-    """Scale nibbles of eight groups: groups g and g+4 share byte g."""
-    return (lambda g: 8 * (byte + g % 4) + 4 * (g // 4), 4)
-
-
-def _offset(width: int, offset: int) -> tuple[int, ...]:
-    return tuple(v - offset for v in range(1 << width))
-
-
 #: Scale byte of IQ4_KS, IQ4_KSS and IQ5_KS without its lowest bit, which is the variant: odd integers, no zero.
 ODD_127 = tuple(2 * v - 127 for v in range(128))
 
@@ -69,27 +30,27 @@ IQ2_K = Format(
     "iq2_k", 137, 256, 76, TABLE2,
     {
         "d": at(0, 2),
-        "variant": bits(16, _bit(2)),
-        "scale": bits(16, _nibbles(4)),
-        "code": bits(256, _codes2(12)),
+        "variant": bits(16, bit(2)),
+        "scale": bits(16, nibbles(4)),
+        "code": bits(256, codes2(12)),
     },
-    scale_values=_offset(4, 8), fallback="iq4_nl",
+    scale_values=offset(4, 8), fallback="iq4_nl",
 )  # fmt: skip
 
 IQ2_KS = Format(
     "iq2_ks", 145, 256, 70, TABLE2,
     {
-        "variant": bits(8, _bit(0)),
-        "scale": bits(8, _nibbles(2), _bit(1)),
-        "code": bits(256, _codes2(6)),
+        "variant": bits(8, bit(0)),
+        "scale": bits(8, nibbles(2), bit(1)),
+        "code": bits(256, codes2(6)),
     },
-    row_header_bytes=2, scale_values=_offset(5, 16), fallback="iq4_nl",
+    row_header_bytes=2, scale_values=offset(5, 16), fallback="iq4_nl",
 )  # fmt: skip
 
 IQ2_KL = Format(
     "iq2_kl", 157, 256, 86, PAIRS,
     {
-        "scale": bits(8, _nibbles_by4(2), (lambda g: 2 * g, 2)),
+        "scale": bits(8, nibbles_by(4, 2), pairs(0)),
         # pair p = 0..127 in the block: sub-block p // 16, position p % 16
         "code": bits(
             128,
@@ -97,27 +58,27 @@ IQ2_KL = Format(
             (lambda p: 8 * (70 + p % 16) + p // 16, 1),
         ),
     },
-    row_header_bytes=2, scale_values=_offset(6, 32), fallback="iq4_nl",
+    row_header_bytes=2, scale_values=offset(6, 32), fallback="iq4_nl",
 )  # fmt: skip
 
 # The low byte of `extra` holds the fifth scale bits and the high byte the variants: the opposite of IQ2_KS.
 IQ3_KS = Format(
     "iq3_ks", 156, 256, 102, TABLE3,
     {
-        "scale": bits(8, _nibbles_by4(2), _bit(0)),
-        "variant": bits(8, _bit(1)),
-        "code": bits(256, _codes2(6), _high1(70)),
+        "scale": bits(8, nibbles_by(4, 2), bit(0)),
+        "variant": bits(8, bit(1)),
+        "code": bits(256, codes2(6), high1(70)),
     },
-    row_header_bytes=2, scale_values=_offset(5, 16), fallback="iq4_nl",
+    row_header_bytes=2, scale_values=offset(5, 16), fallback="iq4_nl",
 )  # fmt: skip
 
 IQ3_K = Format(
     "iq3_k", 138, 256, 110, TABLE3,
     {
         "d": at(0, 2),
-        "variant": bits(16, _bit(2)),
-        "scale": bits(16, _nibbles(6), _bit(4)),
-        "code": bits(256, _codes2(14), _high1(78)),
+        "variant": bits(16, bit(2)),
+        "scale": bits(16, nibbles(6), bit(4)),
+        "code": bits(256, codes2(14), high1(78)),
     },
     # magnitude 2m+1, negative when the fifth bit is set: odd, no zero
     scale_values=tuple(2 * m + 1 for m in range(16)) + tuple(-2 * m - 1 for m in range(16)), fallback="iq4_nl",
@@ -127,19 +88,19 @@ IQ4_K = Format(
     "iq4_k", 139, 256, 144, TABLE4,
     {
         "d": at(0, 2),
-        "variant": bits(16, _bit(2)),
-        "scale": bits(16, _nibbles(8), (lambda g: 8 * 4 + 2 * g, 2)),
-        "code": bits(256, _codes4_by16(16)),
+        "variant": bits(16, bit(2)),
+        "scale": bits(16, nibbles(8), pairs(4)),
+        "code": bits(256, codes4(16, half=16)),
     },
-    scale_values=_offset(6, 32), fallback="q5_0",
+    scale_values=offset(6, 32), fallback="q5_0",
 )  # fmt: skip
 
 IQ4_KS = Format(
     "iq4_ks", 144, 256, 136, TABLE4,
     {
         "scale": bits(8, (lambda g: 8 * g + 1, 7)),
-        "variant": bits(8, _bit(0, 8)),
-        "code": bits(256, _codes4_by16(8)),
+        "variant": bits(8, bit(0, 8)),
+        "code": bits(256, codes4(8, half=16)),
     },
     d_kind="f32", row_header_bytes=4, scale_values=ODD_127, fallback="iq4_nl",
 )  # fmt: skip
@@ -148,8 +109,8 @@ IQ5_KS = Format(
     "iq5_ks", 152, 256, 168, TABLE5,
     {
         "scale": bits(8, (lambda g: 8 * g + 1, 7)),
-        "variant": bits(8, _bit(0, 8)),
-        "code": bits(256, _codes4_by32(8), _high1(136)),
+        "variant": bits(8, bit(0, 8)),
+        "code": bits(256, codes4(8, half=32), high1(136)),
     },
     d_kind="f32", row_header_bytes=4, scale_values=ODD_127, fallback="q5_0",
 )  # fmt: skip
@@ -158,22 +119,22 @@ IQ5_K = Format(
     "iq5_k", 140, 256, 176, TABLE5,
     {
         "d": at(0, 2),
-        "variant": bits(16, _bit(2)),
-        "scale": bits(16, _nibbles(8), (lambda g: 8 * 4 + 2 * g, 2)),
-        "code": bits(256, _codes4_by32(16), _high1(144)),
+        "variant": bits(16, bit(2)),
+        "scale": bits(16, nibbles(8), pairs(4)),
+        "code": bits(256, codes4(16, half=32), high1(144)),
     },
-    scale_values=_offset(6, 32), fallback="q6_0",
+    scale_values=offset(6, 32), fallback="q6_0",
 )  # fmt: skip
 
 IQ6_K = Format(
     "iq6_k", 141, 256, 212, TABLE6,
     {
         "d": at(0, 2),
-        "variant": bits(16, _bit(2)),
-        "scale": bits(16, (lambda g: 8 * (4 + g), 8)),
-        "code": bits(256, _codes4_by32(20), _codes2(148)),
+        "variant": bits(16, bit(2)),
+        "scale": bits(16, codes8(4)),
+        "code": bits(256, codes4(20, half=32), codes2(148)),
     },
-    scale_values=tuple(range(128)) + tuple(range(-128, 0)), fallback="q8_0",
+    scale_values=signed_bytes(), fallback="q8_0",
 )  # fmt: skip
 
 
@@ -213,7 +174,7 @@ IQ4_KSS = Format(
     "iq4_kss", 146, 256, 128, TABLE4,
     {
         "scale": bits(8, (lambda g: 8 * (128 + g) + 1, 7)),
-        "variant": bits(8, _bit(128, 8)),
+        "variant": bits(8, bit(128, 8)),
         "code": bits(256, (_kss_codes, 4)),
     },
     d_kind="f32", row_header_bytes=4, scale_values=ODD_127, code_parity=4,

@@ -8,6 +8,8 @@ from __future__ import annotations
 IQ2 = (-31, -13, 1, 17)
 IQ3 = (-63, -40, -23, -10, 1, 13, 28, 47)
 IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+#: E2M1 numbers, doubled (its `d` is halved: `base.bits_to_float`); both signs of zero are 0.
+MXFP4_VALUES = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 # fmt: off
 IQ5 = (
     -126, -114, -103, -92, -83, -74, -65, -57, -50, -43, -36, -30, -24, -18, -12, -6,
