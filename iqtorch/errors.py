@@ -37,3 +37,11 @@ class KernelUnavailableError(IQTorchError, RuntimeError):
 
 class RecipeError(IQTorchError, ValueError):
     """A recipe that cannot be read or applied."""
+
+
+class EvaluationError(IQTorchError, ValueError):
+    """A model or text that cannot be scored."""
+
+
+class MissingDependencyError(IQTorchError, ImportError):
+    """An optional package that this function needs is not installed."""
