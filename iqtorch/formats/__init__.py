@@ -47,7 +47,7 @@ def get_format(name: str | Format) -> Format:
         return name
     found = _BY_NAME.get(str(name).lower())
     if found is None:
-        near = difflib.get_close_matches(str(name).lower(), _BY_NAME, n=3, cutoff=0.5)
+        near = difflib.get_close_matches(str(name).lower(), _BY_NAME, n=5, cutoff=0.5)
         hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ";"
         raise UnknownFormatError(f"unknown format {name!r}{hint} iqtorch.list_formats() lists all {len(_BY_NAME)}")
     return found

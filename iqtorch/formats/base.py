@@ -74,24 +74,20 @@ class Field:
 
     def read(self, blocks: Tensor) -> Tensor:
         """uint8 `[..., block_bytes]` -> int32 `[..., count]` (32-bit fields come as their bit pattern)."""
-        out: Tensor | None = None
+        out = torch.zeros((*blocks.shape[:-1], self.count), dtype=torch.int32, device=blocks.device)
         low = 0
         last = blocks.shape[-1] - 1
         for run in self.runs:
-            window: Tensor | None = None
+            window = torch.zeros_like(out)
             for i in range(run.span):
                 index = torch.from_numpy(np.minimum(run.byte + i, last)).to(blocks.device)
-                byte = blocks.index_select(-1, index).to(torch.int32)
-                window = byte if window is None else window.bitwise_or_(byte << (8 * i))
-            assert window is not None
+                window |= blocks.index_select(-1, index).to(torch.int32) << (8 * i)
             # `>>` of int32 copies the sign bit: harmless below 32 bits because of the mask that follows.
             if run.width < 32:
                 shift = torch.from_numpy(run.shift).to(blocks.device, torch.int32)
                 window = (window >> shift).bitwise_and_((1 << run.width) - 1)
-            window = window << low
-            out = window if out is None else out.bitwise_or_(window)
+            out |= window << low
             low += run.width
-        assert out is not None
         return out
 
     def write(self, blocks: Tensor, values: Tensor) -> None:

@@ -1,0 +1,165 @@
+"""The only door to compute: backends, and the choice between them.
+
+A backend is a module with the functions of `Backend`. It keeps a matrix in one uint8 tensor of its own layout ("packed";
+for the plain-torch backend these are the canonical bytes) and computes on plain tensors, never on `IQTensor`s:
+
+    torch    any device; decodes a slice of rows at a time (iqtorch/torch_backend.py: the oracle, and the fallback)
+    cpu      the C++ extension (iqtorch/cpu_ext)
+    triton   CUDA and ROCm devices (iqtorch/kernels)
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from functools import lru_cache
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor
+
+from .errors import KernelUnavailableError
+from .formats import Format
+
+logger = logging.getLogger("iqtorch")
+
+
+class Backend(Protocol):
+    """What a backend module offers. `data` is its packed uint8 tensor; leading dimensions are experts.
+
+    Every product uses the weights times `fmt.runtime_scale`, accumulates in float32 at least, and returns `x.dtype`.
+    """
+
+    name: str
+
+    def supports(self, fmt: Format, rows: int, k: int) -> str | None:
+        """None if the backend can run such a matrix on this machine, else the reason why not."""
+
+    def pack(self, blocks: Tensor, fmt: Format) -> Tensor:
+        """Canonical bytes uint8 `[..., rows, row_bytes]` -> packed."""
+
+    def unpack(self, data: Tensor, fmt: Format, rows: int, k: int) -> Tensor:
+        """Packed -> canonical bytes, bit for bit."""
+
+    def linear(self, x: Tensor, data: Tensor, fmt: Format, rows: int, bias: Tensor | None = None) -> Tensor:
+        """`x [..., K]` times the transposed matrix, plus bias: `[..., rows]`."""
+
+    def linear_transposed(self, g: Tensor, data: Tensor, fmt: Format, k: int) -> Tensor:
+        """`g [..., rows]` times the matrix: `[..., K]`."""
+
+    def dequantize(self, data: Tensor, fmt: Format, rows: int, k: int, dtype: torch.dtype) -> Tensor:
+        """Weights `[..., rows, K]` in `dtype`."""
+
+    def embedding(self, ids: Tensor, data: Tensor, fmt: Format, rows: int, k: int, dtype: torch.dtype) -> Tensor:
+        """Rows of the matrix for integer `ids` of any shape: `[*ids.shape, K]`."""
+
+    def grouped_linear(self, x: Tensor, data: Tensor, offsets: Tensor, fmt: Format, rows: int) -> Tensor:
+        """`x [T, K]` sorted by expert; expert e owns the rows up to int32 `offsets[e]`. Rows past the last offset come back as zeros."""
+
+
+# -- choice of backend ---------------------------------------------------------------------------------------
+
+_MODULES = {"torch": "iqtorch.torch_backend", "cpu": "iqtorch.cpu_ext", "triton": "iqtorch.kernels"}
+_DEVICE_BACKEND = {"cpu": "cpu", "cuda": "triton"}
+_forced: str | None = None
+_fallbacks: dict[tuple[str, str], str] = {}
+
+
+@lru_cache
+def get_backend(name: str) -> Backend:
+    """A backend by name.
+
+    Raises:
+        KernelUnavailableError: no such backend, or its module cannot be imported here.
+    """
+    if name not in _MODULES:
+        raise KernelUnavailableError(f"unknown backend {name!r}; known are {', '.join(_MODULES)}")
+    try:
+        return cast(Backend, importlib.import_module(_MODULES[name]))
+    except ImportError as error:
+        raise KernelUnavailableError(f"backend {name!r} cannot be imported here: {error}") from error
+
+
+def set_backend(name: str | None) -> None:
+    """Forces one backend for tensors made from now on (`"torch"`, `"cpu"`, `"triton"`), or None to choose by device.
+
+    Raises:
+        KernelUnavailableError: unknown backend, or its module cannot be imported here.
+    """
+    global _forced
+    if name is not None:
+        get_backend(name)
+    _forced = name
+
+
+def choose_backend(fmt: Format, rows: int, k: int, device: torch.device) -> str:
+    """Name of the backend that a matrix of this format and shape gets on a device.
+
+    A fallback to `"torch"` is logged once per reason and shown by `kernel_info()`.
+
+    Raises:
+        KernelUnavailableError: the backend was forced by `set_backend` and cannot run this matrix.
+    """
+    name = _forced or _DEVICE_BACKEND.get(device.type, "torch")
+    if name == "torch":
+        return name
+    try:
+        reason = get_backend(name).supports(fmt, rows, k)
+    except KernelUnavailableError as error:
+        reason = str(error)
+    if reason is None:
+        if _DEVICE_BACKEND.get(device.type) == name:
+            return name
+        reason = f"it does not run on {device.type} tensors"
+    if _forced:
+        raise KernelUnavailableError(f"backend {name!r} was asked for and cannot run {fmt.name} [{rows}, {k}]: {reason}; set_backend(None) allows others")
+    if (fmt.name, reason) not in _fallbacks:
+        _fallbacks[fmt.name, reason] = name
+        logger.info("%s: %s kernels not used: %s; falling back to plain torch", fmt.name, name, reason)
+    return "torch"
+
+
+def kernel_info() -> dict[str, Any]:
+    """Which backends can run here and why, and every fallback to plain torch taken so far.
+
+    Returns:
+        `{"backends": {name: "available" or reason}, "forced": name or None, "fallbacks": [{format, backend, reason}]}`.
+    """
+    from .formats import get_format
+
+    probe = get_format("iq2_kl")
+    backends: dict[str, str] = {}
+    for name in _MODULES:
+        try:
+            backends[name] = get_backend(name).supports(probe, 256, 256) or "available"
+        except KernelUnavailableError as error:
+            backends[name] = str(error)
+    fallbacks = [{"format": f, "backend": backend, "reason": reason} for (f, reason), backend in _fallbacks.items()]
+    return {"backends": backends, "forced": _forced, "fallbacks": fallbacks}
+
+
+# -- precision of activations --------------------------------------------------------------------------------
+
+PRECISIONS = {"float": 0, "int8": 1}
+_precision = PRECISIONS["int8"]
+
+
+def set_activation_precision(precision: str) -> None:
+    """Precision of the activations inside matrix products.
+
+    Args:
+        precision: `"int8"` (default) lets a kernel round activations to 8 bits with a scale per 32 values where that is
+            faster (relative error of a product at most 1 %); `"float"` never does. Products that need gradients use float.
+
+    Raises:
+        ValueError: another word.
+    """
+    global _precision
+    if precision not in PRECISIONS:
+        raise ValueError(f"activation precision must be one of {list(PRECISIONS)}, got {precision!r}")
+    _precision = PRECISIONS[precision]
+
+
+def activation_precision() -> int:
+    """Code of the current precision as kernels take it: 0 = float, 1 = int8 allowed."""
+    return _precision

@@ -1,0 +1,26 @@
+"""Shared fixtures: golden files, and poisoned memory for everything iqtorch allocates."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def golden(name: str) -> dict[str, Tensor]:
+    """Reference bytes and weights of a format (see tests/golden)."""
+    return load_file(GOLDEN / f"{name}.safetensors")
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> object:
+    """`torch.empty` fills with NaN / the largest integer, so that an element nobody wrote shows."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
