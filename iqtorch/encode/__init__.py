@@ -1,0 +1,7 @@
+"""Encoders: float weights to the canonical bytes of any format. See `encode`."""
+
+from __future__ import annotations
+
+from .encoder import encode
+
+__all__ = ["encode"]

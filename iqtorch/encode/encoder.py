@@ -1,0 +1,112 @@
+"""`encode`: any format, by one search (`search`, or `affine` for the formats with minima)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..formats import get_format
+from ..formats.base import Format, Parts
+from .affine import search_affine
+from .nearest import nearest
+from .search import Effort, Found, Units, search
+
+Objective = Literal["model", "rmse"]
+Speed = Literal["fast", "default", "best"]
+
+EFFORTS = {
+    "fast": Effort(trials=8, keep=6, steps=12, shortlist=2, rounds=1, probes=8),
+    "default": Effort(trials=16, keep=8, steps=24, shortlist=3, rounds=2, probes=16),
+    "best": Effort(trials=32, keep=16, steps=48, shortlist=6, rounds=4, probes=64),
+}
+#: A trial scale of a trellis codebook costs as much as dozens for a table, and matters less: its values have no largest step.
+TRELLIS_TRIALS = {"fast": 2, "default": 4, "best": 8}
+
+#: Weights encoded at a time: temporaries are a few dozen bytes per weight, and should stay in the cache of a CPU.
+CHUNK = {"cpu": 1 << 18, "gpu": 1 << 22}
+#: Least importance relative to the mean: columns without importance still choose their own best codes.
+LEAST_IMPORTANCE = 1e-8
+
+
+def encode(weight: Tensor, fmt: Format, importance: Tensor | None, objective: Objective = "model", speed: Speed = "default") -> Tensor:
+    """Canonical bytes of a weight matrix.
+
+    Args:
+        weight: float32 `[R, K]`, finite, K a multiple of the block size (and R of 4 for the `_r4` formats).
+        fmt: the format.
+        importance: float32 `[K]`, finite and not negative: error weight of each column; None = all equal.
+        objective: `"rmse"`: least importance-weighted squared error of the effective weights (`runtime_scale` included);
+            `"model"`: the same codes, with `d` raised until the row is reproduced without shrinking.
+        speed: how hard to search.
+
+    Returns:
+        uint8 `[R, row_bytes]` on the device of `weight`; the same bytes on every run and for every number of threads.
+    """
+    if fmt.plain is not None:
+        plain = get_format(fmt.plain)
+        blocks = encode(weight, plain, importance, objective, speed)
+        return fmt.pack(plain.unpack(blocks))
+    rows, k = weight.shape
+    weights = _error_weights(importance, k, weight.device)
+    effort = EFFORTS[speed]
+    if fmt.codebook.entries >= 4096:
+        effort = replace(effort, trials=TRELLIS_TRIALS[speed])
+    out = torch.empty((rows, fmt.row_bytes(k)), dtype=torch.uint8, device=weight.device)
+    step = max(1, CHUNK["cpu" if weight.device.type == "cpu" else "gpu"] // k)
+    for i in range(0, rows, step):
+        out[i : i + step] = fmt.pack(_encode_rows(weight[i : i + step].float(), fmt, weights, objective, effort))
+    return out
+
+
+def _error_weights(importance: Tensor | None, k: int, device: torch.device) -> Tensor:
+    if importance is None:
+        return torch.ones(k, device=device)
+    wide = importance.to(device, torch.float64)
+    mean = wide.mean()
+    if mean <= 0:
+        return torch.ones(k, device=device)
+    return (wide / mean).clamp(min=LEAST_IMPORTANCE).float()
+
+
+def _encode_rows(weight: Tensor, fmt: Format, importance: Tensor, objective: Objective, effort: Effort) -> Parts:
+    rows, k = weight.shape
+    # Rows are scaled by powers of two to about 1, so that squares of tiny and huge weights stay finite.
+    exponent = torch.frexp(weight.abs().amax(1)).exponent.clamp(-120, 126).to(torch.int32)
+    scaled = torch.ldexp(weight, -exponent[:, None])
+    per_row = "d" not in fmt.fields
+    unit = k if per_row else fmt.block_size
+    n = fmt.group_size
+    units = Units(
+        scaled.reshape(-1, n),
+        importance.expand(rows, k).reshape(-1, n),
+        unit // n,
+        exponent.repeat_interleave(k // unit),
+    )
+    near = nearest(fmt, weight.device, effort.probes)
+    factor = fmt.unit * fmt.runtime_scale
+    found = (search_affine if fmt.affine else search)(units, fmt, near, effort, factor)
+    return _parts(found, fmt, rows)
+
+
+def _parts(found: Found, fmt: Format, rows: int) -> Parts:
+    """The search's integers as the fields of the format."""
+    parts: Parts = {"d": found.d.view(rows, -1)}
+    if fmt.affine and found.dmin is not None:
+        parts["dmin"] = found.dmin.view(rows, -1)
+    code, variant = found.code, found.variant
+    if "variant" in fmt.fields and fmt.variant_size == fmt.vec:
+        variant = code // fmt.codebook.entries
+        code = code % fmt.codebook.entries
+    for name, values in (("scale", found.scale), ("min", found.minimum), ("variant", variant), ("code", code)):
+        if name in fmt.fields and values is not None:
+            parts[name] = values.reshape(rows, -1)
+    if "sign" in fmt.fields:
+        negative = torch.signbit(found.value).to(torch.int32)
+        if fmt.sign_parity:
+            shifts = torch.arange(7, device=negative.device, dtype=torch.int32)
+            negative = (negative.unflatten(1, (-1, 8))[..., :7] << shifts).sum(-1, dtype=torch.int32)
+        parts["sign"] = negative.reshape(rows, -1)
+    return parts

@@ -1,0 +1,264 @@
+"""The search behind every encoder without minima: codes, group scales and `d`, jointly.
+
+With its codes fixed, the error of a group is a parabola in its scale: sum w (x - s c)^2 = sxx - 2 s sxc + s^2 scc. So
+
+1. *propose*: for a fan of trial scales (and both variants and signs) find the exact nearest codes of every group, and keep the
+   parabolas with the lowest minima;
+2. *share*: choose the `d` whose multiples serve the parabolas of all its groups best, no codes needed;
+3. *settle*: with that `d`, try the best few (scale, variant) pairs of each group on the weights themselves, refit `d` by least
+   squares, and repeat around the present choice until nothing changes or the effort is spent.
+
+Every step compares true errors of exactly representable numbers, so the error never rises.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..formats.base import Format, bits_to_float, float_to_bits
+from .nearest import IntegerLookup, Nearest
+
+INF = float("inf")
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How hard to search: `trials` scales per sign and variant, `keep` parabolas per group, `steps` values of `d`,
+    `shortlist` pairs tried per group, `rounds` of settling, `probes` cells of a trellis codebook."""
+
+    trials: int
+    keep: int
+    steps: int
+    shortlist: int
+    rounds: int
+    probes: int
+
+
+@dataclass
+class Units:
+    """Weights in groups: `x`, `w` `[U * G, n]`, U units that share a `d` with G groups each; `exponent` `[U]` undoes their scaling."""
+
+    x: Tensor
+    w: Tensor
+    groups: int
+    exponent: Tensor
+
+    @property
+    def count(self) -> int:
+        return len(self.exponent)
+
+
+@dataclass
+class Found:
+    """The integers found: `d` (and `dmin`) bit patterns `[U]`, `scale`, `variant` (and `min`) `[U * G]`, codes and values."""
+
+    d: Tensor
+    scale: Tensor
+    variant: Tensor
+    code: Tensor
+    value: Tensor
+    dmin: Tensor | None = None
+    minimum: Tensor | None = None
+
+
+class ScaleGrid:
+    """The integers that a stored scale (or minimum) may stand for."""
+
+    def __init__(self, values: tuple[int, ...] | None, factor: float, device: torch.device) -> None:
+        listed = np.array(values or (1,), np.int64)
+        order = np.argsort(listed, kind="stable")
+        self.count = len(order)
+        self.sorted = torch.from_numpy((listed[order] * factor).astype(np.float32)).to(device)
+        #: stored integer of each rank
+        self.stored = torch.from_numpy(order.astype(np.int32)).to(device)
+        self.lookup = IntegerLookup(listed[order][None], device)
+        self.factor = factor
+        self.largest = float(np.abs(listed).max()) * factor
+        self.signed = bool(listed.min() < 0)
+
+    def rank(self, ratio: Tensor) -> Tensor:
+        """int32 rank of the nearest value to each ratio."""
+        cell = self.lookup.cell(ratio * (2 / self.factor))
+        return self.lookup.index.index_select(0, cell.reshape(-1)).view(cell.shape)
+
+    def value(self, rank: Tensor) -> Tensor:
+        return self.sorted.index_select(0, rank.reshape(-1)).view(rank.shape)
+
+
+class StoredFloat:
+    """`d` as it can be stored, in the scaled units of the search."""
+
+    def __init__(self, kind: str, exponent: Tensor) -> None:
+        self.kind = kind
+        self.up, self.down = exponent, -exponent
+
+    def bits(self, value: Tensor) -> Tensor:
+        return float_to_bits(torch.ldexp(value, self.up.expand_as(value)), self.kind)
+
+    def round(self, value: Tensor) -> Tensor:
+        stored = bits_to_float(self.bits(value), self.kind)
+        return torch.ldexp(stored, self.down.expand_as(value))
+
+
+def divide(a: Tensor, b: Tensor) -> Tensor:
+    """a / b, 0 where b is 0."""
+    return torch.where(b == 0, 0.0, a / torch.where(b == 0, 1.0, b))
+
+
+def trial_ratios(fmt: Format, trials: int) -> list[float]:
+    """Trial scales, relative to the scale at which the largest weight of the group meets the largest codebook value."""
+    low, high = SPANS[fmt.vec == 1][min(int(np.log2(fmt.codebook.entries)), 8)]
+    return np.linspace(low, high, trials).tolist()
+
+
+#: Useful range of trial scales by bits of code. Few levels clip large weights; many levels hardly do.
+SPANS = {
+    True: {2: (0.35, 1.5), 3: (0.45, 1.3), 4: (0.55, 1.2), 5: (0.7, 1.15), 6: (0.8, 1.1), 7: (0.85, 1.1), 8: (0.9, 1.05)},
+    False: {5: (0.45, 1.3), 8: (0.6, 1.5)},
+}
+
+
+def propose(units: Units, fmt: Format, near: Nearest, effort: Effort, signed: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The best parabolas of each group: optimum scale, curvature, gain over zero (all `[keep, P]`) and variant."""
+    x, w = units.x, units.w
+    wx = w * x
+    book = fmt.codebook.values.astype(np.float64)
+    if fmt.vec == 1:
+        start = x.abs().amax(1) / np.abs(book).max()
+    else:
+        start = divide(wx.mul(x).sum(1), w.sum(1)).sqrt() / np.sqrt((book**2).mean())
+    optimum, curvature, gain, kinds = [], [], [], []
+    variants = 1 if getattr(near, "merged", False) else fmt.codebook.variants
+    for variant in range(variants):
+        for sign in (1, -1) if signed else (1,):
+            for ratio in trial_ratios(fmt, effort.trials):
+                c = near.values(x, w, start * (sign * ratio), variant)
+                xc, cc = wx.mul(c).sum(1), c.square_().mul_(w).sum(1)
+                best = divide(xc, cc)
+                optimum.append(best)
+                curvature.append(cc)
+                gain.append(best * xc)
+                kinds.append(variant)
+    keep = min(effort.keep, len(gain))
+    top, index = torch.stack(gain, 1).topk(keep, 1)
+    kind = torch.tensor(kinds, device=x.device, dtype=torch.int32)[index]
+    optima, curvatures = torch.stack(optimum, 1).gather(1, index), torch.stack(curvature, 1).gather(1, index)
+    return optima.T.contiguous(), curvatures.T.contiguous(), top.T.contiguous(), kind.T.contiguous()
+
+
+def share(units: Units, grid: ScaleGrid, stored: StoredFloat, effort: Effort, optimum: Tensor, curvature: Tensor, gain: Tensor) -> Tensor:
+    """float32 `[U]`: the storable `d` with the lowest sum over groups of the lowest parabola."""
+    count, groups = units.count, units.groups
+
+    def assess(d: Tensor) -> tuple[Tensor, Tensor]:
+        """Error `[U]` of `d` (less that of zero), and the least-squares `d` for the choices it leads to."""
+        each = d[:, None].expand(-1, groups).reshape(1, -1)
+        multiple = grid.value(grid.rank(divide(optimum, each)))
+        error = (each * multiple - optimum).square_().mul_(curvature).sub_(gain)
+        error, chosen = error.min(0, keepdim=True)
+        multiple, cc, best = (t.gather(0, chosen)[0] for t in (multiple, curvature, optimum))
+        weight = (cc * multiple).view(count, groups)
+        fit = divide((weight * best.view(count, groups)).sum(1), (weight * multiple.view(count, groups)).sum(1))
+        return error.view(count, groups).sum(1), fit
+
+    largest = optimum[0].view(count, groups)
+    reach = largest.gather(1, largest.abs().argmax(1, keepdim=True))[:, 0]
+    if grid.count == 1:
+        candidates = [best / grid.largest for best in optimum]
+    else:
+        # Besides a fan, those that give the largest scale of the unit exactly an integer: constant weights need it.
+        ratios = np.linspace(0.6, 1.25, effort.steps).tolist() + (grid.sorted[-4:] / grid.largest).tolist()
+        candidates = [reach / (grid.largest * r) for r in ratios]
+        candidates += [-c for c in candidates]
+    if stored.kind == "e8m0":
+        candidates = [c * f for c in candidates for f in (1.0, 2**0.5, 2**-0.5)]
+    best_error = torch.full((count,), INF, device=reach.device)
+    best_d = torch.zeros_like(best_error)
+    best_fit = torch.zeros_like(best_error)
+
+    def consider(d: Tensor) -> None:
+        nonlocal best_error, best_d, best_fit
+        d = stored.round(d)
+        error, fit = assess(d)
+        better = error < best_error
+        best_error = torch.where(better, error, best_error)
+        best_d = torch.where(better, d, best_d)
+        best_fit = torch.where(better, fit, best_fit)
+
+    for candidate in candidates:
+        consider(candidate)
+    for _ in range(3):
+        consider(best_fit)
+    return best_d
+
+
+def search(units: Units, fmt: Format, near: Nearest, effort: Effort, factor: float) -> Found:
+    """Encodes `units`; `factor` is what multiplies `d * scale` besides the codebook value."""
+    x, w, groups, count = units.x, units.w, units.groups, units.count
+    grid = ScaleGrid(fmt.scale_values, factor, x.device)
+    stored = StoredFloat(fmt.d_kind, units.exponent)
+    symmetric = "sign" in fmt.fields or fmt.d_kind == "e8m0"
+    optimum, curvature, gain, kind = propose(units, fmt, near, effort, signed=not symmetric)
+    d = share(units, grid, stored, effort, optimum, curvature, gain)
+
+    def spread(per_unit: Tensor) -> Tensor:
+        return per_unit[:, None].expand(-1, groups).reshape(-1)
+
+    best_error = torch.full_like(gain[0], INF)
+    best_rank = torch.zeros_like(kind[0])
+    best_kind = torch.zeros_like(kind[0])
+    best_value = torch.zeros_like(x)
+    best_code: Tensor = torch.zeros(0)
+
+    def attempt(d: Tensor, rank: Tensor, variant: Tensor) -> None:
+        nonlocal best_error, best_rank, best_kind, best_value, best_code
+        s = spread(d) * grid.value(rank)
+        code, value = near.codes(x, w, s, variant)
+        error = torch.addcmul(x, s[:, None], value, value=-1).square_().mul_(w).sum(1)
+        better = error < best_error
+        if best_code.numel() == 0:
+            best_code = torch.zeros_like(code)
+        best_error = torch.where(better, error, best_error)
+        best_rank = torch.where(better, rank, best_rank)
+        best_kind = torch.where(better, variant, best_kind)
+        best_value = torch.where(better[:, None], value, best_value)
+        best_code = torch.where(better[:, None], code, best_code)
+
+    # The distinct (scale, variant) pairs with the lowest parabolas.
+    ratio = divide(optimum, spread(d)[None])
+    rank = grid.rank(ratio)
+    predicted = (spread(d) * grid.value(rank) - optimum).square_().mul_(curvature).sub_(gain)
+    for _ in range(effort.shortlist):
+        chosen = predicted.argmin(0, keepdim=True)
+        r, v = rank.gather(0, chosen)[0], kind.gather(0, chosen)[0]
+        attempt(d, r, v)
+        predicted = predicted.masked_fill((rank == r) & (kind == v), INF)
+
+    def refit() -> None:
+        """Least-squares `d` for the codes and scales of now, if it lowers the error once rounded."""
+        nonlocal d, best_error
+        c = best_value * grid.value(best_rank)[:, None]
+        wc = w * c
+        xc, cc = wc.mul(x).sum(1).view(count, groups).sum(1), wc.mul_(c).sum(1).view(count, groups).sum(1)
+        fit = stored.round(divide(xc, cc))
+        error = torch.addcmul(x, spread(fit)[:, None], c, value=-1).square_().mul_(w).sum(1)
+        better = error.view(count, groups).sum(1) < best_error.view(count, groups).sum(1)
+        d = torch.where(better, fit, d)
+        best_error = torch.where(spread(better), error, best_error)
+
+    refit()
+    variants = fmt.codebook.variants if "variant" in fmt.fields and fmt.variant_size > fmt.vec else 1
+    for _ in range(effort.rounds):
+        rank, variant = best_rank.clone(), best_kind.clone()
+        attempt(d, rank, variant)
+        if grid.count > 1:
+            attempt(d, (rank - 1).clamp(min=0), variant)
+            attempt(d, (rank + 1).clamp(max=grid.count - 1), variant)
+        if variants > 1:
+            attempt(d, rank, 1 - variant)
+        refit()
+    return Found(stored.bits(d), grid.stored[best_rank.long()], best_kind, best_code, best_value)
