@@ -1,0 +1,68 @@
+"""Tensor names: Hugging Face parameter names <-> GGUF tensor names, by the tables of the `gguf` package."""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+from typing import Any
+
+from ..errors import MissingDependencyError
+
+__all__ = ["gguf_name", "gguf_package"]
+
+_SUFFIXES = (".weight", ".bias")
+_LAYER = re.compile(r"(?<=\.)\d+(?=\.)")
+
+
+def gguf_package() -> Any:
+    """The `gguf` package.
+
+    Raises:
+        MissingDependencyError: it is not installed.
+    """
+    try:
+        import gguf
+    except ModuleNotFoundError as error:
+        if error.name != "gguf":
+            raise
+        raise MissingDependencyError("the gguf package is needed for GGUF names and files: pip install 'iqtorch[gguf]'") from error
+    return gguf
+
+
+@lru_cache(maxsize=1)
+def _patterns() -> dict[str, str]:
+    """Name patterns of all architectures -> GGUF name patterns, `{bid}` for the layer number.
+
+    The few patterns that mean different tensors in different architectures take the meaning they have in Llama.
+    """
+    gguf = gguf_package()
+    tables = gguf.TensorNameMap
+    common = gguf.MODEL_TENSORS[gguf.MODEL_ARCH.LLAMA]
+    found: dict[str, Any] = {}
+    for config in (tables.mappings_cfg, tables.block_mappings_cfg):
+        for tensor, patterns in config.items():
+            for pattern in (*patterns, gguf.TENSOR_NAMES[tensor]):
+                if pattern not in found or tensor in common:
+                    found[pattern] = tensor
+    return {pattern: gguf.TENSOR_NAMES[tensor] for pattern, tensor in found.items()}
+
+
+@lru_cache(maxsize=1 << 16)
+def gguf_name(name: str) -> str | None:
+    """The GGUF name of a Hugging Face parameter (a GGUF name is its own), or None if no architecture has it.
+
+    Arrays of experts have no suffix in Hugging Face models: `...mlp.experts.down_proj` is `blk.N.ffn_down_exps.weight`.
+
+    Raises:
+        MissingDependencyError: the gguf package is not installed.
+    """
+    suffix = next((s for s in _SUFFIXES if name.endswith(s)), "")
+    stem = name.removesuffix(suffix).replace("language_model.", "")
+    if (layer := _LAYER.search(stem + ".")) is not None:
+        stem = f"{stem[: layer.start()]}{{bid}}{stem[layer.end() :]}"
+    found = _patterns().get(stem)
+    if found is None:
+        return None
+    if not suffix and "exps" in found:
+        suffix = ".weight"
+    return (found.format(bid=layer.group()) if layer else found) + suffix
