@@ -1,0 +1,40 @@
+# make demo   quantize the model inside the package, print a table, write a plot
+# make test   all checks: lint, format, types, tests
+# Both make their own environment in $(VENV) first, once.
+#
+# PYTHON=python3.12          another interpreter (3.10 or newer)
+# TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"    another build of torch (see README)
+# VENV=path                  another place for the environment
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+SOURCES := pyproject.toml CMakeLists.txt $(shell find iqtorch/cpu_ext -type f -name '*.cpp' -o -type f -name '*.h' -o -type f -name '*.inc')
+
+.PHONY: demo test check setup clean
+
+demo: $(READY)
+	$(BIN)/iqtorch demo
+
+test: check
+	$(BIN)/python -m pytest -q -n 2
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+setup: $(READY)
+
+# torch comes first: the extension is compiled against it, and nothing after this may replace it.
+$(READY): $(SOURCES)
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) || { echo 'error: no venv; on Debian and Ubuntu: apt install python3-venv g++' >&2; rm -rf $(VENV); exit 1; }
+	$(BIN)/pip install -q $(TORCH)
+	$(BIN)/pip install -q -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis iqtorch-demo*.png
+	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,159 @@
+"""The demo: the embedded model in several formats, measured, tabled, plotted and heard.
+
+All figures are measured while it runs. The quality figures are the same on every machine up to rounding; tokens/s is
+this machine's, for one sequence, and says more about the overhead of small layers than about the kernels: the embedded
+model has layers of 256.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from torch import Tensor, nn
+
+from . import data, evaluate, hf, plot
+from .formats import get_format
+from .importance import Importance
+from .model import quantize_model
+from .report import report
+
+__all__ = ["FORMATS", "Row", "run"]
+
+FORMATS = ("iq2_ks", "iq2_kl", "iq3_ks", "iq3_k", "iq4_ks", "iq5_k", "iq6_k")
+PROMPT = "The old man looked at the sea and"
+SHOWN = "iq2_kl"  # the format whose text is printed, and which the plot points out
+NEW_TOKENS = 48
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is measured of one model.
+
+    Attributes:
+        format: name of the format, or "original".
+        bpw: bits per weight over all parameters.
+        mib: size of all parameters in MiB.
+        perplexity: on the held-out text.
+        mean_kl: mean KL divergence from the original, nats per token.
+        same_top: share of equal most likely tokens, 0 to 1.
+        tokens_per_second: generation, one sequence.
+    """
+
+    format: str
+    bpw: float
+    mib: float
+    perplexity: float
+    mean_kl: float
+    same_top: float
+    tokens_per_second: float
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def run(
+    formats: Sequence[str] = FORMATS,
+    output: str | Path = "iqtorch-demo.png",
+    windows: int = 100,
+    console: Console | None = None,
+) -> list[Row]:
+    """Quantizes the embedded model to each format; prints a table and two texts, and writes a plot.
+
+    Args:
+        formats: names of formats, each applied as its default recipe.
+        output: image to write.
+        windows: windows of 512 tokens of the held-out text to score; there are 100.
+        console: where to print.
+
+    Returns:
+        The table's rows, the original model first.
+
+    Raises:
+        UnknownFormatError: a format that does not exist.
+        MissingDependencyError: transformers or matplotlib is not installed.
+    """
+    formats = [get_format(name).name for name in formats]
+    console = console or Console()
+    plot.require_matplotlib()  # minutes before it is used
+    base, tokenizer = data.load_tiny_llama()
+    ids = hf.encode(tokenizer, data.heldout_text())[: 512 * windows]
+    prompt = torch.tensor([tokenizer(PROMPT).input_ids])
+    importance = Importance.load(data.TINY_LLAMA_IMPORTANCE)
+    rows: list[Row] = []
+    texts: dict[str, str] = {}
+
+    with _bars(console) as bars:
+        overall = bars.add_task("all formats", total=len(formats))
+        for name in formats:
+            bar = bars.add_task(f"{name}: quantizing", total=None)
+            model = quantize_model(copy.deepcopy(base), name, importance, progress=False)
+            bars.update(bar, description=f"{name}: scoring")
+            found = evaluate.kl_divergence(model, base, ids, progress=_advance(bars, bar))
+            bars.update(bar, description=f"{name}: writing")
+            if not rows:
+                tokens, speed = _generate(base, prompt)
+                texts["original"] = tokenizer.decode(tokens)
+                # Computed in float32, but counted as its file stores it.
+                size = _size(copy.deepcopy(base).bfloat16())
+                rows.append(Row("original", *size, found.base_perplexity, 0.0, 1.0, speed))
+            tokens, speed = _generate(model, prompt)
+            texts[name] = tokenizer.decode(tokens)
+            rows.append(Row(name, *_size(model), found.perplexity, found.mean_kl, found.same_top, speed))
+            bars.remove_task(bar)
+            bars.advance(overall)
+
+    title = f"Embedded Llama (3.7 M parameters), {found.tokens} predictions on held-out text"
+    console.print(table(rows, title))
+    for name in ("original", SHOWN if SHOWN in formats else formats[0]):
+        console.print(f"[bold]{name}[/bold]: {texts[name]}", highlight=False)
+    path = plot.quality([row.as_dict() for row in rows[1:]], output, title, original=rows[0].perplexity, highlight=SHOWN)
+    console.print(f"Plot of quality against size: {path}", highlight=False, soft_wrap=True)
+    return rows
+
+
+def table(rows: Sequence[Row], title: str) -> Table:
+    """The rows as a table for the terminal."""
+    made = Table(title=title, title_justify="left")
+    made.add_column("format")
+    for heading in ("bpw", "MiB", "perplexity", "mean KL", "same top token", "tokens/s"):
+        made.add_column(heading, justify="right")
+    for row in rows:
+        compared = ["", ""] if row.format == "original" else [f"{row.mean_kl:.5f}", f"{100 * row.same_top:.1f} %"]
+        cells = [f"{row.bpw:.2f}", f"{row.mib:.2f}", f"{row.perplexity:.3f}", *compared, f"{row.tokens_per_second:.0f}"]
+        made.add_row(row.format, *cells, style="bold" if row.format == SHOWN else "")
+    return made
+
+
+def _advance(bars: Progress, bar: TaskID) -> evaluate.Progress:
+    return lambda done, total: bars.update(bar, completed=done, total=total)
+
+
+def _bars(console: Console) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=console, transient=True)
+
+
+def _size(model: nn.Module) -> tuple[float, float]:
+    """Bits per weight, and MiB, of all parameters."""
+    stored = report(model)
+    return stored.bits_per_weight, stored.nbytes / 2**20
+
+
+def _generate(model: Any, prompt: Tensor) -> tuple[Tensor, float]:
+    """Greedy continuation of `prompt [1, T]`, and the best of three speeds in tokens per second."""
+    model.generate(prompt, max_new_tokens=4, do_sample=False)  # warms up
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        out: Tensor = model.generate(prompt, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False)
+        seconds.append(time.perf_counter() - start)
+    return out[0], NEW_TOKENS / min(seconds)
