@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..formats import get_format
-from ..formats.base import Format, Parts
+from ..formats.base import Format, Parts, bits_to_float, float_to_bits
 from .affine import search_affine
 from .nearest import nearest
 from .search import Effort, Found, Units, search
@@ -29,6 +29,8 @@ TRELLIS_TRIALS = {"fast": 2, "default": 4, "best": 8}
 CHUNK = {"cpu": 1 << 18, "gpu": 1 << 22}
 #: Least importance relative to the mean: columns without importance still choose their own best codes.
 LEAST_IMPORTANCE = 1e-8
+#: Rows that lost more than half of themselves (too small for a float16 `d`) are beyond repair by a factor.
+LARGEST_FACTOR = 2.0
 
 
 def encode(weight: Tensor, fmt: Format, importance: Tensor | None, objective: Objective = "model", speed: Speed = "default") -> Tensor:
@@ -88,7 +90,24 @@ def _encode_rows(weight: Tensor, fmt: Format, importance: Tensor, objective: Obj
     near = nearest(fmt, weight.device, effort.probes)
     factor = fmt.unit * fmt.runtime_scale
     found = (search_affine if fmt.affine else search)(units, fmt, near, effort, factor)
-    return _parts(found, fmt, rows)
+    parts = _parts(found, fmt, rows)
+    if objective == "model":
+        _unshrink(parts, fmt, scaled, importance, exponent)
+    return parts
+
+
+def _unshrink(parts: Parts, fmt: Format, weight: Tensor, importance: Tensor, exponent: Tensor) -> None:
+    """Multiplies `d` (and `dmin`) of each row by one factor, so that sum w x q = sum w x x for its decoded weights q.
+
+    Least squares shrinks: its q is the projection of the row x, with sum w x q = sum w q q < sum w x x, so every output comes out
+    too small by that factor on average. The squared error grows only in second order; divergence of a model falls.
+    """
+    decoded = torch.ldexp(fmt.weights(parts) * fmt.runtime_scale, -exponent[:, None])
+    weighted = importance * weight
+    kept = (weighted * decoded).sum(1) / (weighted * weight).sum(1)
+    factor = torch.where(kept > 1 / LARGEST_FACTOR, 1 / kept, 1.0).clamp(min=1.0)[:, None]
+    for name in ("d", "dmin") if fmt.affine else ("d",):
+        parts[name] = float_to_bits(bits_to_float(parts[name], fmt.d_kind) * factor, fmt.d_kind)
 
 
 def _parts(found: Found, fmt: Format, rows: int) -> Parts:

@@ -118,7 +118,7 @@ def trial_ratios(fmt: Format, trials: int) -> list[float]:
 #: Useful range of trial scales by bits of code. Few levels clip large weights; many levels hardly do.
 SPANS = {
     True: {2: (0.35, 1.5), 3: (0.45, 1.3), 4: (0.55, 1.2), 5: (0.7, 1.15), 6: (0.8, 1.1), 7: (0.85, 1.1), 8: (0.9, 1.05)},
-    False: {5: (0.45, 1.3), 8: (0.6, 1.5)},
+    False: {5: (0.35, 2.2), 8: (0.6, 1.5)},
 }
 
 
