@@ -8,20 +8,56 @@ Importing this package does not import Triton or transformers and builds nothing
 
 from __future__ import annotations
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from .formats import Format, format_by_ggml_type, get_format, list_formats
+from .linear import Embedding, Linear
+from .model import quantize_model
 from .ops import kernel_info, set_activation_precision, set_backend
+from .quantize import quantize
+from .recipe import Recipe
+from .report import report
 from .tensor import IQTensor, set_fallback
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Embedding",
     "Format",
     "IQTensor",
+    "Linear",
+    "Recipe",
     "format_by_ggml_type",
     "get_format",
     "kernel_info",
     "list_formats",
+    "quantize",
+    "quantize_model",
+    "report",
     "set_activation_precision",
     "set_backend",
     "set_fallback",
 ]
+
+#: Loaded on first use: name -> module and attribute ("" = the module itself).
+_LAZY = {
+    "cpu": ("cpu_ext", ""),
+    "evaluate": ("evaluate", ""),
+}
+
+if TYPE_CHECKING:
+    from . import cpu_ext as cpu
+    from . import evaluate as evaluate
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'iqtorch' has no attribute {name!r}")
+    module, attribute = _LAZY[name]
+    loaded = importlib.import_module(f"iqtorch.{module}")
+    return getattr(loaded, attribute) if attribute else loaded
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_LAZY})

@@ -1,0 +1,83 @@
+"""Drop-in layers with a packed weight. They are what `quantize_model` makes of `nn.Linear` and `nn.Embedding`."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from .formats import Format
+from .quantize import quantize
+from .tensor import IQTensor
+
+
+class _Packed(nn.Module):
+    """What the packed layers share: the weight and its line in `print(model)`."""
+
+    weight: Tensor
+
+    def extra_repr(self) -> str:
+        fmt = f", format={self.weight.format.name!r}" if isinstance(self.weight, IQTensor) else ""
+        return f"{super().extra_repr()}{fmt}"
+
+
+def packed_parameter(weight: IQTensor) -> nn.Parameter:
+    """A frozen parameter that keeps the class of the packed weight."""
+    return nn.Parameter(weight, requires_grad=False)
+
+
+class Linear(_Packed, nn.Linear):
+    """`nn.Linear` whose weight is an `IQTensor` `[out_features, in_features]`; the bias stays as it is, and trainable.
+
+    Args:
+        weight: the packed weight.
+        bias: `[out_features]`, or None.
+    """
+
+    def __init__(self, weight: IQTensor, bias: Tensor | None = None) -> None:
+        out_features, in_features = weight.shape
+        super().__init__(in_features, out_features, bias=False, device="meta", dtype=weight.dtype)
+        self.weight = packed_parameter(weight)
+        self.bias = bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias)
+
+    @classmethod
+    def from_float(cls, layer: nn.Linear, format: Format | str, importance: Tensor | None = None, objective: str = "model") -> Linear:
+        """A packed copy of an `nn.Linear`; arguments and errors as in `iqtorch.quantize`."""
+        return cls(quantize(layer.weight, format, importance, objective), layer.bias)
+
+
+class Embedding(_Packed, nn.Embedding):
+    """`nn.Embedding` whose table is an `IQTensor` `[num_embeddings, embedding_dim]`.
+
+    Args:
+        weight: the packed table.
+        padding_idx: kept for compatibility; the table is frozen, so it has no effect on gradients.
+    """
+
+    def __init__(self, weight: IQTensor, padding_idx: int | None = None) -> None:
+        num_embeddings, embedding_dim = weight.shape
+        super().__init__(num_embeddings, embedding_dim, padding_idx, device="meta", dtype=weight.dtype)
+        self.weight = packed_parameter(weight)
+
+    @classmethod
+    def from_float(cls, layer: nn.Embedding, format: Format | str, importance: Tensor | None = None, objective: str = "model") -> Embedding:
+        """A packed copy of an `nn.Embedding`; arguments and errors as in `iqtorch.quantize`."""
+        return cls(quantize(layer.weight, format, importance, objective), layer.padding_idx)
+
+
+#: Classes whose instances become the packed class when their weight is swapped in place (exact type: a subclass keeps its own).
+PACKED_CLASS: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: Linear, nn.Embedding: Embedding}
+
+
+def set_weight(module: nn.Module, name: str, weight: IQTensor) -> None:
+    """Replaces a parameter of `module` by a packed weight, in place (hooks, identity and other attributes stay)."""
+    module._parameters[name] = weight if isinstance(weight, nn.Parameter) else packed_parameter(weight)
+    module.__class__ = PACKED_CLASS.get(type(module), type(module))
+
+
+def linear_from_conv1d(module: nn.Module, weight: IQTensor) -> Linear:
+    """The packed layer of a GPT-2 `Conv1D` (whose weight is `[in, out]`), from its transposed, quantized weight `[out, in]`."""
+    layer = Linear(weight, module.bias)
+    layer.train(module.training)
+    return layer
+
+
+__all__ = ["Embedding", "Linear", "linear_from_conv1d", "packed_parameter", "set_weight"]

@@ -1,0 +1,289 @@
+"""`quantize_model`: packs the weights of a PyTorch or Hugging Face model in place."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from .errors import ImportanceError
+from .formats import get_format
+from .linear import linear_from_conv1d, set_weight
+from .quantize import OBJECTIVES, check_finite, check_importance, check_weight, quantize
+from .recipe import ModelFacts, Recipe, WeightFacts, layer_of, role_of
+from .tensor import IQTensor
+
+logger = logging.getLogger("iqtorch")
+
+M = TypeVar("M", bound=nn.Module)
+
+#: Attribute of a quantized model: parameter name -> why it was kept or got its format (read by `iqtorch.report`).
+NOTES = "_iqtorch_notes"
+
+#: Weights that the reference never quantizes: routers, position and token-type tables, small convolution-like projections.
+_NEVER = re.compile(
+    r"(^|\.)(router|gate|shared_expert_gate|wpe|position_embeddings?|embed_positions?|token_type_embeddings?|relative_attention_bias"
+    r"|pos_embed\w*|conv1d|x_proj|dt_proj)\.(weight|classifier\.weight)$|norm[^.]*\.weight$"
+)
+
+
+@dataclass
+class Site:
+    """One weight that can be packed, and every place that holds it.
+
+    Attributes:
+        name: its first parameter name.
+        places: `(module, attribute)` of every place (more than one: tied weights).
+        weight: the floating-point parameter, as the model has it.
+        transposed: the model keeps it as `[.., K, N]` (GPT-2 `Conv1D`, some experts); it is stored as `[.., N, K]`.
+        role: see `WeightFacts`.
+    """
+
+    name: str
+    places: list[tuple[nn.Module, str]]
+    weight: nn.Parameter
+    transposed: bool
+    role: str
+
+    @property
+    def matrix(self) -> Tensor:
+        """The weight as `[.., N, K]`."""
+        return self.weight.detach().mT if self.transposed else self.weight.detach()
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a recipe decided for a weight: a format, or None to keep it, and the reason."""
+
+    format: str | None
+    reason: str
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """transformers' `Conv1D` (GPT-2): a linear layer with weight `[in, out]`."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and not isinstance(module, nn.Conv1d)
+
+
+def _is_experts(module: nn.Module, name: str, parameter: Tensor) -> bool:
+    """3-D weights of a mixture of experts, as transformers 5 keeps them."""
+    conv = isinstance(module, nn.modules.conv._ConvNd)
+    return parameter.dim() == 3 and parameter.is_floating_point() and not conv and bool(re.search(r"(_proj|^w[123]|^weight|_linear)$", name))
+
+
+def _experts_transposed(module: nn.Module) -> bool:
+    """Whether experts are `[E, K, N]`: transformers' flag, or the one architecture that has no flag."""
+    return bool(getattr(module, "is_transposed", type(module).__name__ == "Llama4TextExperts"))
+
+
+def find_sites(model: nn.Module) -> tuple[list[Site], dict[str, str]]:
+    """Weights of a model that can be packed, and the reason for each parameter that cannot."""
+    sites: dict[int, Site] = {}
+    kept: dict[str, str] = {}
+    output = _output_weight(model)
+    for module_name, module in model.named_modules():
+        for attribute, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            name = f"{module_name}.{attribute}" if module_name else attribute
+            if id(parameter) in sites:
+                site = sites[id(parameter)]
+                site.places.append((module, attribute))
+                site.role = "tied" if site.role in ("embedding", "output") else site.role
+            elif isinstance(parameter, IQTensor):
+                kept[name] = "packed already"
+            elif reason := _why_not(module, attribute, name, parameter):
+                kept[name] = reason
+            else:
+                transposed = is_conv1d(module) or (parameter.dim() == 3 and _experts_transposed(module))
+                role = "embedding" if isinstance(module, nn.Embedding) else role_of(name)
+                if parameter is output and role != "embedding":
+                    role = "output"
+                sites[id(parameter)] = Site(name, [(module, attribute)], parameter, transposed, role)
+    return list(sites.values()), kept
+
+
+def _why_not(module: nn.Module, attribute: str, name: str, parameter: Tensor) -> str | None:
+    """Why a parameter is kept whatever the recipe says; None if it can be packed."""
+    if parameter.dim() < 2:
+        return f"{parameter.dim()}-D"
+    if not parameter.is_floating_point():
+        return f"dtype {parameter.dtype}"
+    if _NEVER.search(name):
+        return "router, position table or the like"
+    if attribute == "weight" and (isinstance(module, (nn.Linear, nn.Embedding)) or is_conv1d(module)):
+        return None
+    if _is_experts(module, attribute, parameter):
+        return None
+    return f"no linear layer, embedding or expert ({type(module).__name__}.{attribute})"
+
+
+def _output_weight(model: nn.Module) -> Tensor | None:
+    get = getattr(model, "get_output_embeddings", None)
+    try:
+        head = get() if callable(get) else None
+    except (AttributeError, NotImplementedError):  # models without a head answer in either way
+        head = None
+    return getattr(head, "weight", None)
+
+
+def model_facts(model: nn.Module, has_importance: bool = False) -> ModelFacts:
+    """Layers, grouped-query factor and experts, from a Hugging Face config (defaults where it says nothing)."""
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+
+    def read(*names: str) -> int:
+        values = (getattr(config, name, None) for name in names)
+        return next((v for v in values if isinstance(v, int) and not isinstance(v, bool)), 0)
+
+    heads = read("num_attention_heads", "n_head")
+    kv_heads = read("num_key_value_heads") or heads
+    return ModelFacts(
+        layers=read("num_hidden_layers", "n_layer", "num_layers"),
+        gqa=max(1, heads // kv_heads) if kv_heads else 1,
+        experts=read("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"),
+        has_importance=has_importance,
+    )
+
+
+def choose_format(site: Site, recipe: Recipe, facts: ModelFacts) -> Choice:
+    """A recipe's choice for a weight, with the fallback for rows that the format cannot hold."""
+    k = site.matrix.shape[-1]
+    weight = WeightFacts(site.name, site.role, layer_of(site.name), k, "shared_expert" in site.name)
+    name, reason = recipe.choose(weight, facts)
+    if name is None:
+        return Choice(None, reason)
+    fmt = get_format(name)
+    if k % 32:
+        return Choice(None, f"rows of {k} weights are no multiple of 32")
+    if k % fmt.block_size == 0:
+        return Choice(fmt.name, reason)
+    substitute = "q8_0" if site.role in ("output", "tied") else fmt.fallback
+    if substitute is None:
+        return Choice(None, f"rows of {k} weights do not fit {fmt.name}, which has no fallback")
+    return Choice(substitute, f"{reason}; substituted for {fmt.name}: rows of {k} are no multiple of {fmt.block_size}")
+
+
+def quantize_model(
+    model: M,
+    recipe: Recipe | str | Mapping[str, str | None],
+    importance: Mapping[str, Tensor] | str | None = None,
+    *,
+    objective: str = "model",
+    skip: Iterable[str] = (),
+    progress: bool = True,
+) -> M:
+    """Packs the weights of a model, in place.
+
+    `nn.Linear`, `nn.Embedding`, GPT-2's `Conv1D` and 3-D expert weights are packed; norms, biases, other 1-D tensors, routers and
+    position tables are kept. Tied weights are packed once and stay tied. Rows that a format cannot hold take its fallback
+    format. `iqtorch.report(model)` lists what every parameter became, and why.
+
+    Args:
+        model: any `nn.Module` with its weights loaded, on any device.
+        recipe: a format name (the reference's mix of that name, `Recipe.default`), a `Recipe`, or `{regex: format or None}`
+            searched in parameter names, in order, where weights without a match are kept.
+        importance: mean squared activation of each input column by parameter name (`[K]`, experts `[E, K]`), such as an
+            `iqtorch.Importance`, or the path of an importance file. Weights without an entry get unit importance.
+        objective: as in `iqtorch.quantize`.
+        skip: regular expressions, searched in parameter names: those weights are kept.
+        progress: show a progress bar.
+
+    Returns:
+        The same model.
+
+    Raises:
+        UnknownFormatError, RecipeError: unknown format (with near matches) or unreadable rule.
+        WeightError, ImportanceError: NaN or Inf in a weight, importance that does not fit; named.
+        All checks come before the first change, and weights are swapped only after the last one is packed: on any error the
+        model is as it was.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"quantize_model needs an nn.Module, got {type(model).__name__}; iqtorch.quantize packs a single tensor")
+    if objective not in OBJECTIVES:
+        raise ValueError(f"objective must be one of {list(OBJECTIVES)}, got {objective!r}")
+    chosen = Recipe.of(recipe)
+    kept_by_user = Recipe(None, tuple((pattern, None) for pattern in ([skip] if isinstance(skip, str) else skip)))
+    table = _importance_table(importance)
+    facts = model_facts(model, has_importance=bool(table))
+    sites, notes = find_sites(model)
+    plan: list[tuple[Site, str, Tensor | None]] = []
+    for site in sites:
+        choice = choose_format(site, chosen, facts)
+        if any(re.search(pattern, site.name) for pattern, _ in kept_by_user.rules):
+            choice = Choice(None, "skipped by the caller")
+        notes[site.name] = choice.reason
+        if choice.format is not None:
+            check_weight(site.matrix, get_format(choice.format), site.name)
+            check_finite(site.matrix, site.name)
+            plan.append((site, choice.format, check_importance(_lookup(table, site), site.matrix, site.name)))
+    _warn_unused_rules(chosen, [site.name for site in sites])
+
+    packed: list[IQTensor] = []
+    for site, name, weights in _progress(plan, progress):
+        one = quantize(site.matrix, name, weights, objective, name=site.name)
+        packed.append(one)
+    for (site, _, _), weight in zip(plan, packed, strict=True):
+        _install(model, site, weight)
+    setattr(model, NOTES, {**getattr(model, NOTES, {}), **notes})
+    return model
+
+
+def _install(model: nn.Module, site: Site, weight: IQTensor) -> None:
+    """Puts a packed weight in every place of its site; the places share one parameter."""
+    conv = is_conv1d(site.places[0][0])
+    value = weight._swapped() if site.transposed and not conv else weight
+    first = site.places[0]
+    if conv:
+        _replace_module(model, first[0], linear_from_conv1d(first[0], value))
+        return
+    set_weight(*first, value)
+    for module, attribute in site.places[1:]:
+        set_weight(module, attribute, first[0]._parameters[first[1]])  # type: ignore[arg-type]
+
+
+def _replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    for parent in model.modules():
+        for name, child in parent.named_children():
+            if child is old:
+                setattr(parent, name, new)
+
+
+def _importance_table(importance: Mapping[str, Tensor] | str | None) -> Mapping[str, Tensor]:
+    if importance is None:
+        return {}
+    if isinstance(importance, Mapping):
+        return importance
+    from .importance import Importance
+
+    try:
+        return Importance.load(importance)
+    except TypeError:
+        raise ImportanceError(f"importance must be a mapping, an Importance or a file path, got {type(importance).__name__}") from None
+
+
+def _lookup(table: Mapping[str, Tensor], site: Site) -> Tensor | None:
+    """Importance of a weight, by its parameter name or its module's name."""
+    found = table.get(site.name)
+    return found if found is not None else table.get(site.name.removesuffix(".weight"))
+
+
+def _warn_unused_rules(recipe: Recipe, names: list[str]) -> None:
+    for pattern, _ in recipe.rules:
+        if not any(re.search(pattern, name) for name in names):
+            logger.warning("rule %r matches no weight of this model", pattern)
+
+
+def _progress(plan: list[tuple[Site, str, Tensor | None]], show: bool) -> Iterator[tuple[Site, str, Tensor | None]]:
+    """The plan's items under a progress bar that counts weights."""
+    from tqdm.auto import tqdm
+
+    with tqdm(total=sum(site.weight.numel() for site, _, _ in plan), unit="w", unit_scale=True, disable=not show, desc="quantizing") as bar:
+        for item in plan:
+            bar.set_postfix_str(f"{item[0].name} {item[1]}", refresh=False)
+            yield item
+            bar.update(item[0].weight.numel())

@@ -1,0 +1,116 @@
+"""`quantize`: a floating-point weight becomes an `IQTensor`. Input is checked here; the search is in `iqtorch.encode`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .errors import ImportanceError, ShapeError, WeightError
+from .formats import Format, get_format
+from .tensor import IQTensor
+
+OBJECTIVES = ("model", "rmse")
+
+
+def quantize(
+    weight: Tensor,
+    format: Format | str,
+    importance: Tensor | None = None,
+    objective: str = "model",
+    *,
+    name: str = "weight",
+) -> IQTensor:
+    """Quantizes a weight matrix.
+
+    Args:
+        weight: `[N, K]`, or `[E, N, K]` for experts; float16, bfloat16, float32 or float64, on any device.
+        format: a format or its name; an `_r4` name gives a tensor of the plain format (the same integers).
+        importance: mean squared activation of each input column, `[K]`, or `[E, K]` for experts; None weighs all alike.
+        objective: `"model"` (default) for the best model, `"rmse"` for the least importance-weighted squared error.
+        name: what to call the weight in error messages.
+
+    Returns:
+        An `IQTensor` of the weight's shape, device and dtype (float64 becomes float32).
+
+    Raises:
+        UnknownFormatError: no such format.
+        ShapeError: not two or three dimensions, an empty dimension, or rows that the format cannot hold.
+        WeightError: integer, complex or packed weights, or NaN or Inf among them (the message gives the first position).
+        ImportanceError: wrong shape, negative, NaN or Inf.
+    """
+    fmt = get_format(format)
+    check_weight(weight, fmt, name)
+    if objective not in OBJECTIVES:
+        raise ValueError(f"objective must be one of {list(OBJECTIVES)}, got {objective!r}")
+    importance = check_importance(importance, weight, name)
+    check_finite(weight, name)
+    if fmt.plain:
+        fmt = get_format(fmt.plain)
+
+    from .encode import encode
+
+    dtype = weight.dtype if weight.dtype != torch.float64 else torch.float32
+    with torch.no_grad():
+        if weight.dim() == 2:
+            blocks = encode(weight.detach().float(), fmt, importance, objective=objective)
+        else:
+            blocks = torch.stack(
+                [
+                    encode(expert.detach().float(), fmt, None if importance is None else importance[e], objective=objective)
+                    for e, expert in enumerate(weight)
+                ]
+            )
+        return IQTensor.from_blocks(blocks, fmt, dtype)
+
+
+def check_weight(weight: Tensor, fmt: Format, name: str) -> None:
+    """Raises WeightError or ShapeError for a weight that cannot be stored in `fmt` (values are not looked at)."""
+    if not isinstance(weight, Tensor):
+        raise WeightError(f"{name!r} must be a torch.Tensor, got {type(weight).__name__}; use torch.as_tensor")
+    if isinstance(weight, IQTensor):
+        raise WeightError(f"{name!r} is packed already ({weight.format.name}); quantize its dequantize() to change the format")
+    if not weight.dtype.is_floating_point:
+        raise WeightError(f"{name!r} must be floating (float16, bfloat16, float32 or float64), got {weight.dtype}; use .float()")
+    if weight.is_meta:
+        raise WeightError(f"{name!r} is on the meta device and has no values; load the weights first")
+    if weight.dim() not in (2, 3):
+        raise ShapeError(f"{name!r} must have 2 dimensions [N, K], or 3 for experts [E, N, K]; got shape {tuple(weight.shape)}")
+    if not weight.numel():
+        raise ShapeError(f"{name!r} is empty: shape {tuple(weight.shape)}; skip it")
+    try:
+        fmt.row_bytes(weight.shape[-1])
+    except ShapeError as error:
+        raise ShapeError(f"{error} ({name!r})") from None
+
+
+def check_finite(weight: Tensor, name: str) -> None:
+    """Raises WeightError naming the first NaN or Inf."""
+    finite = torch.isfinite(weight)
+    if not bool(finite.all()):
+        bad = (~finite).nonzero()
+        position = tuple(bad[0].tolist())
+        raise WeightError(f"{name!r} has {len(bad)} NaN or Inf values, the first at {position}: {weight[position].item()}; repair the checkpoint")
+
+
+def check_importance(importance: Tensor | None, weight: Tensor, name: str) -> Tensor | None:
+    """Importance as float32 `[K]` or `[E, K]` on the weight's device.
+
+    Raises:
+        ImportanceError: wrong shape, negative, NaN or Inf.
+    """
+    if importance is None:
+        return None
+    wanted = (weight.shape[-1],) if weight.dim() == 2 else (weight.shape[0], weight.shape[-1])
+    importance = torch.as_tensor(importance).detach()
+    if weight.dim() == 3 and tuple(importance.shape) == (weight.shape[-1],):
+        importance = importance.expand(wanted)
+    if tuple(importance.shape) != wanted:
+        raise ImportanceError(f"importance of {name!r} must have shape {wanted} (one value per input column), got {tuple(importance.shape)}")
+    importance = importance.to(device=weight.device, dtype=torch.float32)
+    bad = ~(torch.isfinite(importance) & (importance >= 0))
+    if bool(bad.any()):
+        position = tuple(bad.nonzero()[0].tolist())
+        raise ImportanceError(
+            f"importance of {name!r} must be finite and not negative, got {importance[position].item()} at {position}; collect it again"
+        )
+    return importance
