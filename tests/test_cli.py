@@ -1,0 +1,133 @@
+"""The command line: what each word prints, JSON, exit codes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+from iqtorch import cli, data, evaluate, get_format, hf, list_formats
+
+runner = CliRunner()
+
+
+def run(*arguments: object) -> str:
+    result = runner.invoke(cli.app, [str(a) for a in arguments])
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def run_json(*arguments: object) -> Any:
+    return json.loads(run(*arguments, "--json"))
+
+
+def process(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "iqtorch.cli", *map(str, arguments)], capture_output=True, text=True, check=False)
+
+
+def test_help_names_every_command_and_gives_examples() -> None:
+    printed = run("--help")
+    commands = [command.name or command.callback.__name__ for command in cli.app.registered_commands if command.callback]
+    assert len(commands) >= 6
+    for word in (*commands, "Examples", "iqtorch kl tiny-llama --format iq2_kl"):
+        assert word in printed
+    for command in commands:
+        assert "Usage" in run(command, "--help")
+
+
+def test_formats_lists_all() -> None:
+    rows = run_json("formats")
+    assert sorted(row["format"] for row in rows) == sorted(list_formats())
+    assert [row["bpw"] for row in rows if not row["plain"]] == sorted(row["bpw"] for row in rows if not row["plain"])
+    assert "iq2_kl" in run("formats")
+
+
+def test_perplexity_of_the_embedded_model(tmp_path: Path) -> None:
+    model, tokenizer = data.load_tiny_llama()
+    text = data.heldout_text()[:8000]
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+    expected = evaluate.perplexity(model, hf.encode(tokenizer, text)[:1024])
+    found = run_json("perplexity", data.TINY_LLAMA, "--text", tmp_path / "text.txt", "--windows", 2)
+    assert found["tokens"] == 510
+    assert found["perplexity"] == pytest.approx(expected.perplexity, rel=1e-2)  # the folder loads as bfloat16
+    whole = run_json("perplexity", "tiny-llama", "--windows", 2, "--batch-size", 1)
+    assert whole["perplexity"] == pytest.approx(evaluate.perplexity(model, hf.encode(tokenizer, data.heldout_text())[:1024]).perplexity)
+    assert "perplexity" in run("perplexity", "tiny-llama", "--windows", 1)
+
+
+def test_kl_of_a_quantized_model_and_its_plot(tmp_path: Path) -> None:
+    rows = []
+    for name in ("q8_0", "iq4_nl"):
+        found = run_json("kl", "tiny-llama", "--format", name, "--pure", "--windows", 2)
+        assert found["format"] == name
+        assert found["bpw"] == pytest.approx(get_format(name).bits_per_weight(), abs=0.03)
+        rows.append(found)
+    assert 0 < rows[0]["mean_kl"] < rows[1]["mean_kl"] < 0.05
+    (tmp_path / "a.json").write_text(json.dumps(rows[0]), encoding="utf-8")
+    (tmp_path / "b.json").write_text(json.dumps(rows[1:]), encoding="utf-8")
+    run("plot", tmp_path / "a.json", tmp_path / "b.json", "-o", tmp_path / "quality.png")
+    assert (tmp_path / "quality.png").stat().st_size > 5000
+
+
+def test_kl_between_two_models() -> None:
+    found = run_json("kl", "tiny-llama", "--base", data.TINY_LLAMA, "--windows", 1)
+    assert 0 < found["mean_kl"] < 1e-3  # float32 against bfloat16 activations
+
+
+def test_inspect_a_plain_file(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(3, 5), "b": torch.zeros(2, dtype=torch.bfloat16)}, tmp_path / "x.safetensors")
+    rows = run_json("inspect", tmp_path / "x.safetensors")
+    assert [(r["name"], r["format"], r["shape"], r["bytes"], r["bpw"]) for r in rows] == [
+        ("a", "float32", [3, 5], 60, 32.0),
+        ("b", "bfloat16", [2], 4, 16.0),
+    ]
+    assert "17 weights, 64 bytes" in run("inspect", tmp_path)
+
+
+def test_inspect_packed_weights(tmp_path: Path) -> None:
+    fmt = get_format("iq2_kl")
+    save_file({"w": torch.zeros(4, fmt.row_bytes(512), dtype=torch.uint8)}, tmp_path / "x.safetensors")
+    config = {"quantization_config": {"quant_method": "iqtorch", "tensors": {"w": {"format": "iq2_kl"}}}}
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    (row,) = run_json("inspect", tmp_path)
+    assert (row["format"], row["shape"], row["bpw"]) == ("iq2_kl", [4, 512], fmt.bits_per_weight(512))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("kl", "tiny-llama", "--format", "iq2_kk", "--windows", "1"), 1, "iq2_kl"),
+        (("perplexity", "tiny-llama", "--text", "missing.txt"), 1, "missing.txt"),
+        (("inspect", "missing"), 1, "missing"),
+        (("kl", "tiny-llama"), 2, "--base"),
+        (("perplexity",), 2, "MODEL"),
+        (("sing",), 2, "sing"),
+    ],
+)
+def test_exit_codes(arguments: tuple[str, ...], code: int, message: str) -> None:
+    done = process(*arguments)
+    assert done.returncode == code, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+def test_a_damaged_file_is_an_error_not_a_crash(tmp_path: Path) -> None:
+    (tmp_path / "x.safetensors").write_bytes(b"\xff" * 100)
+    done = process("inspect", tmp_path)
+    assert done.returncode == 1
+    assert "not a whole safetensors file" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_starting_does_not_import_heavy_packages() -> None:
+    code = "import sys, iqtorch.cli; print([m for m in ('transformers', 'matplotlib', 'triton') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
