@@ -47,7 +47,7 @@ _LAZY = {
 }
 
 if TYPE_CHECKING:
-    from . import cpu_ext as cpu
+    from . import cpu_ext as cpu  # noqa: F401 (what iqtorch.cpu is)
     from . import evaluate as evaluate
 
 

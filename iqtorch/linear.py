@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from .formats import Format
-from .quantize import quantize
+from .quantize import Objective, quantize
 from .tensor import IQTensor
 
 
@@ -36,10 +36,10 @@ class Linear(_Packed, nn.Linear):
         out_features, in_features = weight.shape
         super().__init__(in_features, out_features, bias=False, device="meta", dtype=weight.dtype)
         self.weight = packed_parameter(weight)
-        self.bias = bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias)
+        self.register_parameter("bias", bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias))
 
     @classmethod
-    def from_float(cls, layer: nn.Linear, format: Format | str, importance: Tensor | None = None, objective: str = "model") -> Linear:
+    def from_float(cls, layer: nn.Linear, format: Format | str, importance: Tensor | None = None, objective: Objective = "model") -> Linear:
         """A packed copy of an `nn.Linear`; arguments and errors as in `iqtorch.quantize`."""
         return cls(quantize(layer.weight, format, importance, objective), layer.bias)
 
@@ -58,7 +58,9 @@ class Embedding(_Packed, nn.Embedding):
         self.weight = packed_parameter(weight)
 
     @classmethod
-    def from_float(cls, layer: nn.Embedding, format: Format | str, importance: Tensor | None = None, objective: str = "model") -> Embedding:
+    def from_float(
+        cls, layer: nn.Embedding, format: Format | str, importance: Tensor | None = None, objective: Objective = "model"
+    ) -> Embedding:
         """A packed copy of an `nn.Embedding`; arguments and errors as in `iqtorch.quantize`."""
         return cls(quantize(layer.weight, format, importance, objective), layer.padding_idx)
 
@@ -75,7 +77,7 @@ def set_weight(module: nn.Module, name: str, weight: IQTensor) -> None:
 
 def linear_from_conv1d(module: nn.Module, weight: IQTensor) -> Linear:
     """The packed layer of a GPT-2 `Conv1D` (whose weight is `[in, out]`), from its transposed, quantized weight `[out, in]`."""
-    layer = Linear(weight, module.bias)
+    layer = Linear(weight, module._parameters.get("bias"))
     layer.train(module.training)
     return layer
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .errors import ImportanceError
 from .formats import get_format
 from .linear import linear_from_conv1d, set_weight
-from .quantize import OBJECTIVES, check_finite, check_importance, check_weight, quantize
+from .quantize import OBJECTIVES, Objective, check_finite, check_importance, check_weight, quantize
 from .recipe import ModelFacts, Recipe, WeightFacts, layer_of, role_of
 from .tensor import IQTensor
 
@@ -71,7 +71,9 @@ def is_conv1d(module: nn.Module) -> bool:
 def _is_experts(module: nn.Module, name: str, parameter: Tensor) -> bool:
     """3-D weights of a mixture of experts, as transformers 5 keeps them."""
     conv = isinstance(module, nn.modules.conv._ConvNd)
-    return parameter.dim() == 3 and parameter.is_floating_point() and not conv and bool(re.search(r"(_proj|^w[123]|^weight|_linear)$", name))
+    return (
+        parameter.dim() == 3 and parameter.is_floating_point() and not conv and bool(re.search(r"(_proj|^w[123]|^weight|_linear)$", name))
+    )
 
 
 def _experts_transposed(module: nn.Module) -> bool:
@@ -168,12 +170,36 @@ def choose_format(site: Site, recipe: Recipe, facts: ModelFacts) -> Choice:
     return Choice(substitute, f"{reason}; substituted for {fmt.name}: rows of {k} are no multiple of {fmt.block_size}")
 
 
+def plan_formats(
+    model: nn.Module, recipe: Recipe, skip: Iterable[str] = (), has_importance: bool = False
+) -> tuple[list[tuple[Site, Choice]], dict[str, str]]:
+    """What a recipe makes of every weight of a model; values are not looked at, so the model may be on the meta device.
+
+    Returns:
+        The choice for each weight that can be packed, and for every parameter the reason why it is kept or got its format.
+    """
+    facts = model_facts(model, has_importance)
+    skipped = [skip] if isinstance(skip, str) else list(skip)
+    sites, notes = find_sites(model)
+    choices = []
+    for site in sites:
+        choice = choose_format(site, recipe, facts)
+        if any(re.search(pattern, site.name) for pattern in skipped):
+            choice = Choice(None, "skipped by the caller")
+        notes[site.name] = choice.reason
+        choices.append((site, choice))
+    for pattern, _ in recipe.rules:
+        if not any(re.search(pattern, site.name) for site in sites):
+            logger.warning("rule %r matches no weight of this model", pattern)
+    return choices, notes
+
+
 def quantize_model(
     model: M,
     recipe: Recipe | str | Mapping[str, str | None],
     importance: Mapping[str, Tensor] | str | None = None,
     *,
-    objective: str = "model",
+    objective: Objective = "model",
     skip: Iterable[str] = (),
     progress: bool = True,
 ) -> M:
@@ -207,21 +233,14 @@ def quantize_model(
     if objective not in OBJECTIVES:
         raise ValueError(f"objective must be one of {list(OBJECTIVES)}, got {objective!r}")
     chosen = Recipe.of(recipe)
-    kept_by_user = Recipe(None, tuple((pattern, None) for pattern in ([skip] if isinstance(skip, str) else skip)))
-    table = _importance_table(importance)
-    facts = model_facts(model, has_importance=bool(table))
-    sites, notes = find_sites(model)
+    table = importance_table(importance)
+    choices, notes = plan_formats(model, chosen, skip, has_importance=bool(table))
     plan: list[tuple[Site, str, Tensor | None]] = []
-    for site in sites:
-        choice = choose_format(site, chosen, facts)
-        if any(re.search(pattern, site.name) for pattern, _ in kept_by_user.rules):
-            choice = Choice(None, "skipped by the caller")
-        notes[site.name] = choice.reason
+    for site, choice in choices:
         if choice.format is not None:
             check_weight(site.matrix, get_format(choice.format), site.name)
             check_finite(site.matrix, site.name)
-            plan.append((site, choice.format, check_importance(_lookup(table, site), site.matrix, site.name)))
-    _warn_unused_rules(chosen, [site.name for site in sites])
+            plan.append((site, choice.format, check_importance(lookup_importance(table, site), site.matrix, site.name)))
 
     packed: list[IQTensor] = []
     for site, name, weights in _progress(plan, progress):
@@ -253,7 +272,8 @@ def _replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
                 setattr(parent, name, new)
 
 
-def _importance_table(importance: Mapping[str, Tensor] | str | None) -> Mapping[str, Tensor]:
+def importance_table(importance: Mapping[str, Tensor] | str | None) -> Mapping[str, Tensor]:
+    """Importance as a mapping; a path is loaded."""
     if importance is None:
         return {}
     if isinstance(importance, Mapping):
@@ -266,24 +286,20 @@ def _importance_table(importance: Mapping[str, Tensor] | str | None) -> Mapping[
         raise ImportanceError(f"importance must be a mapping, an Importance or a file path, got {type(importance).__name__}") from None
 
 
-def _lookup(table: Mapping[str, Tensor], site: Site) -> Tensor | None:
+def lookup_importance(table: Mapping[str, Tensor], site: Site) -> Tensor | None:
     """Importance of a weight, by its parameter name or its module's name."""
     found = table.get(site.name)
     return found if found is not None else table.get(site.name.removesuffix(".weight"))
 
 
-def _warn_unused_rules(recipe: Recipe, names: list[str]) -> None:
-    for pattern, _ in recipe.rules:
-        if not any(re.search(pattern, name) for name in names):
-            logger.warning("rule %r matches no weight of this model", pattern)
-
-
 def _progress(plan: list[tuple[Site, str, Tensor | None]], show: bool) -> Iterator[tuple[Site, str, Tensor | None]]:
     """The plan's items under a progress bar that counts weights."""
-    from tqdm.auto import tqdm
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-    with tqdm(total=sum(site.weight.numel() for site, _, _ in plan), unit="w", unit_scale=True, disable=not show, desc="quantizing") as bar:
+    columns = (TextColumn("quantizing"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, disable=not show, transient=True) as bar:
+        task = bar.add_task("", total=sum(site.weight.numel() for site, _, _ in plan))
         for item in plan:
-            bar.set_postfix_str(f"{item[0].name} {item[1]}", refresh=False)
+            bar.update(task, description=f"{item[0].name} {item[1]}")
             yield item
-            bar.update(item[0].weight.numel())
+            bar.advance(task, item[0].weight.numel())

@@ -112,7 +112,9 @@ def choose_backend(fmt: Format, rows: int, k: int, device: torch.device) -> str:
             return name
         reason = f"it does not run on {device.type} tensors"
     if _forced:
-        raise KernelUnavailableError(f"backend {name!r} was asked for and cannot run {fmt.name} [{rows}, {k}]: {reason}; set_backend(None) allows others")
+        raise KernelUnavailableError(
+            f"backend {name!r} was asked for and cannot run {fmt.name} [{rows}, {k}]: {reason}; set_backend(None) allows others"
+        )
     if (fmt.name, reason) not in _fallbacks:
         _fallbacks[fmt.name, reason] = name
         logger.info("%s: %s kernels not used: %s; falling back to plain torch", fmt.name, name, reason)

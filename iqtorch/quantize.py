@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 import torch
 from torch import Tensor
 
@@ -9,14 +11,15 @@ from .errors import ImportanceError, ShapeError, WeightError
 from .formats import Format, get_format
 from .tensor import IQTensor
 
-OBJECTIVES = ("model", "rmse")
+Objective = Literal["model", "rmse"]
+OBJECTIVES = get_args(Objective)
 
 
 def quantize(
     weight: Tensor,
     format: Format | str,
     importance: Tensor | None = None,
-    objective: str = "model",
+    objective: Objective = "model",
     *,
     name: str = "weight",
 ) -> IQTensor:
@@ -89,7 +92,9 @@ def check_finite(weight: Tensor, name: str) -> None:
     if not bool(finite.all()):
         bad = (~finite).nonzero()
         position = tuple(bad[0].tolist())
-        raise WeightError(f"{name!r} has {len(bad)} NaN or Inf values, the first at {position}: {weight[position].item()}; repair the checkpoint")
+        raise WeightError(
+            f"{name!r} has {len(bad)} NaN or Inf values, the first at {position}: {weight[position].item()}; repair the checkpoint"
+        )
 
 
 def check_importance(importance: Tensor | None, weight: Tensor, name: str) -> Tensor | None:
@@ -105,7 +110,9 @@ def check_importance(importance: Tensor | None, weight: Tensor, name: str) -> Te
     if weight.dim() == 3 and tuple(importance.shape) == (weight.shape[-1],):
         importance = importance.expand(wanted)
     if tuple(importance.shape) != wanted:
-        raise ImportanceError(f"importance of {name!r} must have shape {wanted} (one value per input column), got {tuple(importance.shape)}")
+        raise ImportanceError(
+            f"importance of {name!r} must have shape {wanted} (one value per input column), got {tuple(importance.shape)}"
+        )
     importance = importance.to(device=weight.device, dtype=torch.float32)
     bad = ~(torch.isfinite(importance) & (importance >= 0))
     if bool(bad.any()):

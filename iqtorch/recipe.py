@@ -172,6 +172,10 @@ def pure_mix(base: str, weight: WeightFacts, model: ModelFacts) -> str:
     return base
 
 
+#: The mixes by the name that a stored recipe gives them.
+MIXES: dict[str, Mix] = {"reference": reference_mix, "pure": pure_mix}
+
+
 def _suggest(error: UnknownFormatError, rule: str) -> RecipeError:
     return RecipeError(f"rule {rule!r}: {error}")
 
@@ -229,6 +233,11 @@ class Recipe:
         """The same recipe with more rules in front."""
         added = tuple(rules.items()) if isinstance(rules, Mapping) else tuple(rules)
         return Recipe(self.base, added + self.rules, self.mix)
+
+    @property
+    def mix_name(self) -> str:
+        """Name of the mix in `MIXES`; "custom" for any other function."""
+        return next((name for name, mix in MIXES.items() if mix is self.mix), "custom")
 
     def choose(self, weight: WeightFacts, model: ModelFacts) -> tuple[str | None, str]:
         """Format name of a weight (None = keep it), and the reason in words. Row length is not considered."""

@@ -79,13 +79,16 @@ class IQTensor(torch.Tensor):
     # -- making and reading ----------------------------------------------------------------------------------
 
     @classmethod
-    def from_blocks(cls, blocks: Tensor, format: Format | str, dtype: torch.dtype = torch.bfloat16) -> IQTensor:
+    def from_blocks(
+        cls, blocks: Tensor, format: Format | str, dtype: torch.dtype = torch.bfloat16, *, transposed: bool = False
+    ) -> IQTensor:
         """A tensor from canonical (GGUF) bytes, kept bit for bit.
 
         Args:
             blocks: uint8 `[..., N, row_bytes]`, two or three dimensions. Copied where a packed layout is made from them.
             format: the bytes' format; an `_r4` format gives a tensor of the plain format.
             dtype: logical dtype, floating.
+            transposed: the tensor is the transposed view `[..., K, N]` of the stored rows.
 
         Raises:
             UnknownFormatError, BlockSizeError, ShapeError, WeightError: unknown name; bytes, shape or dtype that cannot be.
@@ -98,7 +101,7 @@ class IQTensor(torch.Tensor):
             raise ShapeError(f"weights have 2 dimensions, or 3 for experts; got blocks of {blocks.ndim} dimensions")
         if fmt.plain:
             blocks, fmt = repack_rows(blocks, fmt, get_format(fmt.plain)), get_format(fmt.plain)
-        return cls._place(blocks, fmt, dtype)
+        return cls._place(blocks, fmt, dtype, transposed)
 
     @classmethod
     def _place(cls, blocks: Tensor, fmt: Format, dtype: torch.dtype, transposed: bool = False) -> IQTensor:
@@ -151,7 +154,7 @@ class IQTensor(torch.Tensor):
         """Bits per weight of the canonical bytes, row headers included."""
         return self.format.bits_per_weight(self.k)
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return (
             f"IQTensor({self.format.name!r}, shape={tuple(self.shape)}, dtype={self.dtype}, device={str(self.device)!r}, "
             f"{self.bits_per_weight:.3f} bpw, backend={self.backend!r})"
@@ -201,7 +204,7 @@ class IQTensor(torch.Tensor):
             return func(*args, **(kwargs or {}))
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         handler = _DISPATCH.get(func)
         if handler is not None:
             return handler(func, args, kwargs or {})
@@ -343,7 +346,9 @@ def _product(x: Tensor, w: IQTensor, bias: Tensor | None, transposed: bool) -> T
         raise ShapeError(f"a linear product needs a 2-D weight, got shape {tuple(w.shape)}; select one expert, or use grouped_mm")
     inner, outer = (w.rows, w.k) if transposed else (w.k, w.rows)
     if x.dim() == 0 or x.shape[-1] != inner:
-        raise ShapeError(f"activations of shape {tuple(x.shape)} do not fit a weight of shape {tuple(w.shape)}: the last dimension must be {inner}")
+        raise ShapeError(
+            f"activations of shape {tuple(x.shape)} do not fit a weight of shape {tuple(w.shape)}: the last dimension must be {inner}"
+        )
     if not x.is_floating_point():
         raise UnsupportedOperationError(f"activations must be floating, got {x.dtype}; use x.to({w.dtype})")
     if torch.is_autocast_enabled(x.device.type):
@@ -428,7 +433,9 @@ class _GroupedLinear(torch.autograd.Function):
         return out, None, None
 
 
-def _grouped_mm(input: Tensor, mat2: Tensor, offs: Tensor | None = None, bias: Tensor | None = None, out_dtype: torch.dtype | None = None) -> Tensor:
+def _grouped_mm(
+    input: Tensor, mat2: Tensor, offs: Tensor | None = None, bias: Tensor | None = None, out_dtype: torch.dtype | None = None
+) -> Tensor:
     if type(mat2) is not IQTensor or mat2.dim() != 3 or not mat2.transposed or offs is None or input.dim() != 2:
         if isinstance(mat2, IQTensor):
             mat2 = mat2.dequantize()
@@ -447,7 +454,7 @@ for _func in (getattr(F, "grouped_mm", None), getattr(torch, "_grouped_mm", None
 # -- views -----------------------------------------------------------------------------------------------------
 
 
-@_function(torch.Tensor.t, torch.t, torch.Tensor.T.__get__, torch.Tensor.mT.__get__)
+@_function(torch.Tensor.t, torch.t, torch.Tensor.T.__get__, torch.Tensor.mT.__get__)  # type: ignore[attr-defined]
 def _t(self: IQTensor) -> Tensor:
     return self._swapped()
 
@@ -564,7 +571,14 @@ def _copy_(func: Any, args: Any, kwargs: Any) -> Tensor:
             "load with assign=True to replace the weight"
         )
     if source.backend != target.backend:
-        source = IQTensor(ops.get_backend(target.backend).pack(source.to_blocks().to(target.device), target.format), target.format, target.backend, target.shape, target.dtype, target.transposed)
+        source = IQTensor(
+            ops.get_backend(target.backend).pack(source.to_blocks().to(target.device), target.format),
+            target.format,
+            target.backend,
+            target.shape,
+            target.dtype,
+            target.transposed,
+        )
     target.packed.copy_(source.packed)
     return target
 
@@ -602,7 +616,7 @@ def _requires_grad_(self: Tensor, requires_grad: bool = True) -> Tensor:
     return self
 
 
-@_function(torch.Tensor.requires_grad.__set__)
+@_function(torch.Tensor.requires_grad.__set__)  # type: ignore[attr-defined]
 def _set_requires_grad(self: Tensor, value: bool) -> None:
     _requires_grad_(self, value)
 

@@ -83,7 +83,6 @@ def _dequantize_op(blocks: Tensor, format: int, rows: int, k: int, dtype: torch.
 
 @torch.no_grad()
 def _embedding_op(ids: Tensor, blocks: Tensor, format: int, k: int, dtype: torch.dtype) -> Tensor:
-    fmt = format_by_ggml_type(format)
     flat = ids.reshape(-1)
     rows = blocks.shape[-2]
     if flat.device.type == "cpu" and flat.numel() and (int(flat.min()) < 0 or int(flat.max()) >= rows):

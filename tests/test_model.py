@@ -31,7 +31,9 @@ def llama(**changes: object) -> nn.Module:
 
 def gpt2() -> nn.Module:
     torch.manual_seed(0)
-    return transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=32, n_embd=256, n_inner=256, n_layer=1, n_head=4, n_positions=64)).eval()
+    return transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=32, n_embd=256, n_inner=256, n_layer=1, n_head=4, n_positions=64)
+    ).eval()
 
 
 def mixtral() -> nn.Module:
@@ -140,7 +142,9 @@ def test_pure_recipe_and_dict_and_skip() -> None:
 
 
 def test_rows_that_do_not_fit_take_the_fallback_or_are_kept_and_report_says_so() -> None:
-    model = nn.ModuleDict({"a": nn.Linear(96, 8), "b": nn.Linear(256, 8), "c": nn.Linear(40, 8), "norm": nn.LayerNorm(8), "conv": nn.Conv1d(32, 32, 3)})
+    model = nn.ModuleDict(
+        {"a": nn.Linear(96, 8), "b": nn.Linear(256, 8), "c": nn.Linear(40, 8), "norm": nn.LayerNorm(8), "conv": nn.Conv1d(32, 32, 3)}
+    )
     iqtorch.quantize_model(model, "iq2_kl", progress=False)
     rows = {row.name: row for row in iqtorch.report(model).rows}
     assert rows["a.weight"].format == "iq4_nl" and "substituted for iq2_kl" in rows["a.weight"].reason
@@ -195,7 +199,12 @@ def test_importance_lowers_the_weighted_error() -> None:
 
 
 def test_bad_weights() -> None:
-    for bad in (torch.ones(4, 256, dtype=torch.int32), torch.ones(4, 256, dtype=torch.complex64), torch.ones(4, 256, device="meta"), [[1.0]]):
+    for bad in (
+        torch.ones(4, 256, dtype=torch.int32),
+        torch.ones(4, 256, dtype=torch.complex64),
+        torch.ones(4, 256, device="meta"),
+        [[1.0]],
+    ):
         with pytest.raises(WeightError, match="'weight'"):
             iqtorch.quantize(bad, "iq4_k")
     for shape in ((256,), (4, 0), (0, 256), (1, 2, 3, 256)):
@@ -235,7 +244,7 @@ def test_bad_importance() -> None:
 )
 def test_model_is_left_as_it_was_on_error(arguments: dict[str, object], error: type[Exception]) -> None:
     model = llama()
-    before = {name: parameter for name, parameter in model.named_parameters()}
+    before = dict(model.named_parameters())
     with pytest.raises(error):
         iqtorch.quantize_model(model, progress=False, **arguments)
     assert all(before[name] is parameter for name, parameter in model.named_parameters())

@@ -179,7 +179,14 @@ def test_module_conversions() -> None:
     layer = nn.Linear(512, 8)
     layer.weight = nn.Parameter(packed(), requires_grad=False)
     blocks = layer.weight.to_blocks()
-    for change in (lambda m: m.half(), lambda m: m.bfloat16(), lambda m: m.float(), lambda m: m.to("cpu"), lambda m: m.cpu(), copy.deepcopy):
+    for change in (
+        lambda m: m.half(),
+        lambda m: m.bfloat16(),
+        lambda m: m.float(),
+        lambda m: m.to("cpu"),
+        lambda m: m.cpu(),
+        copy.deepcopy,
+    ):
         layer = change(layer)
         assert isinstance(layer.weight, nn.Parameter) and isinstance(layer.weight, IQTensor)
         assert torch.equal(layer.weight.to_blocks(), blocks)
@@ -241,7 +248,9 @@ def test_state_dict_round_trip(assign: bool) -> None:
 
 
 def test_equal() -> None:
-    assert torch.equal(packed(), packed()) and not torch.equal(packed(), IQTensor.from_blocks(packed().to_blocks().flip(0), "iq2_kl", torch.float32))
+    assert torch.equal(packed(), packed()) and not torch.equal(
+        packed(), IQTensor.from_blocks(packed().to_blocks().flip(0), "iq2_kl", torch.float32)
+    )
 
 
 def test_inference_mode_no_grad_and_autocast() -> None:

@@ -406,7 +406,9 @@ class Format:
         if self.interleave > 1 and blocks.shape[-2] % self.interleave:
             raise BlockSizeError(f"{self.name} merges {self.interleave} rows, got {blocks.shape[-2]} rows")
         if shape is not None and tuple(shape) != (*blocks.shape[:-1], k):
-            raise BlockSizeError(f"blocks of shape {tuple(blocks.shape)} hold {self.name} weights {(*blocks.shape[:-1], k)}, not {tuple(shape)}")
+            raise BlockSizeError(
+                f"blocks of shape {tuple(blocks.shape)} hold {self.name} weights {(*blocks.shape[:-1], k)}, not {tuple(shape)}"
+            )
 
 
 @lru_cache
