@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .errors import ImportanceError
+from .files import replacing
 
 __all__ = ["Importance", "ImportanceEntry", "collect_importance"]
 
@@ -216,25 +217,6 @@ class Importance(Mapping[str, Tensor]):
             else:
                 found[canonical] = entry
         return found
-
-
-class replacing:
-    """A binary file that takes the place of `path` when the block ends well, and vanishes otherwise."""
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self.temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
-
-    def __enter__(self) -> BinaryIO:
-        self.file = open(self.temporary, "wb")  # noqa: SIM115
-        return self.file
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self.file.close()
-        if kind is None:
-            os.replace(self.temporary, self.path)
-        else:
-            self.temporary.unlink(missing_ok=True)
 
 
 def _checked(name: str, value: Tensor | ImportanceEntry) -> ImportanceEntry:

@@ -8,9 +8,10 @@ Layout: GGUF specification (ggml docs/gguf.md); sizes of quantized tensors: `For
 from __future__ import annotations
 
 import math
+import mmap
 import re
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -178,6 +179,15 @@ class GGUFFile:
             raw = raw.clone()
         return raw.view(dtype).view(info.shape)
 
+    def release(self, names: Iterable[str]) -> None:
+        """Lets go of the memory that reading these tensors took (they can be read again): keeps a loader's footprint small."""
+        for name in names:
+            info = self.tensors[name]
+            start = -(-info.offset // mmap.PAGESIZE) * mmap.PAGESIZE
+            length = (info.offset + info.nbytes - start) // mmap.PAGESIZE * mmap.PAGESIZE
+            if length > 0 and hasattr(mmap, "MADV_DONTNEED"):
+                self._parts[info.part].map.madvise(mmap.MADV_DONTNEED, start, length)
+
 
 def _split_parts(first: _Part, formats: dict[int, Format]) -> list[_Part]:
     count = first.whole_number("split.count")
@@ -209,8 +219,10 @@ class _Part:
         if self.size < 24:
             raise GGUFTruncatedError(f"{path}: {self.size} bytes are no GGUF file; its header alone has 24")
         # private mapping: a tensor over the page cache, whose pages are copied if anything writes into them
-        self.bytes = torch.from_file(str(path), shared=False, size=self.size, dtype=torch.uint8)
-        self.buffer: memoryview = self.bytes.numpy().data
+        with path.open("rb") as file:
+            self.map = mmap.mmap(file.fileno(), self.size, access=mmap.ACCESS_COPY)
+        self.bytes = torch.frombuffer(self.map, dtype=torch.uint8)
+        self.buffer = memoryview(self.map)
         self.array_strings = 0
         self._header()
         n_tensors = self._u64("number of tensors")

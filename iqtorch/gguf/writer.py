@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..files import replacing
 from ..formats import Format
-from ..importance import replacing
 from . import limits
 from .errors import GGUFMetadataError, GGUFTensorError
 from .reader import ARRAY, BOOL, DTYPES, STRING, UINT32

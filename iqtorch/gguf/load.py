@@ -1,0 +1,204 @@
+"""`load_gguf`: a GGUF file as a transformers model whose weights stay packed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..formats import Format, get_format
+from ..hf import transformers
+from ..linear import set_weight
+from ..tensor import IQTensor, repack_rows
+from .errors import GGUFArchitectureError, GGUFTensorError
+from .families import config_from_gguf, family_of_file
+from .reader import GGUFFile, TensorInfo
+from .tensors import Binding, bind, check_names, parameter_names
+
+__all__ = ["load_gguf"]
+
+logger = logging.getLogger("iqtorch")
+
+
+def load_gguf(
+    path: str | Path,
+    config: Any = None,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    device_map: Any = None,
+    id_map: Mapping[int, str | Format] | None = None,
+) -> nn.Module:
+    """A causal language model from a GGUF file, without dequantizing: quantized tensors stay packed, bit for bit.
+
+    `iqtorch.gguf.load_tokenizer(path)` brings the tokenizer of the same file.
+
+    Args:
+        path: the file, or any part of a split one.
+        config: a transformers configuration, its dictionary, or the folder of the original model. Default: made from the file's
+            metadata, for the architectures that iqtorch knows. A configuration defines the model, the file only fills it.
+        dtype: of the tensors that are not quantized, and of the activations that `generate` starts from.
+        device_map: a device, `"auto"`, or accelerate's dictionary; default CPU.
+        id_map: formats for type ids that iqtorch does not know, as in `GGUFFile`.
+
+    Raises:
+        GGUFError: a damaged file; an architecture, type or tensor that is not known; tensors that are missing, left over or of
+            another shape than the configuration's. All before the first tensor is read.
+        MissingDependencyError: transformers or gguf is not installed.
+    """
+    file = GGUFFile(path, id_map=id_map)
+    hf = transformers()
+    configuration = _configuration(hf, file, config)
+    try:
+        family = family_of_file(file)
+    except GGUFArchitectureError:
+        if config is None:
+            raise
+        family = None
+        logger.warning("%s: architecture %r is not known: tensors are taken as they are", path, file.metadata.get("general.architecture"))
+    with _parameters_on_meta():
+        model: nn.Module = hf.AutoModelForCausalLM.from_config(configuration, dtype=dtype)
+    wanted = parameter_names(model)
+    text = configuration.get_text_config()
+    bindings = bind(wanted, str(file.metadata.get("general.architecture")), family, text)
+    check_names(path, bindings, file.tensors)
+    _check_shapes(file, bindings, wanted)
+    device = _single_device(device_map)
+    places = _places(model)
+    for binding in bindings:
+        old = wanted[binding.name]
+        value = _read(file, binding, old, dtype, device)
+        for module, name in places[id(old)]:
+            _install(module, name, value)
+        file.release(binding.tensors)
+    _set_special_tokens(model, configuration)
+    model.eval()
+    return _dispatch(model, device_map, device)
+
+
+def _configuration(hf: Any, file: GGUFFile, config: Any) -> Any:
+    if config is None:
+        config = config_from_gguf(file)
+    if isinstance(config, Mapping):
+        attributes = dict(config)
+        return hf.AutoConfig.for_model(attributes.pop("model_type"), **attributes)
+    if isinstance(config, (str, Path)):
+        return hf.AutoConfig.from_pretrained(config)
+    return config
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Modules made inside keep their buffers (rotary frequencies), while parameters get no memory."""
+    register = nn.Module.register_parameter
+
+    def on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and param.device.type != "meta":
+            param = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
+        register(self, name, param)
+
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """Every (module, attribute) that holds a tensor, by its id: more than one where weights are tied."""
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, value in [*module._parameters.items(), *module._buffers.items()]:
+            if value is not None:
+                places.setdefault(id(value), []).append((module, name))
+    return places
+
+
+def _stored_shape(file: GGUFFile, binding: Binding) -> tuple[int, ...]:
+    shapes = [file.tensors[name].shape for name in binding.tensors]
+    if len(shapes) == 1:
+        return shapes[0]
+    return (*shapes[0][:-2], sum(shape[-2] for shape in shapes), shapes[0][-1])
+
+
+def _check_shapes(file: GGUFFile, bindings: list[Binding], wanted: Mapping[str, Tensor]) -> None:
+    wrong = []
+    for binding in bindings:
+        stored, shape = _stored_shape(file, binding), tuple(wanted[binding.name].shape)
+        if [n for n in stored if n != 1] != [n for n in shape if n != 1]:  # files drop dimensions of 1
+            wrong.append(f"{binding.name} is {shape}, {' + '.join(binding.tensors)} {stored}")
+    if wrong:
+        raise GGUFTensorError(f"{file.path}: {len(wrong)} shapes differ from the configuration's: {'; '.join(wrong[:10])}")
+
+
+def _read(file: GGUFFile, binding: Binding, old: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    infos = [file.tensors[name] for name in binding.tensors]
+    if all(info.format is None for info in infos):
+        shape = tuple(old.shape)
+        stored = binding.to_model([file.data(info.name) for info in infos], rows_at=max(len(infos[0].shape) - 2, 0))
+        return stored.reshape(shape).to(device, old.dtype, copy=True)
+    formats = {info.format for info in infos}
+    if len(formats) > 1:
+        kinds = ", ".join(f"{info.name} {info.type_name}" for info in infos)
+        raise GGUFTensorError(
+            f"{file.path}: {binding.name} is one parameter, and its parts have different types ({kinds}); requantize one of them"
+        )
+    blocks, fmt = zip(*(_plain_blocks(file, info) for info in infos), strict=True)
+    rows = binding.to_model(list(blocks), rows_at=blocks[0].ndim - 2).to(device)
+    weight = IQTensor.from_blocks(rows, fmt[0], dtype)
+    if old.ndim < 2 or binding.shift:
+        return weight.dequantize(old.dtype).reshape(old.shape)
+    if weight.packed.untyped_storage().data_ptr() == rows.untyped_storage().data_ptr():
+        weight = IQTensor.from_blocks(rows.clone(), fmt[0], dtype)  # no weight may live in the mapped file
+    return weight
+
+
+def _plain_blocks(file: GGUFFile, info: TensorInfo) -> tuple[Tensor, Format]:
+    """Blocks of a tensor, row by row also where the file interleaves them."""
+    fmt, blocks = get_format(info.format or ""), file.data(info.name)
+    if fmt.plain is None:
+        return blocks, fmt
+    plain = get_format(fmt.plain)
+    return repack_rows(blocks, fmt, plain), plain
+
+
+def _install(module: nn.Module, name: str, value: Tensor) -> None:
+    if isinstance(value, IQTensor):
+        set_weight(module, name, value)
+    elif name in module._parameters:
+        module._parameters[name] = (
+            value if isinstance(value, nn.Parameter) else nn.Parameter(value, requires_grad=value.is_floating_point())
+        )
+    else:
+        module._buffers[name] = value
+
+
+def _set_special_tokens(model: nn.Module, config: Any) -> None:
+    generation: Any = getattr(model, "generation_config", None)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if generation is not None and getattr(config, name, None) is not None:
+            setattr(generation, name, getattr(config, name))
+
+
+def _single_device(device_map: Any) -> torch.device:
+    if device_map is None or isinstance(device_map, dict) or device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
+        return torch.device("cpu")
+    return torch.device(device_map)
+
+
+def _dispatch(model: nn.Module, device_map: Any, device: torch.device) -> nn.Module:
+    if isinstance(device_map, dict) or device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
+        from accelerate import dispatch_model, infer_auto_device_map
+
+        plan = device_map if isinstance(device_map, dict) else infer_auto_device_map(
+            model, no_split_module_classes=list(getattr(model, "_no_split_modules", None) or [])
+        )  # fmt: skip
+        if set(plan.values()) == {"cpu"}:
+            return model
+        dispatched: nn.Module = dispatch_model(model, plan)
+        return dispatched
+    return model.to(device)

@@ -1,0 +1,107 @@
+"""`save_gguf`: a transformers model as a GGUF file, packed weights bit for bit."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..formats import Format
+from ..tensor import IQTensor
+from .errors import GGUFArchitectureError, GGUFTensorError
+from .families import Family, family_of_config, metadata_from_config, rope_tensors
+from .tensors import Binding, bind, parameter_names
+from .tokenizer import metadata_from_tokenizer
+from .writer import TensorSource, write_gguf
+
+__all__ = ["save_gguf"]
+
+#: `general.file_type` of the formats that have one (of the reference's enumeration of whole-model types).
+_FILE_TYPES = {
+    "q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "q5_1": 9, "q2_k": 10, "q3_k": 12, "q4_k": 15, "q5_k": 17, "q6_k": 18, "iq2_xxs": 19,
+    "iq2_xs": 20, "iq3_xxs": 23, "iq1_s": 24, "iq4_nl": 25, "iq3_s": 26, "iq2_s": 28, "iq4_xs": 30, "iq1_m": 31, "iq2_k": 138,
+    "iq3_k": 139, "iq4_k": 140, "iq2_ks": 147, "iq2_kt": 151, "iq3_kt": 152, "iq4_kt": 153, "iq2_kl": 155,
+}  # fmt: skip
+_PLAIN_FILE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 32}
+_QUANTIZATION_VERSION = 2
+
+
+def save_gguf(model: nn.Module, path: str | Path, tokenizer: Any = None, *, name: str | None = None) -> None:
+    """Writes a model that ik_llama.cpp (and, if all formats are standard ones, llama.cpp) can run.
+
+    Packed weights are written bit for bit, other matrices in their dtype, vectors and routers as float32. Tensors are written
+    one at a time; the file appears under its name when it is complete.
+
+    Args:
+        model: a transformers model of a known architecture, packed or not.
+        path: of the file.
+        tokenizer: the model's fast tokenizer; without one the file holds weights only, and programs cannot make text with it.
+        name: `general.name`; default the model's own.
+
+    Raises:
+        GGUFArchitectureError: the architecture, or a setting of its configuration, has no GGUF form.
+        GGUFNameError: a parameter has no name in such files.
+        GGUFTensorError: a dtype that files cannot hold, or a weight that is stored transposed.
+        GGUFTokenizerError: a kind of tokenizer that cannot be converted.
+        MissingDependencyError: the gguf package is not installed.
+    """
+    config: Any = getattr(model, "config", None)
+    if config is None:
+        raise GGUFArchitectureError(f"{type(model).__name__} has no config; save_gguf writes transformers models")
+    config = config.get_text_config()
+    family = family_of_config(config)
+    parameters = parameter_names(model)
+    bindings = bind(parameters, family.arch, family, config)
+    sources = [source for binding in bindings for source in _sources(binding, parameters[binding.name])]
+    sources += [TensorSource.of(key, value) for key, value in rope_tensors(config).items()]
+    metadata = _general(family, config, parameters, name) | metadata_from_config(family, config)
+    if tokenizer is not None:
+        metadata |= metadata_from_tokenizer(tokenizer, config.vocab_size)
+    write_gguf(path, metadata, sources)
+
+
+def _general(family: Family, config: Any, parameters: dict[str, Tensor], name: str | None) -> dict[str, Any]:
+    sizes: Counter[str | torch.dtype] = Counter()
+    for value in parameters.values():
+        if value.ndim > 1:
+            sizes[value.format.name if isinstance(value, IQTensor) else value.dtype] += value.numel()
+    most = sizes.most_common(1)[0][0]
+    file_type = _FILE_TYPES.get(most) if isinstance(most, str) else _PLAIN_FILE_TYPES.get(most)
+    out: dict[str, Any] = {
+        "general.architecture": family.arch,
+        "general.type": "model",
+        "general.name": name or Path(str(getattr(config, "_name_or_path", "") or config.model_type)).name,
+        "general.quantization_version": _QUANTIZATION_VERSION,
+    }
+    return out if file_type is None else out | {"general.file_type": file_type}
+
+
+def _sources(binding: Binding, value: Tensor) -> list[TensorSource]:
+    """The tensors that a parameter becomes; each makes its data when it is written."""
+    kind: Format | torch.dtype
+    shape = tuple(value.shape)
+    if isinstance(value, IQTensor):
+        if value.transposed:
+            raise GGUFTensorError(f"{binding.name} is stored transposed {shape}, which files of this architecture cannot hold")
+        kind, rows_at = value.format, value.ndim - 2
+    else:
+        kind, rows_at = _plain_dtype(binding, value), max(value.ndim - 2, 0)
+        if len(shape) == 2 and shape[0] == 1:
+            shape = shape[1:]  # files hold the gate of a shared expert as a vector
+    if len(binding.tensors) > 1:
+        shape = (*shape[:-2], shape[-2] // len(binding.tensors), shape[-1])
+
+    def load(part: int) -> Tensor:
+        rows = value.to_blocks() if isinstance(value, IQTensor) else value.detach().to(_plain_dtype(binding, value))
+        return binding.to_file(rows, rows_at)[part]
+
+    return [TensorSource(name, shape, kind, lambda part=part: load(part)) for part, name in enumerate(binding.tensors)]  # type: ignore[misc]
+
+
+def _plain_dtype(binding: Binding, value: Tensor) -> torch.dtype:
+    """Vectors and routers are float32 in files: their kernels know nothing else."""
+    small = value.ndim < 2 or value.shape[0] == 1 or binding.tensors[0].endswith(("ffn_gate_inp.weight", "norm.weight"))
+    return torch.float32 if small else value.dtype

@@ -1,0 +1,131 @@
+"""Which tensors of a file make which parameter of a model, and what is done to their rows on the way.
+
+All of it works on rows, so that packed weights stay packed: rows are reordered (q and k of Llama), or the rows of several tensors
+follow each other (experts' gate and up). The bytes of a row are never touched.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import GGUFNameError
+from .families import ROPE_TENSORS, Family
+from .names import gguf_package
+
+__all__ = ["Binding", "bind", "check_names", "parameter_names"]
+
+_SUFFIXES = (".weight", ".bias")
+_MERGED = re.compile(r"^(?P<prefix>.*\.)?layers\.(?P<layer>\d+)\..*experts\.gate_up_proj$")
+_CORRECTION = re.compile(r"^.*layers\.(?P<layer>\d+)\.mlp\.(gate\.)?e_score_correction_bias$")
+
+
+@dataclass(frozen=True)
+class Binding:
+    """One parameter and the tensors of a file that it is made of.
+
+    Attributes:
+        name: parameter (or buffer) of the model.
+        tensors: of the file; several are parts of its rows, one after the other.
+        heads: rows are permuted within this many heads; 0 = not at all.
+        shift: the file's values are larger by this.
+    """
+
+    name: str
+    tensors: tuple[str, ...]
+    heads: int = 0
+    shift: float = 0.0
+
+    def to_model(self, parts: list[Tensor], rows_at: int) -> Tensor:
+        """Rows (in dimension `rows_at`) as the model has them, from those of the tensors."""
+        rows = parts[0] if len(parts) == 1 else torch.cat(parts, rows_at)
+        if self.heads:
+            rows = rows.index_select(rows_at, torch.argsort(_interleaved(rows.shape[rows_at], self.heads)))
+        return rows - self.shift if self.shift else rows
+
+    def to_file(self, rows: Tensor, rows_at: int) -> list[Tensor]:
+        """Rows of each tensor, from those of the model; inverse of `to_model`."""
+        if self.heads:
+            rows = rows.index_select(rows_at, _interleaved(rows.shape[rows_at], self.heads).to(rows.device))
+        if self.shift:
+            rows = rows + self.shift
+        return [part.contiguous() for part in rows.chunk(len(self.tensors), rows_at)]
+
+
+def _interleaved(rows: int, heads: int) -> Tensor:
+    """Position in transformers' order (two halves per head) of each row in llama.cpp's order (pairs side by side)."""
+    return torch.arange(rows).view(heads, 2, -1).transpose(1, 2).flatten()
+
+
+def parameter_names(model: torch.nn.Module) -> dict[str, Tensor]:
+    """Parameters and saved buffers of a model, each once: the tied output layer is left out."""
+    saved = model.state_dict(keep_vars=True)
+    seen: set[int] = set()
+    return {name: value for name, value in saved.items() if id(value) not in seen and not seen.add(id(value))}  # type: ignore[func-returns-value]
+
+
+def bind(names: Iterable[str], arch: str, family: Family | None, config: Any) -> list[Binding]:
+    """Bindings of parameter names.
+
+    Raises:
+        GGUFNameError: parameters that have no name in files of this architecture, all listed.
+    """
+    gguf = gguf_package()
+    archs = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}
+    if arch not in archs:
+        raise GGUFNameError(f"architecture {arch!r} is unknown to the installed gguf package; update it: pip install -U gguf")
+    table = gguf.get_tensor_name_map(archs[arch], config.num_hidden_layers)
+    bindings, unknown = [], []
+    for name in names:
+        tensors = _tensor_names(name, table)
+        if not tensors:
+            unknown.append(name)
+            continue
+        heads = 0
+        if family is not None and family.rotated and (match := re.search(r"\.attn_([qk])\.", tensors[0])):
+            heads = config.num_attention_heads if match[1] == "q" else config.num_key_value_heads
+        shift = family.norm_shift if family is not None and tensors[0].endswith("norm.weight") else 0.0
+        bindings.append(Binding(name, tensors, heads, shift))
+    if unknown:
+        raise GGUFNameError(f"{len(unknown)} parameters have no name in {arch!r} files: {_listed(unknown)}")
+    return bindings
+
+
+def _tensor_names(name: str, table: Any) -> tuple[str, ...]:
+    name = name.replace("language_model.", "")
+    if match := _CORRECTION.match(name):
+        return (f"blk.{match['layer']}.exp_probs_b.bias",)
+    if match := _MERGED.match(name):
+        return tuple(f"blk.{match['layer']}.ffn_{part}_exps.weight" for part in ("gate", "up"))
+    suffix = next((s for s in _SUFFIXES if name.endswith(s)), "")
+    found = table.get_name(name.removesuffix(suffix))
+    if found is None:
+        return ()
+    return (found + (suffix or ".weight"),)
+
+
+def check_names(path: Any, bindings: Iterable[Binding], present: Mapping[str, Any]) -> None:
+    """Refuses a file that lacks tensors or has some that no parameter takes.
+
+    Raises:
+        GGUFNameError: lists both.
+    """
+    wanted = {tensor for binding in bindings for tensor in binding.tensors}
+    missing = sorted(wanted - set(present))
+    unused = sorted(name for name in set(present) - wanted if name not in ROPE_TENSORS and not name.endswith("attn_rot_embd.weight"))
+    if missing or unused:
+        said = [
+            f"{len(names)} tensors {what}: {_listed(names)}"
+            for names, what in ((missing, "missing"), (unused, "without a parameter"))
+            if names
+        ]
+        raise GGUFNameError(f"{path}: {'; '.join(said)}. Is this the file of another model or another configuration?")
+
+
+def _listed(names: list[str], most: int = 20) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
