@@ -12,6 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from .formats import Format, format_by_ggml_type, get_format, list_formats
+from .hf.hook import install as install_hook
 from .linear import Embedding, Linear
 from .model import quantize_model
 from .ops import kernel_info, set_activation_precision, set_backend
@@ -42,6 +43,7 @@ __all__ = [
 
 #: Loaded on first use: name -> module and attribute ("" = the module itself).
 _LAZY = {
+    "IQConfig": ("hf", "IQConfig"),
     "cpu": ("cpu_ext", ""),
     "evaluate": ("evaluate", ""),
 }
@@ -49,6 +51,10 @@ _LAZY = {
 if TYPE_CHECKING:
     from . import cpu_ext as cpu  # noqa: F401 (what iqtorch.cpu is)
     from . import evaluate as evaluate
+    from .hf import IQConfig as IQConfig
+
+# Saved models load through transformers whatever the order of imports.
+install_hook()
 
 
 def __getattr__(name: str) -> Any:

@@ -45,3 +45,7 @@ class EvaluationError(IQTorchError, ValueError):
 
 class MissingDependencyError(IQTorchError, ImportError):
     """An optional package that this function needs is not installed."""
+
+
+class CheckpointError(IQTorchError, ValueError):
+    """A saved model that is damaged, incomplete, or of an unknown version."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .errors import ImportanceError
 from .formats import get_format
+from .hf import adopt
 from .linear import linear_from_conv1d, set_weight
 from .quantize import OBJECTIVES, Objective, check_finite, check_importance, check_weight, quantize
 from .recipe import ModelFacts, Recipe, WeightFacts, layer_of, role_of
@@ -179,12 +180,12 @@ def plan_formats(
         The choice for each weight that can be packed, and for every parameter the reason why it is kept or got its format.
     """
     facts = model_facts(model, has_importance)
-    skipped = [skip] if isinstance(skip, str) else list(skip)
+    skipped = Recipe(None, tuple((pattern, None) for pattern in ([skip] if isinstance(skip, str) else skip))).rules
     sites, notes = find_sites(model)
     choices = []
     for site in sites:
         choice = choose_format(site, recipe, facts)
-        if any(re.search(pattern, site.name) for pattern in skipped):
+        if any(re.search(pattern, site.name) for pattern, _ in skipped):
             choice = Choice(None, "skipped by the caller")
         notes[site.name] = choice.reason
         choices.append((site, choice))
@@ -249,6 +250,7 @@ def quantize_model(
     for (site, _, _), weight in zip(plan, packed, strict=True):
         _install(model, site, weight)
     setattr(model, NOTES, {**getattr(model, NOTES, {}), **notes})
+    adopt(model, chosen)
     return model
 
 
@@ -258,14 +260,15 @@ def _install(model: nn.Module, site: Site, weight: IQTensor) -> None:
     value = weight._swapped() if site.transposed and not conv else weight
     first = site.places[0]
     if conv:
-        _replace_module(model, first[0], linear_from_conv1d(first[0], value))
+        replace_module(model, first[0], linear_from_conv1d(first[0], value))
         return
     set_weight(*first, value)
     for module, attribute in site.places[1:]:
         set_weight(module, attribute, first[0]._parameters[first[1]])  # type: ignore[arg-type]
 
 
-def _replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Puts a module in every place of another."""
     for parent in model.modules():
         for name, child in parent.named_children():
             if child is old:

@@ -1,16 +1,35 @@
-"""The only module that imports transformers, and only when one of its functions is called."""
+"""Hugging Face: the only package of iqtorch that imports transformers, and only when something of it is used.
+
+hook        registers the quantizer whenever transformers' registry is imported
+config      `IQConfig`, and what a checkpoint's config.json says
+quantizer   `from_pretrained` and `save_pretrained`
+"""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from .errors import MissingDependencyError
+from ..errors import MissingDependencyError
 
-__all__ = ["encode", "load_causal_lm", "transformers"]
+if TYPE_CHECKING:
+    from ..recipe import Recipe
+    from .config import IQConfig
+
+__all__ = ["IQConfig", "adopt", "encode", "load_causal_lm", "transformers"]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "IQConfig":
+        raise AttributeError(f"module 'iqtorch.hf' has no attribute {name!r}")
+    transformers()
+    from .config import IQConfig
+
+    return IQConfig
 
 
 def transformers() -> Any:
@@ -28,6 +47,16 @@ def transformers() -> Any:
             "transformers is needed for Hugging Face models and not installed: pip install 'iqtorch[hf]'"
         ) from error
     return transformers
+
+
+def adopt(model: nn.Module, recipe: Recipe) -> None:
+    """Makes a model whose weights were packed by `recipe` one that its library can save, if it is a transformers model."""
+    modeling = sys.modules.get("transformers.modeling_utils")  # not imported: no model of transformers
+    if modeling is not None and isinstance(model, modeling.PreTrainedModel):
+        from .config import IQConfig
+        from .quantizer import adopt
+
+        adopt(model, IQConfig(recipe=recipe))
 
 
 def load_causal_lm(path: str | Path, dtype: torch.dtype | str = "auto") -> tuple[nn.Module, Any]:

@@ -1,0 +1,185 @@
+"""`IQConfig`: what `from_pretrained` is asked for, and what `config.json` of a packed checkpoint says."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ..errors import CheckpointError, RecipeError, UnknownFormatError
+from ..formats import Format, get_format
+from ..quantize import OBJECTIVES, Objective
+from ..recipe import MIXES, Recipe
+from ..tensor import IQTensor
+
+#: Name of the method in transformers' registry and in `config.json`.
+METHOD = "iqtorch"
+#: Version of the checkpoint layout described by `StoredTensor`.
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One packed weight of a checkpoint: how to read the uint8 tensor that is stored under its parameter name.
+
+    Attributes:
+        format: name of a plain format.
+        shape: shape of the parameter, `(.., N, K)`, or `(.., K, N)` if transposed. The stored bytes are `[.., N, row_bytes(K)]`.
+        transposed: the model keeps the parameter transposed (some mixtures of experts).
+        dtype: logical dtype, if it is not the model's.
+    """
+
+    format: str
+    shape: tuple[int, ...]
+    transposed: bool = False
+    dtype: torch.dtype | None = None
+
+    @classmethod
+    def of(cls, weight: IQTensor, model_dtype: torch.dtype) -> StoredTensor:
+        """The entry of a packed weight."""
+        return cls(weight.format.name, tuple(weight.shape), weight.transposed, None if weight.dtype == model_dtype else weight.dtype)
+
+    @classmethod
+    def parse(cls, name: str, entry: Any) -> StoredTensor:
+        """An entry of `config.json`.
+
+        Raises:
+            CheckpointError: malformed entry, or unknown format.
+        """
+        try:
+            shape = tuple(entry["shape"])
+            if len(shape) not in (2, 3) or not all(type(size) is int and size > 0 for size in shape):
+                raise CheckpointError(
+                    f"the shape of {name!r} must be 2 or 3 positive integers, got {entry['shape']}; the checkpoint is damaged"
+                )
+            dtype = getattr(torch, entry["dtype"]) if "dtype" in entry else None
+            if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+                raise CheckpointError(f"the dtype of {name!r} must be floating, got {entry['dtype']!r}; the checkpoint is damaged")
+            return cls(get_format(entry["format"]).name, shape, bool(entry.get("transposed", False)), dtype)
+        except UnknownFormatError as error:
+            raise CheckpointError(f"{name!r}: {error}; a newer iqtorch may know it") from None
+        except (KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"the entry of {name!r} in quantization_config cannot be read ({error!r}): {entry!r}") from None
+
+    def to_json(self) -> dict[str, Any]:
+        """The entry as `config.json` has it: keys at their default are left out."""
+        entry: dict[str, Any] = {"format": self.format, "shape": list(self.shape)}
+        if self.transposed:
+            entry["transposed"] = True
+        if self.dtype is not None:
+            entry["dtype"] = str(self.dtype).removeprefix("torch.")
+        return entry
+
+    def read(self, name: str, blocks: Tensor, model_dtype: torch.dtype) -> IQTensor:
+        """The packed weight, from its stored bytes.
+
+        Raises:
+            CheckpointError: bytes of another dtype or size than the entry says.
+        """
+        fmt: Format = get_format(self.format)
+        rows, k = (self.shape[-1], self.shape[-2]) if self.transposed else self.shape[-2:]
+        wanted = (*self.shape[:-2], rows, fmt.row_bytes(k))
+        if blocks.dtype != torch.uint8 or tuple(blocks.shape) != wanted:
+            raise CheckpointError(
+                f"{name!r} must be uint8 {list(wanted)} ({self.format} of shape {list(self.shape)}), "
+                f"the file has {blocks.dtype} {list(blocks.shape)}; the checkpoint is damaged or was edited"
+            )
+        return IQTensor.from_blocks(blocks, fmt, self.dtype or model_dtype, transposed=self.transposed)
+
+
+def _unknown_version(version: object) -> CheckpointError:
+    return CheckpointError(f"this checkpoint has layout version {version!r}, this iqtorch reads version {VERSION}; update iqtorch")
+
+
+class IQConfig(QuantizationConfigMixin):
+    """How to quantize a transformers model while `from_pretrained` loads it; the same choices as `iqtorch.quantize_model`.
+
+        AutoModelForCausalLM.from_pretrained(path, quantization_config=IQConfig("iq2_kl"))
+
+    A model saved by `save_pretrained` needs no config to load: its `config.json` holds one.
+
+    Args:
+        format: a format name; the reference's mix of that name (`Recipe.default`).
+        recipe: a `Recipe`, alone; or `{regex: format or None}`: with `format`, exceptions from its mix; without, the whole
+            recipe (weights without a match are kept).
+        importance: mean squared activation by parameter name, an `iqtorch.Importance`, or the path of an importance file. Not stored.
+        skip: regular expressions, searched in parameter names: those weights are kept.
+        objective: as in `iqtorch.quantize`.
+        tensors: the packed weights of a checkpoint, by name (written by `save_pretrained`).
+        format_version: version of the checkpoint layout.
+
+    Raises:
+        UnknownFormatError, RecipeError: unknown format, or a recipe that cannot be read.
+        CheckpointError: a checkpoint of a version this iqtorch does not know.
+    """
+
+    def __init__(
+        self,
+        format: str | None = None,
+        recipe: Recipe | Mapping[str, str | None] | None = None,
+        importance: Mapping[str, Tensor] | str | None = None,
+        skip: Iterable[str] = (),
+        objective: Objective = "model",
+        *,
+        tensors: Mapping[str, Any] | None = None,
+        format_version: int = VERSION,
+    ) -> None:
+        if format_version != VERSION:
+            raise _unknown_version(format_version)
+        if objective not in OBJECTIVES:
+            raise ValueError(f"objective must be one of {list(OBJECTIVES)}, got {objective!r}")
+        if format is not None and isinstance(recipe, Recipe):
+            raise RecipeError(f"give a format ({format!r}) or a Recipe, not both; exceptions are a dict: recipe={{regex: format}}")
+        self.quant_method = METHOD
+        self.format_version = VERSION
+        self.recipe = Recipe.of(recipe or {}) if format is None else Recipe.default(format).with_rules(recipe or {})  # type: ignore[arg-type]
+        self.importance = importance
+        self.skip = (skip,) if isinstance(skip, str) else tuple(skip)
+        self.objective = objective
+        self.tensors: dict[str, StoredTensor] = {}
+        for name, entry in (tensors or {}).items():
+            self.tensors[name] = entry if isinstance(entry, StoredTensor) else StoredTensor.parse(name, entry)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `config.json` gets; plain JSON values."""
+        return {
+            "quant_method": METHOD,
+            "format_version": VERSION,
+            "recipe": {"base": self.recipe.base, "mix": self.recipe.mix_name, "rules": [list(rule) for rule in self.recipe.rules]},
+            "skip": list(self.skip),
+            "objective": self.objective,
+            "tensors": {name: entry.to_json() for name, entry in self.tensors.items()},
+        }
+
+    def __iter__(self) -> Any:
+        yield from self.to_dict().items()
+
+    @classmethod
+    def from_dict(cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """A config from the dictionary of a `config.json`; keys that are not ours are ignored.
+
+        Raises:
+            CheckpointError, RecipeError: unknown version, damaged entries.
+        """
+        entries = dict(config_dict)
+        version = entries.get("format_version")
+        if version != VERSION:
+            raise _unknown_version(version)
+        stored = entries.get("recipe") or {}
+        mix = MIXES.get(stored.get("mix", "reference"))  # a mix of the user's own cannot be stored; reading needs no recipe
+        recipe = Recipe(stored.get("base"), tuple((pattern, name) for pattern, name in stored.get("rules", ())), mix) if mix else Recipe()
+        config = cls(
+            recipe=recipe, skip=entries.get("skip", ()), objective=entries.get("objective", "model"), tensors=entries.get("tensors")
+        )
+        return (config, kwargs) if return_unused_kwargs else config
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> IQConfig:
+        # transformers copies configs freely; importance values are large and never changed.
+        new = copy.copy(self)
+        new.tensors = dict(self.tensors)
+        return new

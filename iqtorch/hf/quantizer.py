@@ -1,0 +1,276 @@
+"""The transformers quantizer: quantizes while `from_pretrained` loads, reads and writes packed checkpoints.
+
+A packed checkpoint has the model's own parameter names. Under the name of a packed weight lie its canonical bytes, uint8
+`[.., rows, row_bytes]`; `quantization_config["tensors"]` in `config.json` says how to read them (`StoredTensor`).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.base import HfQuantizer
+
+from ..errors import CheckpointError, IQTorchError, UnsupportedOperationError
+from ..formats import get_format
+from ..linear import PACKED_CLASS, packed_parameter
+from ..model import NOTES, importance_table, is_conv1d, lookup_importance, plan_formats, replace_module
+from ..quantize import quantize
+from ..tensor import IQTensor
+from .config import METHOD, IQConfig, StoredTensor
+from .experts import use_packed_experts
+
+
+def register() -> None:
+    """Makes `IQConfig` and `IQQuantizer` known to transformers; once is enough, more do no harm."""
+    AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = IQConfig
+    AUTO_QUANTIZER_MAPPING[METHOD] = IQQuantizer
+
+
+@dataclass(frozen=True)
+class Planned:
+    """How a weight is quantized while it is loaded: format name, importance, and whether the checkpoint has it transposed."""
+
+    format: str
+    importance: Tensor | None
+    transposed: bool
+    #: The parameter is the transposed view, as the checkpoint has it (experts); else it is stored as `[N, K]` (Conv1D).
+    view: bool
+
+
+class IQQuantizer(HfQuantizer):
+    """What transformers calls while it loads and saves a model with an `IQConfig`.
+
+    Attributes:
+        planned: weights to quantize, by parameter name (empty for a packed checkpoint).
+        stored: packed weights to read, by parameter name (empty unless the checkpoint is packed).
+        error: the first error of an operation; transformers would hide its type, so it is raised at the end of loading.
+    """
+
+    requires_calibration = False
+    quantization_config: IQConfig
+
+    def __init__(self, quantization_config: IQConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.planned: dict[str, Planned] = {}
+        self.stored: dict[str, StoredTensor] = {}
+        self.error: Exception | None = None
+        self.dtype = torch.get_default_dtype()
+        self._notes: dict[str, str] = {}
+
+    # -- before loading: the model is on the meta device -------------------------------------------------------
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Raises UnsupportedOperationError for a device map that cannot hold packed weights."""
+        if isinstance(device_map, dict) and "disk" in map(str, device_map.values()):
+            raise UnsupportedOperationError(
+                "a device_map with 'disk' is not supported by iqtorch: save the packed model, and load it with device_map 'cpu' "
+                "for those layers: packed files are memory-mapped and stay on disk until they are used"
+            )
+
+    def _process_model_before_weight_loading(self, model: Any, dtype: torch.dtype | None = None, **kwargs: Any) -> Any:
+        self.dtype = dtype or model.dtype
+        if self.pre_quantized:
+            self._plan_reading(model)
+        else:
+            self._plan_quantizing(model)
+        return model
+
+    def _plan_quantizing(self, model: Any) -> None:
+        config = self.quantization_config
+        # transformers ties weights only after loading, but a tied weight gets another format than one that is not.
+        for target, source in model.all_tied_weights_keys.items():
+            path, _, attribute = target.rpartition(".")
+            setattr(model.get_submodule(path), attribute, model.get_parameter(source))
+        table = importance_table(config.importance)
+        choices, self._notes = plan_formats(model, config.recipe, config.skip, has_importance=bool(table))
+        for site, choice in choices:
+            if choice.format is None:
+                continue
+            module = site.places[0][0]
+            conv = is_conv1d(module)
+            plan = Planned(choice.format, lookup_importance(table, site), site.transposed, site.transposed and not conv)
+            for place in self._names(model, site.places):
+                self.planned[place] = plan
+            if conv:
+                _conv1d_to_linear(model, module)
+
+    @staticmethod
+    def _names(model: nn.Module, places: list[tuple[nn.Module, str]]) -> list[str]:
+        """Parameter names of every place of a weight: a checkpoint may have a tied weight under any of them."""
+        wanted = {(id(module), attribute) for module, attribute in places}
+        return [
+            f"{name}.{attribute}" if name else attribute
+            for name, module in model.named_modules(remove_duplicate=False)
+            for attribute in module._parameters
+            if (id(module), attribute) in wanted
+        ]
+
+    def _plan_reading(self, model: Any) -> None:
+        shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+        prefix = f"{model.base_model_prefix}."
+        for name, stored in self.quantization_config.tensors.items():
+            # A headless model reads the checkpoint of a model with head, and the reverse: transformers adds or drops the prefix.
+            found = next((n for n in (name, prefix + name, name.removeprefix(prefix)) if n in shapes), None)
+            if found is None:
+                continue  # a part that this class of model lacks
+            module = model.get_submodule(found.rpartition(".")[0])
+            if is_conv1d(module):
+                shapes[found] = shapes[found][::-1]
+                _conv1d_to_linear(model, module)
+            if shapes[found] != stored.shape:
+                raise CheckpointError(
+                    f"quantization_config gives {name!r} the shape {list(stored.shape)}, the model of config.json has "
+                    f"{list(shapes[found])}: the checkpoint does not belong to this config"
+                )
+            self.stored[found] = stored
+
+    # -- sizes, for device_map="auto" ---------------------------------------------------------------------------
+
+    def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
+        """Bytes per weight that a parameter will have."""
+        if param_name in self.stored:
+            stored = self.stored[param_name]
+            return get_format(stored.format).bits_per_weight(stored.shape[-2 if stored.transposed else -1]) / 8
+        if param_name in self.planned:
+            return get_format(self.planned[param_name].format).bits_per_weight() / 8
+        return float(param.element_size())
+
+    # -- loading ------------------------------------------------------------------------------------------------
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        """Whether a parameter is packed: while loading a plain checkpoint, or as the packed checkpoint says."""
+        return param_name in self.planned or param_name in self.stored
+
+    def get_quantize_ops(self) -> Any:
+        """The operation that transformers applies to each planned weight."""
+        from .operations import Quantize
+
+        return Quantize(self)
+
+    def get_weight_conversions(self) -> list[Any]:
+        """The operation that reads packed weights."""
+        from .operations import unpacking
+
+        return unpacking(self.quantization_config.tensors, self) if self.pre_quantized else []
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
+        """A packed checkpoint has the model's own names and shapes: the model's conversions do not apply."""
+        return self.get_weight_conversions() if self.pre_quantized else list(weight_conversions)
+
+    def quantize_weight(self, model: nn.Module, name: str, weight: Tensor) -> nn.Parameter | None:
+        """The packed parameter for a weight as the checkpoint has it; None after an error, which is kept in `error`."""
+        if self.error is not None:
+            return None
+        plan = self.planned[name]
+        try:
+            packed = quantize(
+                weight.mT if plan.transposed else weight, plan.format, plan.importance, self.quantization_config.objective, name=name
+            )
+        except (IQTorchError, ValueError) as error:
+            self.error = error
+            return None
+        return self._finish(model, name, packed._swapped() if plan.view else packed)
+
+    def read_weight(self, model: nn.Module, name: str, blocks: Tensor) -> nn.Parameter | None:
+        """The packed parameter for the bytes of a packed checkpoint; None after an error, which is kept in `error`."""
+        if self.error is not None:
+            return None
+        try:
+            return self._finish(model, name, self.stored[name].read(name, blocks, self.dtype))
+        except IQTorchError as error:
+            self.error = error
+            return None
+
+    @staticmethod
+    def _finish(model: nn.Module, name: str, packed: IQTensor) -> nn.Parameter:
+        parameter = packed_parameter(packed)
+        parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers must not initialize it
+        return parameter
+
+    # -- after loading ------------------------------------------------------------------------------------------
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        if self.error is not None:
+            raise self.error
+        for name in self.stored:
+            if not isinstance(model.get_parameter(name), IQTensor):
+                raise CheckpointError(f"config.json lists the packed weight {name!r}, no file of the checkpoint has it: a file is missing")
+        for module in model.modules():
+            if isinstance(getattr(module, "weight", None), IQTensor):
+                module.__class__ = PACKED_CLASS.get(type(module), type(module))
+        setattr(model, NOTES, self._notes)
+        model._weight_conversions = []
+        use_packed_experts(model)
+        return model
+
+    # -- saving -------------------------------------------------------------------------------------------------
+
+    def get_state_dict_and_metadata(self, model: Any, safe_serialization: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """The state dict with canonical bytes for packed weights; fills in `quantization_config.tensors`."""
+        tensors: dict[str, StoredTensor] = {}
+        blocks: dict[int, Tensor] = {}  # tied weights share their bytes, so that they are saved once
+        state: dict[str, Tensor] = {}
+        for name, value in model.state_dict().items():
+            if isinstance(value, IQTensor):
+                key = value.packed.data_ptr()
+                if key not in blocks:
+                    blocks[key] = value.to_blocks()
+                tensors[name], value = StoredTensor.of(value, model.dtype), blocks[key]
+            state[name] = value
+        self.quantization_config.tensors = tensors
+        # Conversions back to the layout of the model's authors would take the bytes for weights: see update_weight_conversions.
+        model._weight_conversions = []
+        return state, {}
+
+    def is_serializable(self, safe_serialization: bool | None = None) -> bool:
+        """Packed models can be saved."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Adapters can be trained on packed models."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """Packed models can be compiled."""
+        return True
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
+        dtype = getattr(torch, dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
+        plain: dict[int, nn.Parameter] = {}
+        for module in model.modules():
+            for name, parameter in module._parameters.items():
+                if isinstance(parameter, IQTensor):
+                    if id(parameter) not in plain:
+                        plain[id(parameter)] = nn.Parameter(parameter.dequantize(dtype))
+                    module._parameters[name] = plain[id(parameter)]
+        del model._weight_conversions
+        return model
+
+
+def adopt(model: Any, config: IQConfig) -> None:
+    """Makes a transformers model whose weights were packed after loading one that `save_pretrained` can save."""
+    quantizer = IQQuantizer(config, pre_quantized=False)
+    quantizer.dtype = model.dtype
+    model.hf_quantizer = quantizer
+    model.is_quantized = True
+    model.quantization_method = METHOD
+    model.config.quantization_config = config
+    use_packed_experts(model)
+
+
+def _conv1d_to_linear(model: nn.Module, module: Any) -> None:
+    """Exchanges a `Conv1D` on the meta device for the `nn.Linear` that its packed weight will need."""
+    linear = nn.Linear(module.nx, module.nf, bias=module.bias is not None, device="meta", dtype=module.weight.dtype)
+    replace_module(model, module, linear.train(module.training))
+
+
+def name_patterns(names: Any) -> list[str]:
+    """Few regular expressions, without groups, that match exactly a model's names up to their numbers."""
+    return sorted({re.sub(r"(?<=\.)\d+(?=\\\.)", r"\\d+", re.escape(name)) for name in names})
