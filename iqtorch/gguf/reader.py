@@ -13,6 +13,7 @@ import re
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,8 @@ DTYPES = {
 }  # fmt: skip
 
 #: Scalar metadata types by id: struct code (also numpy's).
-_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "B", 10: "Q", 11: "q", 12: "d"}
-_SIZES = {kind: struct.calcsize(code) for kind, code in _SCALARS.items()}
+SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "B", 10: "Q", 11: "q", 12: "d"}
+_SIZES = {kind: struct.calcsize(code) for kind, code in SCALARS.items()}
 UINT32, BOOL, STRING, ARRAY = 4, 7, 8, 9
 
 _U32 = struct.Struct("<I").unpack_from
@@ -296,7 +297,7 @@ class _Part:
     def _value(self, key: str, kind: int, depth: int) -> _Value:
         """Walks over a value of type `kind`, checking it."""
         start = self.pos
-        if kind in _SCALARS:
+        if kind in SCALARS:
             self._need(_SIZES[kind], repr(key))
             if kind == BOOL and self.buffer[start] > 1:
                 raise GGUFMetadataError(f"{self.path}: {key!r} is a bool of value {self.buffer[start]}")
@@ -315,7 +316,7 @@ class _Part:
         inner = self._u32(f"element type of {key!r}")
         count = self._u64(f"length of {key!r}")
         start = self.pos
-        if inner in _SCALARS:
+        if inner in SCALARS:
             self._need(count * _SIZES[inner], repr(key))
             return _Value((kind, inner), start, count)
         self.array_strings += count
@@ -404,7 +405,7 @@ class _Part:
 
 def _check_overlap(path: Path, tensors: list[TensorInfo]) -> None:
     ordered = sorted(tensors, key=lambda t: t.offset)
-    for a, b in zip(ordered, ordered[1:], strict=False):
+    for a, b in pairwise(ordered):
         if a.offset + a.nbytes > b.offset:
             raise GGUFTensorError(f"{path}: tensors {a.name!r} and {b.name!r} overlap: {a.offset} + {a.nbytes} > {b.offset}")
 
@@ -416,13 +417,13 @@ def _decode(buffer: memoryview, value: _Value) -> tuple[Any, int]:
         n = _U64(buffer, pos)[0]
         # tokens need not be UTF-8: what is not comes back as surrogates, and is written again as it was
         return str(buffer[pos + 8 : pos + 8 + n], "utf-8", "surrogateescape"), pos + 8 + n
-    if kind in _SCALARS:
-        decoded = struct.unpack_from("<" + _SCALARS[kind], buffer, pos)[0]
+    if kind in SCALARS:
+        decoded = struct.unpack_from("<" + SCALARS[kind], buffer, pos)[0]
         return bool(decoded) if kind == BOOL else decoded, pos + _SIZES[kind]
     inner = value.kinds[1]
-    if inner in _SCALARS:
+    if inner in SCALARS:
         end = pos + value.count * _SIZES[inner]
-        numbers = np.frombuffer(buffer[pos:end], "<" + _SCALARS[inner]).tolist()
+        numbers = np.frombuffer(buffer[pos:end], "<" + SCALARS[inner]).tolist()
         return [bool(v) for v in numbers] if inner == BOOL else numbers, end
     out = []
     for _ in range(value.count):

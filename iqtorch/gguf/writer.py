@@ -16,13 +16,12 @@ from ..files import replacing
 from ..formats import Format
 from . import limits
 from .errors import GGUFMetadataError, GGUFTensorError
-from .reader import ARRAY, BOOL, DTYPES, STRING, UINT32
+from .reader import ARRAY, BOOL, DTYPES, SCALARS, STRING, UINT32
 
 __all__ = ["TensorSource", "Typed", "write_gguf"]
 
 INT32, FLOAT32, UINT64 = 5, 6, 10
 _TYPES = {dtype: ggml_type for ggml_type, dtype in DTYPES.items()}
-_CODES = {UINT32: "I", INT32: "i", FLOAT32: "f", BOOL: "?", UINT64: "Q"}
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,7 @@ def write_gguf(path: str | Path, metadata: Mapping[str, Any], tensors: Iterable[
             name = _text(source.name)
             if source.name in names or len(name) - 8 > limits.MAX_NAME_BYTES or not 1 <= len(source.shape) <= limits.MAX_DIMENSIONS:
                 raise GGUFTensorError(
-                    f"{path}: tensor {source.name!r} of shape {source.shape} has a name that is taken or too long, or too many dimensions"
+                    f"{path}: tensor {source.name!r} of shape {source.shape}: name taken or too long, or too many dimensions"
                 )
             names.add(source.name)
             ne = source.shape[::-1]
@@ -150,10 +149,10 @@ def _value(key: str, value: Any) -> bytes:
         head = struct.pack("<IIQ", ARRAY, kind, len(value))
         if kind == STRING:
             return head + b"".join(map(_text, value))
-        return head + struct.pack(f"<{len(value)}{_CODES[kind]}", *value)
-    except (struct.error, AttributeError) as error:
+        return head + struct.pack(f"<{len(value)}{SCALARS[kind]}", *value)
+    except (struct.error, AttributeError, KeyError) as error:
         raise GGUFMetadataError(f"{key!r}: {value!r:.80} does not fit GGUF type {kind}: {error}") from error
 
 
 def _scalar(kind: int, value: Any) -> bytes:
-    return _text(value) if kind == STRING else struct.pack("<" + _CODES[kind], value)
+    return _text(value) if kind == STRING else struct.pack("<" + SCALARS[kind], value)
