@@ -407,30 +407,40 @@ def _embedding(
     return ops.get_backend(weight.backend).embedding(input, weight.packed, weight.format, weight.rows, weight.k, weight.dtype)
 
 
-def _grouped(x: Tensor, w: IQTensor, offs: Tensor) -> Tensor:
-    """Rows of x by expert, times each expert's matrix: w is `[E, K, N]`, the transposed view of stored `[E, N, K]`."""
-    return _GroupedLinear.apply(x, w, offs.to(torch.int32))
+def grouped_linear(x: Tensor, w: IQTensor, offsets: Tensor) -> Tensor:
+    """Rows of `x [T, K]`, sorted by expert, times the transposed matrix of each one's expert: `[T, N]`.
+
+    Args:
+        x: expert e owns the rows from `offsets[e - 1]` up to `offsets[e]`; rows past the last offset give zeros.
+        w: experts, stored `[E, N, K]`.
+        offsets: `[E]`, integer, not decreasing.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    offsets = offsets.to(torch.int32)
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _GroupedLinear.apply(x, w.packed, offsets, w.format, w.backend, w.rows, w.k)
+    return ops.get_backend(w.backend).grouped_linear(x, w.packed, offsets, w.format, w.rows)
 
 
 class _GroupedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w: IQTensor, offsets: Tensor) -> Tensor:
-        ctx.save_for_backward(offsets)
-        ctx.weight = w
-        return ops.get_backend(w.backend).grouped_linear(x, w.packed, offsets, w.format, w.rows)
+    def forward(ctx: Any, x: Tensor, packed: Tensor, offsets: Tensor, fmt: Format, backend: str, rows: int, k: int) -> Tensor:
+        ctx.save_for_backward(packed, offsets)
+        ctx.meta = (fmt, backend, k)
+        return ops.get_backend(backend).grouped_linear(x, packed, offsets, fmt, rows)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (offsets,) = ctx.saved_tensors
-        w: IQTensor = ctx.weight
-        backend = ops.get_backend(w.backend)
-        out = grads[0].new_zeros((grads[0].shape[0], w.k))
+        packed, offsets = ctx.saved_tensors
+        fmt, backend, k = ctx.meta
+        out = grads[0].new_zeros((grads[0].shape[0], k))
         start = 0
         for expert, end in enumerate(offsets.tolist()):
             if end > start:
-                out[start:end] = backend.linear_transposed(grads[0][start:end], w.packed[expert], w.format, w.k)
+                out[start:end] = ops.get_backend(backend).linear_transposed(grads[0][start:end], packed[expert], fmt, k)
             start = max(start, end)
-        return out, None, None
+        return out, None, None, None, None, None, None
 
 
 def _grouped_mm(
@@ -440,7 +450,7 @@ def _grouped_mm(
         if isinstance(mat2, IQTensor):
             mat2 = mat2.dequantize()
         return _plain(F.grouped_mm, input, mat2, offs=offs, bias=bias, out_dtype=out_dtype)
-    y = _grouped(input, mat2, offs)
+    y = grouped_linear(input, mat2, offs)
     if bias is not None:
         y = y + bias
     return y if out_dtype is None else y.to(out_dtype)
@@ -449,6 +459,17 @@ def _grouped_mm(
 for _func in (getattr(F, "grouped_mm", None), getattr(torch, "_grouped_mm", None)):
     if _func is not None:
         _FUNCTIONS[_func] = _grouped_mm
+
+
+@_function(torch.bmm, torch.Tensor.bmm)
+def _bmm(input: Tensor, mat2: Tensor) -> Tensor:
+    if type(mat2) is not IQTensor or not mat2.transposed or isinstance(input, IQTensor) or input.dim() != 3:
+        return _plain(torch.bmm, input, mat2)
+    experts, tokens, k = input.shape
+    if (experts, k) != tuple(mat2.shape[:2]):
+        raise ShapeError(f"activations of shape {tuple(input.shape)} do not fit experts of shape {tuple(mat2.shape)}")
+    offsets = torch.arange(1, experts + 1, device=input.device) * tokens
+    return grouped_linear(input.reshape(-1, k), mat2, offsets).reshape(experts, tokens, -1)
 
 
 # -- views -----------------------------------------------------------------------------------------------------

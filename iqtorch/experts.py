@@ -1,0 +1,62 @@
+"""Mixtures of experts on packed weights: one grouped product per projection, whatever the routing."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .tensor import IQTensor, grouped_linear
+
+
+def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """The experts of a transformers model, as its "experts implementation" `iqtorch`.
+
+    Token and expert pairs are sorted by expert, so that each projection is one grouped product; nothing waits for the device
+    and no shape depends on the routing, so it compiles and can be captured in a graph.
+
+    Args:
+        module: holds `gate_up_proj` (or `up_proj`) and `down_proj`, `[E, N, K]` or transposed, packed or plain, their biases,
+            and the flags that transformers sets (`has_gate`, `has_bias`, `is_transposed`, `has_post_expert_norm`).
+        hidden_states: `[T, H]`.
+        top_k_index: `[T, k]`, experts of each token; an index of `num_experts` or more is no expert and adds nothing.
+        top_k_weights: `[T, k]`.
+
+    Returns:
+        `[T, H]`, of `hidden_states`' dtype.
+    """
+    tokens, k = top_k_index.shape
+    experts, order = torch.sort(top_k_index.reshape(-1), stable=True)
+    offsets = torch.searchsorted(experts, torch.arange(module.num_experts, device=experts.device, dtype=experts.dtype), right=True)
+    of_bias = experts.clamp(max=module.num_experts - 1)
+
+    def project(x: Tensor, name: str) -> Tensor:
+        y = _grouped(x, getattr(module, name), offsets, module.is_transposed)
+        return y + getattr(module, f"{name}_bias")[of_bias].to(y.dtype) if module.has_bias else y
+
+    x = hidden_states[order // k]
+    if module.has_gate:
+        x = module._apply_gate(project(x, "gate_up_proj"))
+    else:
+        x = module.act_fn(project(x, "up_proj"))
+    x = project(x, "down_proj")
+    if module.has_post_expert_norm:
+        x = module.post_expert_norm(x)
+    weights = (top_k_weights.reshape(-1)[order] * (experts < module.num_experts)).unsqueeze(-1)
+    back = torch.argsort(order)  # a gather and a sum: unlike index_add, the same result on every run
+    return (x * weights)[back].reshape(tokens, k, -1).sum(dim=1).to(hidden_states.dtype)
+
+
+def _grouped(x: Tensor, weight: Tensor, offsets: Tensor, transposed: bool) -> Tensor:
+    if isinstance(weight, IQTensor) and weight.transposed == transposed:
+        return grouped_linear(x, weight, offsets)
+    # A projection that was kept: its layer may still have a packed one.
+    weight = weight if transposed else weight.mT
+    if hasattr(F, "grouped_mm") and weight.dtype == torch.bfloat16:
+        return F.grouped_mm(x.to(weight.dtype), weight, offs=offsets.to(torch.int32))
+    bounds = [0, *offsets.tolist(), len(x)]
+    parts = [x[a:b].to(weight.dtype) @ weight[e] for e, (a, b) in enumerate(pairwise(bounds[:-1]))]
+    return torch.cat([*parts, x.new_zeros((bounds[-1] - bounds[-2], weight.shape[-1]), dtype=weight.dtype)])
