@@ -371,7 +371,7 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     return _product(input, weight, bias, weight.transposed)
 
 
-@_function(torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.mm, torch.Tensor.mm, torch.Tensor.__rmatmul__)
+@_function(torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.mm, torch.Tensor.mm)
 def _matmul(input: Tensor, other: Tensor) -> Tensor:
     if type(other) is not IQTensor or isinstance(input, IQTensor) or other.dim() != 2:
         return _plain(torch.matmul, input, other)
@@ -494,7 +494,7 @@ def _getitem(self: IQTensor, index: Any) -> Tensor:
         if scalar and not isinstance(index, bool):
             return _select(None, (self, 0, int(index)), {})
     if self.dim() == 2 and not self.transposed and isinstance(index, Tensor) and index.dtype in (torch.int32, torch.int64):
-        return _embedding(index, self)
+        return _embedding(torch.where(index < 0, index + self.rows, index), self)
     return _plain(torch.Tensor.__getitem__, self, index)
 
 

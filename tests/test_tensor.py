@@ -120,6 +120,7 @@ def test_embedding(float_precision: None) -> None:
     ids = torch.tensor([[0, 7], [3, 3]])
     assert torch.equal(F.embedding(ids, w), w.dequantize()[ids])
     assert torch.equal(w[ids], w.dequantize()[ids])
+    assert torch.equal(w[-ids], w.dequantize()[-ids])
     assert F.embedding(torch.empty(0, 2, dtype=torch.long), w).shape == (0, 2, 512)
     with pytest.raises(IndexError, match="0 .. 7"):
         F.embedding(torch.tensor([8]), w)
