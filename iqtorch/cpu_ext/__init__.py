@@ -1,0 +1,233 @@
+"""The compiled CPU kernels as a backend (`iqtorch.ops.Backend`).
+
+A packed matrix is one uint8 tensor of `layout(fmt).packed_bytes(rows, k)` bytes (see `layout.py`). The functions here are
+thin: each calls an operator `torch.ops.iqtorch_cpu.*` of the extension module on plain tensors. Without the compiled module
+`supports` says why, and everything else raises `KernelUnavailableError`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import mmap
+import os
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from ..errors import BlockSizeError, KernelUnavailableError
+from ..formats import Format, get_format, list_formats
+from .layout import layout
+
+name = "cpu"
+
+_HUGE_PAGE = 1 << 21
+
+
+def _load() -> str | None:
+    """Loads the extension module; returns why it cannot be used, or None."""
+    spec = importlib.util.find_spec(f"{__name__}._C")
+    if spec is None or spec.origin is None:
+        return "iqtorch was installed without its compiled kernels (reinstall with a C++17 compiler and torch >= 2.10 present)"
+    try:
+        torch.ops.load_library(spec.origin)
+    except OSError as error:
+        return f"the compiled kernels do not load with torch {torch.__version__}: {error}"
+    try:
+        torch.ops.iqtorch_cpu.isa_select("")
+    except RuntimeError as error:
+        return _first_line(error)
+    return None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
+
+
+@lru_cache(maxsize=256)
+def _register(fmt: Format) -> str | None:
+    """Tells the kernels about a format; returns why they cannot run it, or None."""
+    try:
+        made = layout(fmt)
+        numbers = torch.from_numpy(made.ints), torch.from_numpy(made.floats), torch.from_numpy(made.table)
+        torch.ops.iqtorch_cpu.register_format(*numbers)
+    except (KernelUnavailableError, RuntimeError) as error:
+        return _first_line(error)
+    return None
+
+
+@lru_cache(maxsize=256)
+def _register_moves(fmt: Format) -> None:
+    torch.ops.iqtorch_cpu.register_layout(fmt.ggml_type, torch.from_numpy(layout(fmt).moves))
+
+
+def _require(fmt: Format) -> None:
+    reason = supports(fmt, 1, fmt.block_size)
+    if reason is not None:
+        raise KernelUnavailableError(f"no compiled CPU kernels for {fmt.name}: {reason}")
+
+
+def capabilities() -> dict[str, str]:
+    """Which instruction sets can run here.
+
+    Returns:
+        `{"isa": name in use, name: "available" or the reason why not, ...}`, the best first; `IQTORCH_ISA` forces one.
+
+    Raises:
+        KernelUnavailableError: there are no compiled kernels, or `IQTORCH_ISA` names what this CPU cannot run.
+    """
+    if _unavailable is not None:
+        raise KernelUnavailableError(_unavailable)
+    chosen, *rest = torch.ops.iqtorch_cpu.isa_list().splitlines()
+    found = {"isa": chosen}
+    for line in rest:
+        isa, _, reason = line.partition("=")
+        found[isa] = reason or "available"
+    return found
+
+
+def select_isa(isa: str | None) -> None:
+    """Uses one instruction set from now on (`"scalar"`, `"avx2"`, `"avx512"`, `"amx"`, `"neon"`); None: `IQTORCH_ISA` or the best.
+
+    Raises:
+        KernelUnavailableError: unknown, or this CPU cannot run it.
+    """
+    if _unavailable is not None and isa is not None:
+        raise KernelUnavailableError(_unavailable)
+    try:
+        torch.ops.iqtorch_cpu.isa_select(isa or "")
+    except RuntimeError as error:
+        raise KernelUnavailableError(_first_line(error)) from None
+
+
+# -- the backend -----------------------------------------------------------------------------------------------
+
+
+def supports(fmt: Format, rows: int, k: int) -> str | None:
+    """None if the kernels can run a matrix of this format and shape, else the reason why not.
+
+    Raises:
+        KernelUnavailableError: `IQTORCH_ISA` asks for an instruction set that this CPU lacks.
+    """
+    if _unavailable is not None:
+        if "IQTORCH_ISA" in os.environ and "IQTORCH_ISA" in _unavailable:
+            raise KernelUnavailableError(_unavailable)
+        return _unavailable
+    if fmt.interleave != 1:
+        return f"{fmt.name} interleaves {fmt.interleave} rows; unpack it to {fmt.plain} first"
+    if rows < 1 or k < 1 or k % fmt.block_size:
+        return f"{fmt.name} needs at least one row of a positive multiple of {fmt.block_size} weights, got {rows} x {k}"
+    return _register(fmt)
+
+
+def empty_packed(count: int) -> Tensor:
+    """Uninitialised uint8 `[count]`; from a huge page on in memory of its own for which huge pages are asked.
+
+    Kernels read weights once per product: with 4 KiB pages a third of the time goes to address translation.
+    """
+    if count < _HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(count, dtype=torch.uint8)
+    memory = mmap.mmap(-1, -(-count // _HUGE_PAGE) * _HUGE_PAGE)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8, count=count)
+
+
+def pack(blocks: Tensor, fmt: Format) -> Tensor:
+    """Canonical bytes uint8 `[..., rows, row_bytes]` -> packed uint8 `[..., packed_bytes]`. Rows are padded to 16.
+
+    Raises:
+        BlockSizeError: the bytes are no rows of this format.
+        KernelUnavailableError: no compiled kernels for this format.
+    """
+    _require(fmt)
+    fmt.check_blocks(blocks)
+    rows, k = blocks.shape[-2], fmt.row_length(blocks.shape[-1])
+    if rows == 0:
+        raise BlockSizeError(f"a {fmt.name} matrix needs at least one row, got shape {tuple(blocks.shape)}")
+    _register_moves(fmt)
+    lead, size = blocks.shape[:-2], layout(fmt).packed_bytes(rows, k)
+    out = empty_packed(size * lead.numel()).view(*lead, size)
+    for source, target in zip(blocks.reshape(-1, *blocks.shape[-2:]), out.view(-1, size)):
+        torch.ops.iqtorch_cpu.pack(source.contiguous(), target, fmt.ggml_type)
+    return out
+
+
+def unpack(data: Tensor, fmt: Format, rows: int, k: int) -> Tensor:
+    """Packed -> canonical bytes uint8 `[..., rows, row_bytes]`, bit for bit."""
+    _require(fmt)
+    _register_moves(fmt)
+    out = torch.empty((*data.shape[:-1], rows, fmt.row_bytes(k)), dtype=torch.uint8)
+    for source, target in zip(data.reshape(-1, data.shape[-1]), out.view(-1, *out.shape[-2:])):
+        torch.ops.iqtorch_cpu.unpack(source.contiguous(), target, fmt.ggml_type)
+    return out
+
+
+def linear(x: Tensor, data: Tensor, fmt: Format, rows: int, bias: Tensor | None = None, precision: int = 1) -> Tensor:
+    """`x [..., K]` times the transposed matrix, plus bias: `[..., rows]` in `x.dtype`. `precision`: 0 float, 1 int8 allowed."""
+    return torch.ops.iqtorch_cpu.linear.default(x, data, fmt.ggml_type, rows, bias, precision)
+
+
+def linear_transposed(g: Tensor, data: Tensor, fmt: Format, k: int) -> Tensor:
+    """`g [..., rows]` times the matrix: `[..., K]`, always in float precision."""
+    return torch.ops.iqtorch_cpu.linear_transposed.default(g, data, fmt.ggml_type, k)
+
+
+def dequantize(data: Tensor, fmt: Format, rows: int, k: int, dtype: torch.dtype) -> Tensor:
+    """Weights `[..., rows, K]`, computed in float32."""
+    return torch.ops.iqtorch_cpu.dequantize.default(data, fmt.ggml_type, rows, k, dtype)
+
+
+def embedding(ids: Tensor, data: Tensor, fmt: Format, rows: int, k: int, dtype: torch.dtype) -> Tensor:
+    """Rows of the matrix for integer `ids` of any shape: `[*ids.shape, K]`.
+
+    Raises:
+        IndexError: an id below 0 or not below `rows`.
+    """
+    if torch.compiler.is_compiling():
+        return torch.ops.iqtorch_cpu.embedding.default(ids, data, fmt.ggml_type, rows, k, dtype)
+    try:
+        return torch.ops.iqtorch_cpu.embedding.default(ids, data, fmt.ggml_type, rows, k, dtype)
+    except RuntimeError as error:
+        if "index out of range" in str(error):
+            raise IndexError(_first_line(error)) from None
+        raise
+
+
+def grouped_linear(x: Tensor, data: Tensor, offsets: Tensor, fmt: Format, rows: int, precision: int = 1) -> Tensor:
+    """`x [T, K]` sorted by expert; expert e owns the rows up to int32 `offsets[e]`. Rows past the last offset are zeros."""
+    return torch.ops.iqtorch_cpu.grouped_linear.default(x, data, offsets, fmt.ggml_type, rows, precision)
+
+
+def _register_fakes() -> None:
+    """Shapes and dtypes of the operators' results, for torch.compile and torch.export."""
+    fake = torch.library.register_fake
+
+    @fake("iqtorch_cpu::linear")
+    def _(x: Tensor, data: Tensor, format: int, rows: int, bias: Tensor | None, precision: int) -> Tensor:
+        return x.new_empty((*x.shape[:-1], rows))
+
+    @fake("iqtorch_cpu::linear_transposed")
+    def _(g: Tensor, data: Tensor, format: int, k: int) -> Tensor:
+        return g.new_empty((*g.shape[:-1], k))
+
+    @fake("iqtorch_cpu::dequantize")
+    def _(data: Tensor, format: int, rows: int, k: int, dtype: torch.dtype) -> Tensor:
+        return data.new_empty((*data.shape[:-1], rows, k), dtype=dtype)
+
+    @fake("iqtorch_cpu::embedding")
+    def _(ids: Tensor, data: Tensor, format: int, rows: int, k: int, dtype: torch.dtype) -> Tensor:
+        return data.new_empty((*ids.shape, k), dtype=dtype)
+
+    @fake("iqtorch_cpu::grouped_linear")
+    def _(x: Tensor, data: Tensor, offsets: Tensor, format: int, rows: int, precision: int) -> Tensor:
+        return x.new_empty((x.shape[0], rows))
+
+
+#: Why the compiled kernels cannot be used; None if they can.
+_unavailable = _load()
+if _unavailable is None:
+    _register_fakes()
+    # All at once, so that a packed tensor works wherever it comes from (a pickle, another process).
+    for _fmt in map(get_format, list_formats()):
+        if _fmt.interleave == 1:
+            _register(_fmt)

@@ -1,0 +1,315 @@
+// The operators `iqtorch_cpu::*` on plain tensors, through PyTorch's stable ABI.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "dispatch.h"
+
+namespace {
+
+using namespace iqtorch;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int64_t kSmall = 1 << 17;  // weights times rows below which threads cost more than they bring
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+DType dtype_of(ScalarType type, const char* what) {
+  if (type == ScalarType::Float) return kFloat32;
+  if (type == ScalarType::BFloat16) return kBFloat16;
+  STD_TORCH_CHECK(type == ScalarType::Half, what, " must be float32, bfloat16 or float16; convert it with .to(torch.float32)");
+  return kFloat16;
+}
+
+struct Free {
+  void operator()(void* p) const { std::free(p); }
+};
+
+// Scratch memory, aligned for vectors, grown as needed and kept by each thread.
+template <class T> T* scratch(int slot, int64_t count) {
+  struct Buffer {
+    std::unique_ptr<void, Free> data;
+    size_t bytes = 0;
+  };
+  static thread_local Buffer buffers[8];
+  Buffer& buffer = buffers[slot];
+  const size_t bytes = (std::max<int64_t>(count, 1) * sizeof(T) + 63) / 64 * 64;
+  // Large buffers are given back when they are more than twice too big: a prompt must not pin its size for ever.
+  if (buffer.bytes < bytes || (buffer.bytes > (1 << 22) && buffer.bytes > 2 * bytes)) {
+    buffer.data.reset(std::aligned_alloc(64, bytes));
+    STD_TORCH_CHECK(buffer.data, "out of memory: ", bytes, " bytes of scratch for a matrix product");
+    buffer.bytes = bytes;
+  }
+  return static_cast<T*>(buffer.data.get());
+}
+
+template <class F> void parallel(int64_t count, int64_t work, const F& f) {
+  if (work <= kSmall || count <= 1) return f(0, count);
+  torch::stable::parallel_for(0, count, 1, f);
+}
+
+int64_t header_size(const Format& f, int64_t rows) { return ceil_div(ceil_div(rows, kRows) * kRows * f.i.header_bytes, 64) * 64; }
+
+int64_t packed_size(const Format& f, int64_t rows, int64_t k) {
+  return header_size(f, rows) + ceil_div(rows, kRows) * (k / f.i.block) * f.i.tile_bytes;
+}
+
+Matrix matrix_of(const Format& f, const uint8_t* data, int64_t bytes, int64_t rows, int64_t k) {
+  STD_TORCH_CHECK(k > 0 && k % f.i.block == 0, "rows of GGUF type ", f.i.type, " are a positive multiple of ", f.i.block, " weights, got ", k);
+  STD_TORCH_CHECK(rows > 0 && bytes == packed_size(f, rows, k), "a packed matrix of ", rows, " x ", k, " weights has ",
+                  packed_size(f, rows, k), " bytes, got ", bytes, "; pass the rows and columns it was packed with");
+  return {&f, data, data + header_size(f, rows), rows, k, k / f.i.block};
+}
+
+const Format& format_of(int64_t type, const Tensor& data) {
+  STD_TORCH_CHECK(data.scalar_type() == ScalarType::Byte && data.is_contiguous(), "packed weights are a contiguous uint8 tensor");
+  return find_format(type);
+}
+
+// y = x W^T + bias for contiguous x [m, k] and y [m, rows].
+void multiply(const Matrix& w, const void* x, DType dtype, int64_t m, const float* bias, void* y, bool int8) {
+  const Kernels& kern = kernels();
+  const int64_t k = w.k, cells = k / kCell, groups = w.format->i.groups, row_groups = ceil_div(w.rows, kRows);
+  const int64_t work = m * w.rows * k;
+  Activations act{m, k, nullptr, nullptr, nullptr, nullptr, nullptr};
+  const Output out{y, dtype, w.rows, bias};
+  if (kern.linear_tiled && m >= 16) {
+    float* wide = scratch<float>(0, m * k);
+    uint16_t* tiled = scratch<uint16_t>(1, kern.tiled_bytes(m, k) / 2);
+    parallel(m, m * k, [&](int64_t a, int64_t b) {
+      kern.to_float(static_cast<const char*>(x) + a * k * (dtype == kFloat32 ? 4 : 2), dtype, wide + a * k, (b - a) * k);
+    });
+    parallel(ceil_div(m, 32), m * k, [&](int64_t a, int64_t b) { kern.tile(wide, m, k, tiled, a, b); });
+    act.tiled = tiled;
+    parallel(ceil_div(row_groups, 2), work, [&](int64_t a, int64_t b) {
+      kern.linear_tiled(w, act, out, nullptr, 2 * a, std::min(2 * b, row_groups));
+    });
+    return;
+  }
+  const float* wide = static_cast<const float*>(x);
+  if (dtype != kFloat32) {
+    float* converted = scratch<float>(0, m * k);
+    parallel(m, m * k, [&](int64_t a, int64_t b) { kern.to_float(static_cast<const char*>(x) + 2 * a * k, dtype, converted + a * k, (b - a) * k); });
+    wide = converted;
+  }
+  if (int8) {
+    int8_t* q = scratch<int8_t>(1, m * k);
+    float* scale = scratch<float>(2, m * cells);
+    float* sums = scratch<float>(3, m * cells * groups);
+    parallel(m, m * k, [&](int64_t a, int64_t b) {
+      for (int64_t i = a; i < b; ++i) kern.quantize(wide + i * k, k, (int)groups, q + i * k, scale + i * cells, sums + i * cells * groups);
+    });
+    act.q = q, act.scale = scale, act.sums = sums;
+  } else {
+    act.x = wide;
+  }
+  parallel(row_groups, work, [&](int64_t a, int64_t b) { kern.linear(w, act, out, a, b); });
+}
+
+// bias as float32, or null.
+const float* bias_of(const std::optional<Tensor>& bias, int64_t rows, Tensor& keep) {
+  if (!bias) return nullptr;
+  STD_TORCH_CHECK(bias->numel() == rows && bias->dim() == 1, "bias must have one number per row: ", rows, ", got ", bias->numel());
+  keep = torch::stable::contiguous(*bias);
+  const DType dtype = dtype_of(keep.scalar_type(), "bias");
+  if (dtype == kFloat32) return static_cast<const float*>(keep.const_data_ptr());
+  float* wide = scratch<float>(4, rows);
+  kernels().to_float(keep.const_data_ptr(), dtype, wide, rows);
+  return wide;
+}
+
+std::vector<int64_t> with_last(const Tensor& x, int64_t last) {
+  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
+  sizes.back() = last;
+  return sizes;
+}
+
+Tensor linear(const Tensor& x, const Tensor& data, int64_t format, int64_t rows, const std::optional<Tensor>& bias, int64_t precision) {
+  STD_TORCH_CHECK(x.dim() >= 1, "activations need at least one dimension");
+  const Format& f = format_of(format, data);
+  const DType dtype = dtype_of(x.scalar_type(), "activations");
+  const int64_t k = x.size(-1);
+  const Matrix w = matrix_of(f, data.const_data_ptr<uint8_t>(), data.numel(), rows, k);
+  Tensor y = torch::stable::new_empty(x, with_last(x, rows));
+  const int64_t m = x.numel() / k;
+  if (m == 0) return y;
+  const Tensor flat = x.is_contiguous() ? x : torch::stable::contiguous(x);
+  Tensor keep;
+  multiply(w, flat.const_data_ptr(), dtype, m, bias_of(bias, rows, keep), y.mutable_data_ptr(), precision != 0);
+  return y;
+}
+
+Tensor linear_transposed(const Tensor& g, const Tensor& data, int64_t format, int64_t k) {
+  STD_TORCH_CHECK(g.dim() >= 1, "gradients need at least one dimension");
+  const Format& f = format_of(format, data);
+  const DType dtype = dtype_of(g.scalar_type(), "gradients");
+  const int64_t rows = g.size(-1);
+  const Matrix w = matrix_of(f, data.const_data_ptr<uint8_t>(), data.numel(), rows, k);
+  Tensor y = torch::stable::new_empty(g, with_last(g, k));
+  const int64_t m = g.numel() / rows;
+  if (m == 0) return y;
+  const Tensor flat = torch::stable::contiguous(g);
+  const Kernels& kern = kernels();
+  const float* wide = static_cast<const float*>(flat.const_data_ptr());
+  float* out = static_cast<float*>(y.mutable_data_ptr());
+  if (dtype != kFloat32) {
+    float* converted = scratch<float>(0, m * rows);
+    kern.to_float(flat.const_data_ptr(), dtype, converted, m * rows);
+    wide = converted;
+    out = scratch<float>(1, m * k);
+  }
+  parallel(w.blocks, m * rows * k, [&](int64_t a, int64_t b) { kern.transposed(w, wide, m, out, a, b); });
+  if (dtype != kFloat32) kern.from_float(out, dtype, y.mutable_data_ptr(), m * k);
+  return y;
+}
+
+Tensor dequantize(const Tensor& data, int64_t format, int64_t rows, int64_t k, ScalarType type) {
+  const Format& f = format_of(format, data);
+  const DType dtype = dtype_of(type, "the dtype of dequantized weights");
+  const int64_t bytes = data.size(-1), count = data.numel() / bytes;
+  std::vector<int64_t> sizes(data.sizes().begin(), data.sizes().end() - 1);
+  sizes.push_back(rows);
+  sizes.push_back(k);
+  Tensor y = torch::stable::new_empty(data, sizes, type);
+  const uint8_t* p = data.const_data_ptr<uint8_t>();
+  char* out = static_cast<char*>(y.mutable_data_ptr());
+  for (int64_t e = 0; e < count; ++e) {
+    const Matrix w = matrix_of(f, p + e * bytes, bytes, rows, k);
+    char* own = out + e * rows * k * (dtype == kFloat32 ? 4 : 2);
+    parallel(ceil_div(rows, kRows), rows * k, [&](int64_t a, int64_t b) { kernels().dequantize(w, dtype, own, a, b); });
+  }
+  return y;
+}
+
+Tensor embedding(const Tensor& ids, const Tensor& data, int64_t format, int64_t rows, int64_t k, ScalarType type) {
+  const Format& f = format_of(format, data);
+  const DType dtype = dtype_of(type, "the dtype of embeddings");
+  const Matrix w = matrix_of(f, data.const_data_ptr<uint8_t>(), data.numel(), rows, k);
+  std::vector<int64_t> sizes(ids.sizes().begin(), ids.sizes().end());
+  sizes.push_back(k);
+  Tensor y = torch::stable::new_empty(data, sizes, type);
+  const int64_t n = ids.numel();
+  const Tensor flat = torch::stable::contiguous(ids);
+  int64_t* id = scratch<int64_t>(5, n);
+  if (flat.scalar_type() == ScalarType::Long) {
+    std::memcpy(id, flat.const_data_ptr(), n * sizeof(int64_t));
+  } else {
+    STD_TORCH_CHECK(flat.scalar_type() == ScalarType::Int, "ids must be int64 or int32");
+    std::copy_n(static_cast<const int32_t*>(flat.const_data_ptr()), n, id);
+  }
+  for (int64_t i = 0; i < n; ++i)
+    STD_TORCH_CHECK(id[i] >= 0 && id[i] < rows, "index out of range: id ", id[i], " of an embedding with ", rows, " rows (0 .. ", rows - 1, ")");
+  void* out = y.mutable_data_ptr();
+  parallel(n, n * k * kRows, [&](int64_t a, int64_t b) { kernels().gather(w, dtype, id, out, a, b); });
+  return y;
+}
+
+Tensor grouped_linear(const Tensor& x, const Tensor& data, const Tensor& offsets, int64_t format, int64_t rows, int64_t precision) {
+  const Format& f = format_of(format, data);
+  STD_TORCH_CHECK(x.dim() == 2 && data.dim() == 2, "activations are [T, K] and packed experts [E, bytes]");
+  STD_TORCH_CHECK(offsets.scalar_type() == ScalarType::Int && offsets.dim() == 1 && offsets.size(0) == data.size(0),
+                  "offsets are int32, one per expert: the end of its rows of activations");
+  const DType dtype = dtype_of(x.scalar_type(), "activations");
+  const int64_t k = x.size(1), tokens = x.size(0), bytes = data.size(1), size = dtype == kFloat32 ? 4 : 2;
+  Tensor y = torch::stable::new_empty(x, {tokens, rows});
+  const Tensor flat = torch::stable::contiguous(x), ends = torch::stable::contiguous(offsets);
+  const int32_t* end = static_cast<const int32_t*>(ends.const_data_ptr());
+  const char* in = static_cast<const char*>(flat.const_data_ptr());
+  char* out = static_cast<char*>(y.mutable_data_ptr());
+  int64_t start = 0;
+  for (int64_t e = 0; e < data.size(0); ++e) {
+    const Matrix w = matrix_of(f, data.const_data_ptr<uint8_t>() + e * bytes, bytes, rows, k);
+    STD_TORCH_CHECK(end[e] >= start && end[e] <= tokens, "offsets must not decrease nor pass ", tokens, ", got ", end[e], " after ", start);
+    if (end[e] > start) multiply(w, in + start * k * size, dtype, end[e] - start, nullptr, out + start * rows * size, precision != 0);
+    start = end[e];
+  }
+  std::memset(out + start * rows * size, 0, (tokens - start) * rows * size);
+  return y;
+}
+
+void pack(const Tensor& blocks, Tensor data, int64_t format) {
+  const Format& f = format_of(format, data);
+  STD_TORCH_CHECK(blocks.scalar_type() == ScalarType::Byte && blocks.is_contiguous() && blocks.dim() == 2, "blocks are contiguous uint8 [rows, row_bytes]");
+  STD_TORCH_CHECK(f.moves, "the layout of GGUF type ", format, " is not registered");
+  const int64_t rows = blocks.size(0), row_bytes = blocks.size(1), n = (row_bytes - f.i.header_bytes) / f.i.block_bytes;
+  const Matrix w = matrix_of(f, data.const_data_ptr<uint8_t>(), data.numel(), rows, n * f.i.block);
+  const uint8_t* in = blocks.const_data_ptr<uint8_t>();
+  uint8_t* out = data.mutable_data_ptr<uint8_t>();
+  std::memset(out, 0, header_size(f, rows));
+  for (int64_t r = 0; r < rows; ++r) std::memcpy(out + r * f.i.header_bytes, in + r * row_bytes, f.i.header_bytes);
+  uint8_t* tiles = out + (w.tiles - w.headers);
+  parallel(ceil_div(rows, kRows), rows * w.k, [&](int64_t a, int64_t b) { kernels().pack(f, in, row_bytes, rows, n, tiles, a, b); });
+}
+
+void unpack(const Tensor& data, Tensor blocks, int64_t format) {
+  const Format& f = format_of(format, data);
+  STD_TORCH_CHECK(blocks.scalar_type() == ScalarType::Byte && blocks.is_contiguous() && blocks.dim() == 2, "blocks are contiguous uint8 [rows, row_bytes]");
+  STD_TORCH_CHECK(f.moves, "the layout of GGUF type ", format, " is not registered");
+  const int64_t rows = blocks.size(0), row_bytes = blocks.size(1), n = (row_bytes - f.i.header_bytes) / f.i.block_bytes;
+  const Matrix w = matrix_of(f, data.const_data_ptr<uint8_t>(), data.numel(), rows, n * f.i.block);
+  uint8_t* out = blocks.mutable_data_ptr<uint8_t>();
+  for (int64_t r = 0; r < rows; ++r) std::memcpy(out + r * row_bytes, w.headers + r * f.i.header_bytes, f.i.header_bytes);
+  parallel(ceil_div(rows, kRows), rows * w.k, [&](int64_t a, int64_t b) { kernels().unpack(f, w.tiles, row_bytes, rows, n, out, a, b); });
+}
+
+void register_one(const Tensor& ints, const Tensor& floats, const Tensor& table) {
+  register_format(static_cast<const int32_t*>(ints.const_data_ptr()), ints.numel(), static_cast<const float*>(floats.const_data_ptr()),
+                  floats.numel(), table.const_data_ptr<uint8_t>(), table.numel());
+}
+
+void register_layout(int64_t format, const Tensor& moves) {
+  register_moves((int32_t)format, static_cast<const int32_t*>(moves.const_data_ptr()), moves.numel());
+}
+
+// "name=reason" per line, an empty reason for what can run; the one in use comes first.
+std::string isa_list() {
+  std::string text = std::string(kernels().name) + "\n";
+  for (const Isa& isa : instruction_sets()) text += std::string(isa.name) + "=" + isa.missing + "\n";
+  return text;
+}
+
+void isa_select(std::string name) { select_isa(name); }
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(iqtorch_cpu, m) {
+  m.def("linear(Tensor x, Tensor data, int format, int rows, Tensor? bias, int precision) -> Tensor");
+  m.def("linear_transposed(Tensor g, Tensor data, int format, int k) -> Tensor");
+  m.def("dequantize(Tensor data, int format, int rows, int k, ScalarType dtype) -> Tensor");
+  m.def("embedding(Tensor ids, Tensor data, int format, int rows, int k, ScalarType dtype) -> Tensor");
+  m.def("grouped_linear(Tensor x, Tensor data, Tensor offsets, int format, int rows, int precision) -> Tensor");
+  m.def("pack(Tensor blocks, Tensor(a!) data, int format) -> ()");
+  m.def("unpack(Tensor data, Tensor(a!) blocks, int format) -> ()");
+  m.def("register_format(Tensor ints, Tensor floats, Tensor table) -> ()");
+  m.def("register_layout(int format, Tensor moves) -> ()");
+  m.def("isa_list() -> str");
+  m.def("isa_select(str name) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(iqtorch_cpu, CPU, m) {
+  m.impl("linear", TORCH_BOX(&linear));
+  m.impl("linear_transposed", TORCH_BOX(&linear_transposed));
+  m.impl("dequantize", TORCH_BOX(&dequantize));
+  m.impl("embedding", TORCH_BOX(&embedding));
+  m.impl("grouped_linear", TORCH_BOX(&grouped_linear));
+  m.impl("pack", TORCH_BOX(&pack));
+  m.impl("unpack", TORCH_BOX(&unpack));
+  m.impl("register_format", TORCH_BOX(&register_one));
+  m.impl("register_layout", TORCH_BOX(&register_layout));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(iqtorch_cpu, CompositeExplicitAutograd, m) {
+  m.impl("isa_list", TORCH_BOX(&isa_list));
+  m.impl("isa_select", TORCH_BOX(&isa_select));
+}

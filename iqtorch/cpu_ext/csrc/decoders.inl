@@ -1,0 +1,173 @@
+// Decoders: one cell (16 rows x 32 weights) of a tile -> eight vectors of operands, value + bias as unsigned bytes.
+// `decode(tile, cell, sink)` calls sink(q, operands of weights 4 q .. 4 q + 3) for q = 0 .. 7, in order.
+// kNarrow promises operands below 128 (see dot1 in simd_avx2.h); a format may be registered only if it keeps it.
+
+namespace iqtorch { namespace IQTORCH_ISA {
+
+// `Bits` bits of the lanes of vector q, from planes of decreasing width that start at p; the widest plane is lowest.
+template <int Bits> IQ_FN U8 lanes(const uint8_t* p, int q) {
+  constexpr int width = Bits & 8 ? 8 : Bits & 4 ? 4 : Bits & 2 ? 2 : 1;
+  U8 v = load(p + kVector * (q * width / 8));
+  if constexpr (width < 8) v = bits(v, q * width % 8, (1 << width) - 1);
+  if constexpr (Bits > width) v = or_shifted(v, lanes<Bits - width>(p + kVector * width, q), width);
+  return v;
+}
+
+// Element e of a field of `Count` numbers of `Bits` bits in the rows arrangement (layout.py).
+template <int Bits, int Count> IQ_FN I32 rows_element(const uint8_t* p, int e) {
+  constexpr int width = Bits & 16 ? 16 : Bits & 8 ? 8 : Bits & 4 ? 4 : Bits & 2 ? 2 : 1;
+  I32 v;
+  if constexpr (width == 16) {
+    v = load16(p + 32 * e);
+  } else {
+    v = load8(p + kRows * (e * width / 8));
+    if constexpr (width < 8) v = shift_right(v, e * width % 8) & set((1 << width) - 1);
+  }
+  if constexpr (Bits > width) v = v | shift_left(rows_element<Bits - width, Count>(p + kRows * Count * width / 8, e), width);
+  return v;
+}
+
+template <int Bits> struct PlainDecoder {
+  static constexpr bool kNarrow = Bits < 8;
+  int mask;
+  explicit IQ_FN PlainDecoder(const Format& f) : mask(f.i.flip) {}
+  template <class Sink> IQ_FN void decode(const uint8_t* tile, int cell, Sink sink) const {
+    const uint8_t* p = tile + cell * kVector * Bits;
+    IQ_UNROLL(8)
+    for (int q = 0; q < 8; ++q) {
+      U8 v = lanes<Bits>(p, q);
+      if constexpr (Bits == 8) v = iqtorch::IQTORCH_ISA::flip(v, mask);
+      sink(q, v);
+    }
+  }
+};
+
+template <int Bits> struct LookupDecoder {
+  static constexpr bool kNarrow = Bits < 4;
+  static constexpr int kEntries = Bits <= 4 ? 16 : 1 << Bits;
+  Table<kEntries> table;
+  explicit IQ_FN LookupDecoder(const Format& f) : table(load_table<kEntries>(f.table)) {}
+  template <class Sink> IQ_FN void decode(const uint8_t* tile, int cell, Sink sink) const {
+    const uint8_t* p = tile + cell * kVector * Bits;
+    IQ_UNROLL(8)
+    for (int q = 0; q < 8; ++q) sink(q, lookup(table, lanes<Bits>(p, q)));
+  }
+};
+
+// 40 bits per 16-bit lane hold eight five-bit codes of pairs; the look-up ignores the bits above the code.
+struct PairsDecoder {
+  static constexpr bool kNarrow = true;
+  PairTable table;
+  explicit IQ_FN PairsDecoder(const Format& f) : table(load_pairs(f.table)) {}
+  template <class Sink> IQ_FN void decode(const uint8_t* tile, int cell, Sink sink) const {
+    const uint8_t* p = tile + cell * 160;
+    U8 w0 = load(p), w1 = load(p + kVector), b = widen16(p + 2 * kVector);
+    sink(0, lookup_pairs(table, w0));
+    sink(1, lookup_pairs(table, shift16(w0, 5)));
+    sink(2, lookup_pairs(table, shift16(w0, 10)));
+    sink(3, lookup_pairs(table, w1));
+    sink(4, lookup_pairs(table, shift16(w1, 5)));
+    sink(5, lookup_pairs(table, shift16(w1, 10)));
+    sink(6, lookup_pairs(table, b));
+    U8 last = and16_or(shift16(w1, 14), 2, shift16(w0, 15));
+    sink(7, lookup_pairs(table, and16_or(shift16(b, 3), 0x1c, last)));
+  }
+};
+
+// iq4_kss: 15 bits of a 16-bit word are the Gray code of four 4-bit codes of even parity, bit 0 belongs to the scale.
+struct WordsDecoder {
+  static constexpr bool kNarrow = false;
+  Table<16> table;
+  explicit IQ_FN WordsDecoder(const Format& f) : table(load_table<16>(f.table)) {}
+  static IQ_FN U8 codes(const uint8_t* p) {
+    I32 w = as_i32(load(p)) & set((int32_t)0xfffefffe);
+    return as_bytes(w ^ as_i32(shift16(as_bytes(w), 1)));
+  }
+  template <class Sink> IQ_FN void decode(const uint8_t* tile, int cell, Sink sink) const {
+    const uint8_t* p = tile + cell * kVector * 4;
+    IQ_UNROLL(8)
+    for (int q = 0; q < 8; ++q) sink(q, lookup(table, bits(codes(p + kVector * (q % 4)), q / 4 * 4, 15)));
+  }
+  // The eight bits 0 of a cell's words: the variant, then seven bits of scale.
+  static IQ_FN I32 scale_byte(const uint8_t* tile, int cell) {
+    const uint8_t* p = tile + cell * kVector * 4;
+    I32 all = set(0);
+    IQ_UNROLL(4)
+    for (int v = 0; v < 4; ++v) all = all | shift_left(load32(p + kVector * v) & set(0x00010001), 2 * v);
+    return (all | shift_right(all, 15)) & set(255);
+  }
+};
+
+// Signs that are stored apart, applied to operands whose bias is half of `total`.
+template <int Mode> struct Signs {
+  int offset, total;
+  explicit IQ_FN Signs(const Format& f) : offset(f.i.sign_bits.plane[0].offset), total(2 * f.i.bias) {}
+  // Signs of the eight weights of group g of a block, in the low byte of each row's lane.
+  IQ_FN I32 of_group(const uint8_t* tile, int g) const {
+    I32 s = rows_element<7, 32>(tile + offset, g);
+    I32 x = s ^ shift_right(s, 4);
+    x = x ^ shift_right(x, 2);
+    x = (x ^ shift_right(x, 1)) & set(1);
+    return s | shift_left(x, 7);
+  }
+  IQ_FN U8 apply(const uint8_t* tile, int cell, int q, I32 group, U8 v) const {
+    if constexpr (Mode == kSignBits) return mirror(v, load(tile + offset + kVector * cell), q, total);
+    if constexpr (Mode == kSignParity) return mirror_rows(v, group, q % 2, total);
+    return v;
+  }
+};
+
+// A code selects `Vec` neighbouring operands from a table in memory.
+template <int Bits, int Vec, int Mode> struct GridDecoder {
+  static constexpr bool kNarrow = true;
+  const uint8_t* table;
+  Signs<Mode> signs;
+  explicit IQ_FN GridDecoder(const Format& f) : table(f.table), signs(f) {}
+  template <class Sink> IQ_FN void decode(const uint8_t* tile, int cell, Sink sink) const {
+    I32 code = set(0), group = set(0);
+    IQ_UNROLL(8)
+    for (int q = 0; q < 8; ++q) {
+      if (Vec == 4 || q % 2 == 0) code = rows_element<Bits, kMaxBlock / Vec>(tile, cell * (kCell / Vec) + (Vec == 4 ? q : q / 2));
+      if (Mode == kSignParity && q % 2 == 0) group = signs.of_group(tile, cell * 4 + q / 2);
+      U8 v = as_bytes(gather<Vec>(table + (Vec == 8 ? q % 2 * 4 : 0), code));
+      sink(q, signs.apply(tile, cell, q, group, v));
+    }
+  }
+};
+
+// Values are generated: each step multiplies by a constant, a value is the sum of the low six bits of the four bytes, minus 126.
+template <int Bits, int Vec, int Mode> struct TrellisDecoder {
+  static constexpr bool kNarrow = false;
+  Signs<Mode> signs;
+  I32 multiplier, first;
+  int variant_offset, variant_step;
+  explicit IQ_FN TrellisDecoder(const Format& f)
+      : signs(f), multiplier(set(f.i.multiplier)), first(set(f.i.generator_offset)), variant_offset(f.i.variant.plane[0].offset),
+        variant_step(f.i.variant_in_code) {}
+  template <class Sink> IQ_FN void decode(const uint8_t* tile, int cell, Sink sink) const {
+    I32 x = first, start = first;
+    if constexpr (Vec == 4) {  // the variant bit chooses between two first values
+      I32 variant = shift_right(load8(tile + variant_offset), cell) & set(1);
+      start = first + variant * set(variant_step);
+    }
+    IQ_UNROLL(8)
+    for (int q = 0; q < 8; ++q) {
+      if (Vec == 4 || q % 2 == 0) x = start + rows_element<Bits, kMaxBlock / Vec>(tile, cell * (kCell / Vec) + (Vec == 4 ? q : q / 2));
+      I32 value[4];
+      IQ_UNROLL(4)
+      for (int j = 0; j < 4; ++j) {
+        x = x * multiplier;
+        value[j] = x & set(0x3f3f3f3f);
+      }
+      // a sum is at most 252: it fits the byte that shifting left has freed
+      I32 four = byte_sums(set(0), value[3]);
+      IQ_UNROLL(3)
+      for (int j = 2; j >= 0; --j) four = byte_sums(shift_left(four, 8), value[j]);
+      U8 v = as_bytes(four);
+      if constexpr (Mode != kNoSign) v = add(abs_difference(v, 126), 128);
+      sink(q, signs.apply(tile, cell, q, x, v));
+    }
+  }
+};
+
+}}  // namespace iqtorch::IQTORCH_ISA

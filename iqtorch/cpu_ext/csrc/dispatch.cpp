@@ -1,0 +1,187 @@
+#include "dispatch.h"
+
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <stdexcept>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
+
+namespace iqtorch {
+namespace {
+
+#if defined(__x86_64__)
+std::string missing_features(std::initializer_list<std::pair<const char*, bool>> features) {
+  std::string names;
+  for (const auto& [name, present] : features)
+    if (!present) names += (names.empty() ? "" : ", ") + std::string(name);
+  return names.empty() ? "" : "this CPU lacks " + names;
+}
+
+std::string avx2_missing() {
+  __builtin_cpu_init();
+  return missing_features(
+      {{"avx2", __builtin_cpu_supports("avx2")}, {"fma", __builtin_cpu_supports("fma")}, {"f16c", __builtin_cpu_supports("f16c")}});
+}
+
+std::string avx512_missing() {
+  const std::string base = avx2_missing();
+  if (!base.empty()) return base;
+  return missing_features({{"avx512f", __builtin_cpu_supports("avx512f")},
+                           {"avx512bw", __builtin_cpu_supports("avx512bw")},
+                           {"avx512vl", __builtin_cpu_supports("avx512vl")},
+                           {"avx512dq", __builtin_cpu_supports("avx512dq")},
+                           {"avx512vnni", __builtin_cpu_supports("avx512vnni")},
+                           {"avx512vbmi", __builtin_cpu_supports("avx512vbmi")}});
+}
+
+// The kernel hands out the tile state (18 = XTILEDATA) only on request (0x1023 = ARCH_REQ_XCOMP_PERM).
+std::string amx_missing() {
+  const std::string base = avx512_missing();
+  if (!base.empty()) return base;
+  unsigned a = 0, b = 0, c = 0, d = 0, a1 = 0, b1 = 0, c1 = 0, d1 = 0;
+  __get_cpuid_count(7, 0, &a, &b, &c, &d);
+  __get_cpuid_count(7, 1, &a1, &b1, &c1, &d1);
+  const std::string own =
+      missing_features({{"amx_tile", d >> 24 & 1}, {"amx_bf16", d >> 22 & 1}, {"avx512_bf16", a1 >> 5 & 1}});
+  if (!own.empty()) return own;
+#if defined(__linux__)
+  if (syscall(SYS_arch_prctl, 0x1023, 18) != 0) return "the operating system does not grant the AMX tile state";
+  return "";
+#else
+  return "AMX is used on Linux only";
+#endif
+}
+#endif
+
+#if defined(__aarch64__)
+std::string neon_missing() {
+#if defined(__linux__)
+  return getauxval(AT_HWCAP) & HWCAP_ASIMDDP ? "" : "this CPU lacks the dot-product instructions (asimddp)";
+#else
+  return "";
+#endif
+}
+#endif
+
+std::vector<Isa> find_instruction_sets() {
+  std::vector<Isa> found;
+#if defined(IQTORCH_HAVE_AMX)
+  found.push_back({"amx", kernels_amx, amx_missing()});
+#endif
+#if defined(IQTORCH_HAVE_AVX512)
+  found.push_back({"avx512", kernels_avx512, avx512_missing()});
+#endif
+#if defined(IQTORCH_HAVE_AVX2)
+  found.push_back({"avx2", kernels_avx2, avx2_missing()});
+#endif
+#if defined(IQTORCH_HAVE_NEON)
+  found.push_back({"neon", kernels_neon, neon_missing()});
+#endif
+  found.push_back({"scalar", kernels_scalar, ""});
+  for (const char* name : {"amx", "avx512", "avx2", "neon"}) {
+    bool listed = false;
+    for (const Isa& isa : found) listed |= !std::strcmp(isa.name, name);
+    if (!listed) found.push_back({name, nullptr, "this build was made for another kind of CPU, or by a compiler without it"});
+  }
+  return found;
+}
+
+const Kernels* choose(const std::string& asked) {
+  std::string names;
+  for (const Isa& isa : instruction_sets()) {
+    const bool usable = isa.kernels && isa.missing.empty();
+    if (asked.empty() && usable) return isa.kernels();
+    if (asked == isa.name) {
+      if (usable) return isa.kernels();
+      throw std::runtime_error("IQTORCH_ISA=" + asked + " cannot run here: " + isa.missing);
+    }
+    names += std::string(names.empty() ? "" : ", ") + isa.name;
+  }
+  throw std::runtime_error("IQTORCH_ISA=" + asked + " is not an instruction set; known are " + names);
+}
+
+const Kernels* chosen = nullptr;
+
+struct Entry {
+  Format format;
+  std::vector<uint8_t> table;
+  std::vector<Move> moves;
+};
+
+std::mutex registry_mutex;
+std::map<int64_t, std::unique_ptr<Entry>>& registry() {
+  static std::map<int64_t, std::unique_ptr<Entry>> entries;
+  return entries;
+}
+// Read without the lock in the kernels' entry points: GGUF type ids are small.
+constexpr int64_t kTypes = 1024;
+const Format* by_type[kTypes];
+
+}  // namespace
+
+const std::vector<Isa>& instruction_sets() {
+  static const std::vector<Isa> sets = find_instruction_sets();
+  return sets;
+}
+
+void select_isa(const std::string& name) {
+  const char* forced = std::getenv("IQTORCH_ISA");
+  chosen = choose(!name.empty() ? name : forced ? forced : "");
+}
+
+const Kernels& kernels() {
+  if (!chosen) select_isa("");
+  return *chosen;
+}
+
+void register_format(const int32_t* ints, size_t int_count, const float* floats, size_t float_count, const uint8_t* table, size_t table_bytes) {
+  if (int_count * sizeof(int32_t) != sizeof(Ints) || float_count * sizeof(float) != sizeof(Floats))
+    throw std::runtime_error("the compiled kernels and the Python package are of different versions; reinstall iqtorch");
+  auto entry = std::make_unique<Entry>();
+  std::memcpy(&entry->format.i, ints, sizeof(Ints));
+  std::memcpy(&entry->format.f, floats, sizeof(Floats));
+  const int64_t type = entry->format.i.type;
+  if (type < 0 || type >= kTypes) throw std::runtime_error("GGUF type ids go up to 1023, got " + std::to_string(type));
+  if (!kernels().accepts(entry->format.i))
+    throw std::runtime_error("no decoder for its codes of " + std::to_string(entry->format.i.code_width) + " bits");
+  entry->table.assign(table, table + table_bytes);
+  entry->table.resize(table_bytes + 64);
+  entry->format.table = entry->table.data();
+  entry->format.moves = nullptr;
+  entry->format.move_count = 0;
+  const std::lock_guard<std::mutex> lock(registry_mutex);
+  auto& slot = registry()[type];
+  if (slot) return;  // a second thread was first; records never change
+  slot = std::move(entry);
+  by_type[type] = &slot->format;
+}
+
+void register_moves(int32_t type, const int32_t* moves, size_t count) {
+  const std::lock_guard<std::mutex> lock(registry_mutex);
+  const auto found = registry().find(type);
+  if (found == registry().end()) throw std::runtime_error("format " + std::to_string(type) + " is not registered");
+  Entry& entry = *found->second;
+  if (entry.format.moves) return;
+  static_assert(sizeof(Move) == 6 * sizeof(int32_t));
+  entry.moves.resize(count / 6);
+  std::memcpy(entry.moves.data(), moves, entry.moves.size() * sizeof(Move));
+  entry.format.move_count = (int32_t)entry.moves.size();
+  entry.format.moves = entry.moves.data();
+}
+
+const Format& find_format(int64_t type) {
+  if (type < 0 || type >= kTypes || !by_type[type])
+    throw std::runtime_error("GGUF type id " + std::to_string(type) + " has no compiled CPU kernels");
+  return *by_type[type];
+}
+
+}  // namespace iqtorch

@@ -1,0 +1,75 @@
+// What the encoder's search knows about a format, and its entry points per instruction set.
+// Plain data only (see format.h). Everything here is prepared in iqtorch/encode/compiled.py; the method is in search.py.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace iqtorch {
+
+// Nearest of a list of integers: cell floor(2 y) - low of the number y.
+struct Lookup {
+  const int32_t* index;
+  const float* value;
+  float low, high;
+  int32_t cells;
+};
+
+// Integers that a stored scale (or minimum) may stand for, times `factor`.
+struct ScaleGrid {
+  Lookup rank;            // of value / factor; `rank.value` is the integer
+  const float* value;     // by rank, times factor
+  const int32_t* stored;  // by rank
+  int32_t count;
+  float factor, largest;
+};
+
+// A partition of a large codebook, per variant: centres [2 vec, cells] (values, then mean squares), members [vec, padded].
+struct Cells {
+  const float* centre;
+  const float* value;
+  const int32_t* code;
+  const int32_t* first;  // [cells + 1], in vectors of 16 members
+  int32_t cells, padded;
+};
+
+enum Signs : int32_t { kUnsigned, kFree, kEven };
+enum FloatKind : int32_t { kHalf, kSingle, kExponent };
+
+// Same order as `_ints` and `_floats` in compiled.py.
+struct EncodeInts {
+  int32_t group, groups, vec, entries, variants, code_parity, signs, d_kind, affine, two_signs, free_minimum;
+  int32_t keep, shortlist, rounds, probes;
+};
+
+struct Encoder {
+  EncodeInts i;
+  float reference;  // group maximum (vec 1) or root mean square over `reference` is the unit of the trial scales
+  float smallest;   // smallest magnitude of the codebook
+  Lookup table;           // vec 1: codes and values, one list per variant
+  const float* book;      // [variants, entries, vec]
+  const int32_t* other;   // vec 1 with parity: by cell, the nearest code of the other parity
+  const int32_t* odd;     // by code
+  const int32_t* order;   // codes of a group, word by word
+  Cells cells[2];
+  ScaleGrid scale, minimum;
+  const float *trials, *offsets, *reach, *reach_minimum;
+  int32_t trial_count, offset_count, reach_count, reach_minimum_count;
+};
+
+// Units u of `groups * group` weights; error weights of unit u are row u % weight_rows of `w`.
+struct EncodeData {
+  const float *x, *w;
+  const int32_t* exponent;
+  int64_t weight_rows;
+  int32_t *d, *dmin, *scale, *minimum, *variant, *code;
+  uint8_t* negative;
+};
+
+// Bytes of scratch for one call; 64-byte aligned.
+size_t encode_scratch(const Encoder& e);
+
+void encode_scalar(const Encoder&, const EncodeData&, void* scratch, int64_t u0, int64_t u1);
+void encode_avx2(const Encoder&, const EncodeData&, void* scratch, int64_t u0, int64_t u1);
+void encode_avx512(const Encoder&, const EncodeData&, void* scratch, int64_t u0, int64_t u1);
+
+}  // namespace iqtorch

@@ -1,0 +1,126 @@
+// `iqtorch_cpu::encode`: the search of iqtorch/encode for units of weights that share a `d` (see encode.h).
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+
+#include "dispatch.h"
+#include "encode.h"
+
+namespace {
+
+using namespace iqtorch;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+using Run = void (*)(const Encoder&, const EncodeData&, void*, int64_t, int64_t);
+
+Run encoder_of(const char* isa) {
+#ifdef IQTORCH_HAVE_AVX512
+  if (!std::strcmp(isa, "avx512") || !std::strcmp(isa, "amx")) return encode_avx512;
+#endif
+#ifdef IQTORCH_HAVE_AVX2
+  if (!std::strcmp(isa, "avx2")) return encode_avx2;
+#endif
+  (void)isa;
+  return encode_scalar;
+}
+
+// Numbers and tables in the order in which compiled.py lists them.
+struct Reader {
+  const int32_t* ints;
+  const float* floats;
+  const int32_t* int_tables;
+  const float* float_tables;
+
+  const int32_t* int_table() { return at(int_tables); }
+  const float* float_table() { return at(float_tables); }
+  template <class T> const T* at(const T* tables) {
+    const int32_t offset = *ints++;
+    return offset < 0 ? nullptr : tables + offset;
+  }
+  Lookup lookup() {
+    Lookup t{};
+    t.cells = *ints++, t.index = int_table(), t.value = float_table(), t.low = *floats++, t.high = *floats++;
+    return t;
+  }
+  ScaleGrid grid() {
+    ScaleGrid g{};
+    g.rank = lookup(), g.count = *ints++, g.value = float_table(), g.stored = int_table(), g.factor = *floats++, g.largest = *floats++;
+    return g;
+  }
+  Cells cells() {
+    Cells c{};
+    c.cells = *ints++, c.padded = *ints++, c.centre = float_table(), c.value = float_table(), c.code = int_table(), c.first = int_table();
+    return c;
+  }
+};
+
+Encoder read(Reader r) {
+  Encoder e{};
+  std::memcpy(&e.i, r.ints, sizeof(e.i));
+  r.ints += sizeof(e.i) / sizeof(int32_t);
+  e.reference = *r.floats++, e.smallest = *r.floats++;
+  e.table = r.lookup();
+  e.book = r.float_table(), e.other = r.int_table(), e.odd = r.int_table(), e.order = r.int_table();
+  e.cells[0] = r.cells(), e.cells[1] = r.cells();
+  e.scale = r.grid(), e.minimum = r.grid();
+  e.trial_count = *r.ints++, e.trials = r.float_table();
+  e.offset_count = *r.ints++, e.offsets = r.float_table();
+  e.reach_count = *r.ints++, e.reach = r.float_table();
+  e.reach_minimum_count = *r.ints++, e.reach_minimum = r.float_table();
+  return e;
+}
+
+struct Free {
+  void operator()(void* p) const { std::free(p); }
+};
+
+void check(const Tensor& t, ScalarType type, int64_t elements, const char* name) {
+  STD_TORCH_CHECK(t.scalar_type() == type && t.is_contiguous() && t.numel() == elements, "encode: ", name, " must be contiguous, with ",
+                  elements, " elements of the right type; it has ", t.numel());
+}
+
+void encode(const Tensor& x, const Tensor& w, const Tensor& exponent, const Tensor& ints, const Tensor& floats, const Tensor& int_tables,
+            const Tensor& float_tables, Tensor heads, Tensor groups, Tensor codes, Tensor negative) {
+  const Encoder e = read({ints.const_data_ptr<int32_t>(), floats.const_data_ptr<float>(), int_tables.const_data_ptr<int32_t>(),
+                          float_tables.const_data_ptr<float>()});
+  const int64_t units = exponent.numel(), count = (int64_t)e.i.group * e.i.groups;
+  check(x, ScalarType::Float, units * count, "x");
+  check(w, ScalarType::Float, w.numel() / count * count, "w");
+  check(exponent, ScalarType::Int, units, "exponent");
+  check(heads, ScalarType::Int, 2 * units, "heads");
+  check(groups, ScalarType::Int, 3 * units * e.i.groups, "groups");
+  check(codes, ScalarType::Int, units * count / e.i.vec, "codes");
+  check(negative, ScalarType::Byte, e.i.signs == kUnsigned ? negative.numel() : units * count, "negative");
+  int32_t* head = heads.mutable_data_ptr<int32_t>();
+  int32_t* group = groups.mutable_data_ptr<int32_t>();
+  const int64_t per = units * e.i.groups;
+  const EncodeData data{x.const_data_ptr<float>(), w.const_data_ptr<float>(), exponent.const_data_ptr<int32_t>(), w.numel() / count,
+                        head, head + units, group, group + per, group + 2 * per, codes.mutable_data_ptr<int32_t>(),
+                        negative.mutable_data_ptr<uint8_t>()};
+  const Run run = encoder_of(kernels().name);
+  const size_t bytes = (encode_scratch(e) + 63) / 64 * 64;
+  const auto part = [&](int64_t a, int64_t b) {
+    std::unique_ptr<void, Free> scratch(std::aligned_alloc(64, bytes));
+    STD_TORCH_CHECK(scratch, "out of memory: ", bytes, " bytes of scratch for encoding");
+    run(e, data, scratch.get(), a, b);
+  };
+  torch::stable::parallel_for(0, units, std::max<int64_t>(1, 4096 / count), part);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(iqtorch_cpu, m) {
+  m.def(
+      "encode(Tensor x, Tensor w, Tensor exponent, Tensor ints, Tensor floats, Tensor int_tables, Tensor float_tables, "
+      "Tensor(a!) heads, Tensor(b!) groups, Tensor(c!) codes, Tensor(d!) negative) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(iqtorch_cpu, CPU, m) { m.impl("encode", TORCH_BOX(&encode)); }

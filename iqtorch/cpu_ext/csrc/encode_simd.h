@@ -1,0 +1,126 @@
+// Sixteen float or int lanes for the encoder. Every instruction set gives the same results: the lanes are fixed, sums are
+// reduced in one order, and multiply-adds are fused (the portable version of `fma` rounds twice: see encode.inl).
+#pragma once
+#include <cstdint>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace iqtorch { namespace IQTORCH_ISA { namespace encoder {
+
+#define IQ_FN static inline __attribute__((always_inline))
+#define IQ_EACH for (int i = 0; i < 16; ++i)
+
+#if defined(__AVX512F__)
+
+struct F { __m512 v; };
+struct I { __m512i v; };
+IQ_FN F load(const float* p) { return {_mm512_loadu_ps(p)}; }
+IQ_FN I load(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
+IQ_FN void store(float* p, F a) { _mm512_storeu_ps(p, a.v); }
+IQ_FN void store(int32_t* p, I a) { _mm512_storeu_si512(p, a.v); }
+IQ_FN F set(float c) { return {_mm512_set1_ps(c)}; }
+IQ_FN I seti(int32_t c) { return {_mm512_set1_epi32(c)}; }
+IQ_FN F operator+(F a, F b) { return {_mm512_add_ps(a.v, b.v)}; }
+IQ_FN F operator-(F a, F b) { return {_mm512_sub_ps(a.v, b.v)}; }
+IQ_FN F operator*(F a, F b) { return {_mm512_mul_ps(a.v, b.v)}; }
+IQ_FN I operator+(I a, I b) { return {_mm512_add_epi32(a.v, b.v)}; }
+IQ_FN F fma(F a, F b, F c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+IQ_FN F min(F a, F b) { return {_mm512_min_ps(a.v, b.v)}; }
+IQ_FN F max(F a, F b) { return {_mm512_max_ps(a.v, b.v)}; }
+IQ_FN I truncate(F a) { return {_mm512_cvttps_epi32(a.v)}; }
+IQ_FN F gather(const float* p, I i) { return {_mm512_i32gather_ps(i.v, p, 4)}; }
+IQ_FN I gather(const int32_t* p, I i) { return {_mm512_i32gather_epi32(i.v, p, 4)}; }
+// Where a < best: best = a, which = index.
+IQ_FN void keep_lower(F a, I index, F& best, I& which) {
+  __mmask16 m = _mm512_cmp_ps_mask(a.v, best.v, _CMP_LT_OQ);
+  best.v = _mm512_mask_mov_ps(best.v, m, a.v), which.v = _mm512_mask_mov_epi32(which.v, m, index.v);
+}
+
+#elif defined(__AVX2__) && defined(__FMA__)
+
+struct F { __m256 v[2]; };
+struct I { __m256i v[2]; };
+IQ_FN F load(const float* p) { return {{_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}}; }
+IQ_FN I load(const int32_t* p) { return {{_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)p + 1)}}; }
+IQ_FN void store(float* p, F a) { _mm256_storeu_ps(p, a.v[0]), _mm256_storeu_ps(p + 8, a.v[1]); }
+IQ_FN void store(int32_t* p, I a) { _mm256_storeu_si256((__m256i*)p, a.v[0]), _mm256_storeu_si256((__m256i*)p + 1, a.v[1]); }
+IQ_FN F set(float c) { return {{_mm256_set1_ps(c), _mm256_set1_ps(c)}}; }
+IQ_FN I seti(int32_t c) { return {{_mm256_set1_epi32(c), _mm256_set1_epi32(c)}}; }
+IQ_FN F operator+(F a, F b) { return {{_mm256_add_ps(a.v[0], b.v[0]), _mm256_add_ps(a.v[1], b.v[1])}}; }
+IQ_FN F operator-(F a, F b) { return {{_mm256_sub_ps(a.v[0], b.v[0]), _mm256_sub_ps(a.v[1], b.v[1])}}; }
+IQ_FN F operator*(F a, F b) { return {{_mm256_mul_ps(a.v[0], b.v[0]), _mm256_mul_ps(a.v[1], b.v[1])}}; }
+IQ_FN I operator+(I a, I b) { return {{_mm256_add_epi32(a.v[0], b.v[0]), _mm256_add_epi32(a.v[1], b.v[1])}}; }
+IQ_FN F fma(F a, F b, F c) { return {{_mm256_fmadd_ps(a.v[0], b.v[0], c.v[0]), _mm256_fmadd_ps(a.v[1], b.v[1], c.v[1])}}; }
+IQ_FN F min(F a, F b) { return {{_mm256_min_ps(a.v[0], b.v[0]), _mm256_min_ps(a.v[1], b.v[1])}}; }
+IQ_FN F max(F a, F b) { return {{_mm256_max_ps(a.v[0], b.v[0]), _mm256_max_ps(a.v[1], b.v[1])}}; }
+IQ_FN I truncate(F a) { return {{_mm256_cvttps_epi32(a.v[0]), _mm256_cvttps_epi32(a.v[1])}}; }
+IQ_FN F gather(const float* p, I i) { return {{_mm256_i32gather_ps(p, i.v[0], 4), _mm256_i32gather_ps(p, i.v[1], 4)}}; }
+IQ_FN I gather(const int32_t* p, I i) { return {{_mm256_i32gather_epi32(p, i.v[0], 4), _mm256_i32gather_epi32(p, i.v[1], 4)}}; }
+IQ_FN void keep_lower(F a, I index, F& best, I& which) {
+  for (int h = 0; h < 2; ++h) {
+    __m256 m = _mm256_cmp_ps(a.v[h], best.v[h], _CMP_LT_OQ);
+    best.v[h] = _mm256_blendv_ps(best.v[h], a.v[h], m);
+    which.v[h] = _mm256_blendv_epi8(which.v[h], index.v[h], _mm256_castps_si256(m));
+  }
+}
+
+#else
+
+struct F { float v[16]; };
+struct I { int32_t v[16]; };
+IQ_FN F load(const float* p) { F r; __builtin_memcpy(&r, p, 64); return r; }
+IQ_FN I load(const int32_t* p) { I r; __builtin_memcpy(&r, p, 64); return r; }
+IQ_FN void store(float* p, F a) { __builtin_memcpy(p, &a, 64); }
+IQ_FN void store(int32_t* p, I a) { __builtin_memcpy(p, &a, 64); }
+IQ_FN F set(float c) { F r; IQ_EACH r.v[i] = c; return r; }
+IQ_FN I seti(int32_t c) { I r; IQ_EACH r.v[i] = c; return r; }
+IQ_FN F operator+(F a, F b) { IQ_EACH a.v[i] += b.v[i]; return a; }
+IQ_FN F operator-(F a, F b) { IQ_EACH a.v[i] -= b.v[i]; return a; }
+IQ_FN F operator*(F a, F b) { IQ_EACH a.v[i] *= b.v[i]; return a; }
+IQ_FN I operator+(I a, I b) { IQ_EACH a.v[i] += b.v[i]; return a; }
+IQ_FN F fma(F a, F b, F c) { IQ_EACH c.v[i] += a.v[i] * b.v[i]; return c; }
+IQ_FN F min(F a, F b) { IQ_EACH a.v[i] = a.v[i] < b.v[i] ? a.v[i] : b.v[i]; return a; }
+IQ_FN F max(F a, F b) { IQ_EACH a.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i]; return a; }
+IQ_FN I truncate(F a) { I r; IQ_EACH r.v[i] = (int32_t)a.v[i]; return r; }
+IQ_FN F gather(const float* p, I n) { F r; IQ_EACH r.v[i] = p[n.v[i]]; return r; }
+IQ_FN I gather(const int32_t* p, I n) { I r; IQ_EACH r.v[i] = p[n.v[i]]; return r; }
+IQ_FN void keep_lower(F a, I index, F& best, I& which) {
+  IQ_EACH {
+    which.v[i] = a.v[i] < best.v[i] ? index.v[i] : which.v[i];
+    best.v[i] = a.v[i] < best.v[i] ? a.v[i] : best.v[i];
+  }
+}
+
+#endif
+
+// Sum of the lanes, always in the same order.
+IQ_FN float sum(F a) {
+  float t[16];
+  store(t, a);
+  for (int step = 8; step; step /= 2)
+    for (int i = 0; i < step; ++i) t[i] += t[i + step];
+  return t[0];
+}
+
+IQ_FN float lowest(F a) {
+  float t[16];
+  store(t, a);
+  for (int step = 8; step; step /= 2)
+    for (int i = 0; i < step; ++i) t[i] = t[i + step] < t[i] ? t[i + step] : t[i];
+  return t[0];
+}
+
+// The index of the lowest lane; among equal lanes the lowest index.
+IQ_FN int32_t index_of_lowest(F a, I which) {
+  float t[16];
+  int32_t n[16];
+  store(t, a), store(n, which);
+  int32_t found = n[0];
+  float best = t[0];
+  for (int i = 1; i < 16; ++i)
+    if (t[i] < best || (t[i] == best && n[i] < found)) best = t[i], found = n[i];
+  return found;
+}
+
+}}}  // namespace iqtorch::IQTORCH_ISA::encoder

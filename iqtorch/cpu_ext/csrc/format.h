@@ -1,0 +1,112 @@
+// What the kernels know about a format, and the table of functions that each instruction set provides.
+// Plain data only: this header is compiled into translation units with different machine flags, so it must not define
+// inline functions that the linker could share between them.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace iqtorch {
+
+constexpr int kRows = 16;      // rows interleaved in a tile
+constexpr int kCell = 32;      // weights of a row that share an activation scale
+constexpr int kVector = 64;    // bytes: four neighbouring weights of each of 16 rows
+constexpr int kMaxBlock = 256; // weights per block
+constexpr int kMaxPlanes = 4;
+constexpr int kMaxGroups = kMaxBlock / 8;
+
+// The numbers of iqtorch/cpu_ext/layout.py.
+enum Decoder : int32_t { kPlain, kLookup, kPairs, kWords, kGrid, kTrellis };
+enum Sign : int32_t { kNoSign, kSignBits, kSignParity };
+enum DType : int32_t { kFloat32, kBFloat16, kFloat16 };
+
+struct Plane {
+  int32_t offset, bits, low;
+};
+
+struct Field {
+  int32_t count;
+  Plane plane[kMaxPlanes];
+};
+
+// Same order as `Layout.ints` and `Layout.floats` in iqtorch/cpu_ext/layout.py.
+struct Ints {
+  int32_t type, block, block_bytes, header_bytes, d_bytes, tile_bytes;
+  int32_t decoder, sign, code_width, vec, narrow, bias, delta, variant_in_code, flip;
+  int32_t groups, scale_group, variant_group, affine;  // `groups` per cell share scale, minimum and variant
+  int32_t scale_flip, scale_linear, min_flip, min_linear;
+  int32_t multiplier, generator_offset;
+  Field code, sign_bits, d, dmin, scale, min, variant;
+};
+
+struct Floats {
+  float unit, runtime_scale, scale_a, scale_b, min_a, min_b;
+  float scale_values[256], min_values[256];
+};
+
+// One run of bits between a canonical block and a tile: byte `source` of each row <-> unit of `stride` bytes at `target`.
+struct Move {
+  int32_t source, shift, width, target, stride, at;
+};
+
+struct Format {
+  Ints i;
+  Floats f;
+  const uint8_t* table;  // operands (value + bias) by code; padded so that 8 bytes may be read at any entry
+  const Move* moves;
+  int32_t move_count;
+};
+
+// A packed matrix. Tiles of row group g start at `tiles + g * blocks * tile_bytes`.
+struct Matrix {
+  const Format* format;
+  const uint8_t* headers;
+  const uint8_t* tiles;
+  int64_t rows, k, blocks;
+};
+
+// Activations of `m` rows: int8 with a scale per cell, or float32.
+struct Activations {
+  int64_t m, k;
+  const int8_t* q;       // [m, k]
+  const float* scale;    // [m, k / 32]
+  const float* sums;     // [m, k / 32 * groups]: scale times the sum of q, per group
+  const float* x;        // [m, k] when q is null
+  const uint16_t* tiled; // bfloat16 in the order of the matrix unit, or null
+};
+
+struct Output {
+  void* data;
+  DType dtype;
+  int64_t stride;     // elements between rows
+  const float* bias;  // [rows] or null
+};
+
+struct Kernels {
+  const char* name;
+  bool (*accepts)(const Ints&);  // false: no decoder for such codes
+  void (*pack)(const Format&, const uint8_t* blocks, int64_t row_bytes, int64_t rows, int64_t n_blocks, uint8_t* tiles, int64_t g0,
+               int64_t g1);
+  void (*unpack)(const Format&, const uint8_t* tiles, int64_t row_bytes, int64_t rows, int64_t n_blocks, uint8_t* blocks, int64_t g0,
+                 int64_t g1);
+  void (*to_float)(const void* x, DType dtype, float* out, int64_t count);
+  void (*from_float)(const float* x, DType dtype, void* out, int64_t count);
+  void (*quantize)(const float* x, int64_t k, int groups, int8_t* q, float* scale, float* sums);
+  void (*linear)(const Matrix&, const Activations&, const Output&, int64_t g0, int64_t g1);
+  void (*dequantize)(const Matrix&, DType, void* out, int64_t g0, int64_t g1);
+  void (*gather)(const Matrix&, DType, const int64_t* ids, void* out, int64_t i0, int64_t i1);
+  // Columns of blocks b0 .. b1 of `g [m, rows] @ W`, float32 out [m, k].
+  void (*transposed)(const Matrix&, const float* g, int64_t m, float* out, int64_t b0, int64_t b1);
+  // Matrix unit, or null: bytes of `tiled` for m rows, their preparation (rows in steps of 32), and the product.
+  int64_t (*tiled_bytes)(int64_t m, int64_t k);
+  void (*tile)(const float* x, int64_t m, int64_t k, uint16_t* tiled, int64_t step0, int64_t step1);
+  void (*linear_tiled)(const Matrix&, const Activations&, const Output&, float* scratch, int64_t g0, int64_t g1);
+};
+
+// Kernels of one instruction set, defined by isa_<name>.cpp.
+const Kernels* kernels_scalar();
+const Kernels* kernels_avx2();
+const Kernels* kernels_avx512();
+const Kernels* kernels_amx();
+const Kernels* kernels_neon();
+
+}  // namespace iqtorch

@@ -1,0 +1,9 @@
+// AVX-512 plus the matrix unit with bfloat16 tiles for many rows of activations.
+#define IQTORCH_ISA amx
+#include "format.h"
+#include "simd_avx512.h"
+#include "kernels.inl"
+
+namespace iqtorch {
+IQTORCH_KERNELS(amx)
+}

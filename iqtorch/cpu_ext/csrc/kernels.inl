@@ -1,0 +1,623 @@
+// The kernels, written once for a machine of 16 lanes (simd_*.h) and compiled once per instruction set (isa_*.cpp).
+
+#include "decoders.inl"
+
+namespace iqtorch { namespace IQTORCH_ISA {
+
+#define IQ_ALIGNED alignas(64)
+
+template <int N> struct Size {
+  static constexpr int value = N;
+};
+
+IQ_FN uint16_t to_bfloat16(float f) {
+  uint32_t u;
+  __builtin_memcpy(&u, &f, 4);
+  return (u & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : (uint16_t)((u + 0x7fff + (u >> 16 & 1)) >> 16);
+}
+
+// -- scales ----------------------------------------------------------------------------------------------------
+
+IQ_FN I32 element(const Field& field, const uint8_t* tile, int e) {
+  I32 v = set(0);
+  for (int i = 0; i < kMaxPlanes && field.plane[i].bits; ++i) {
+    const Plane& plane = field.plane[i];
+    const uint8_t* p = tile + plane.offset;
+    I32 part;
+    if (plane.bits == 16) {
+      part = load16(p + 32 * e);
+    } else {
+      part = load8(p + kRows * (e * plane.bits >> 3));
+      if (plane.bits < 8) part = shift_right(part, e * plane.bits & 7) & set((1 << plane.bits) - 1);
+    }
+    v = plane.low ? v | shift_left(part, plane.low) : part;
+  }
+  return v;
+}
+
+// Bits of a stored float -> float; 1 byte is the exponent format, 2^(p - 128), made of two factors that are never subnormal.
+IQ_FN F32 bits_to_float(I32 p, int bytes) {
+  if (bytes == 2) return from_half(p);
+  if (bytes == 4) return as_float(p);
+  I32 half = shift_right(p, 1);
+  I32 rest = p + (half ^ set(-1)) + set(1);
+  return as_float(shift_left(half + set(63), 23)) * as_float(shift_left(rest + set(63), 23));
+}
+
+IQ_FN F32 header_d(const Matrix& w, int64_t group) {
+  const Ints& i = w.format->i;
+  if (!i.header_bytes) return setf(0);
+  const uint8_t* p = w.headers + group * kRows * i.header_bytes;
+  return bits_to_float(i.d_bytes == 2 ? load16(p) : load32(p), i.d_bytes);
+}
+
+IQ_FN F32 stored_value(I32 stored, int flip, int linear, float a, float b, const float* values) {
+  return linear ? to_float(stored ^ set(flip)) * setf(a) + setf(b) : gatherf(values, stored);
+}
+
+// Per group of weights and row, [group][16]: a weight is scale * (operand + offset) - low.
+struct Sides {
+  IQ_ALIGNED float scale[kMaxGroups * kRows];
+  IQ_ALIGNED float offset[kMaxGroups * kRows];  // for products: scale * offset - low, with runtime_scale in both
+  IQ_ALIGNED float low[kMaxGroups * kRows];
+};
+
+template <bool Exact> IQ_FN void sides(const Format& f, const uint8_t* tile, F32 d, int dot_bias, Sides& out) {
+  const Ints& i = f.i;
+  const int fine = kCell / i.groups, count = i.block / fine;
+  const int per_scale = i.scale_group / fine, per_variant = i.variant_group / fine;
+  if (!i.header_bytes) d = bits_to_float(element(i.d, tile, 0), i.d_bytes);
+  d = d * setf(f.f.unit);
+  F32 dmin = i.affine ? bits_to_float(element(i.dmin, tile, 0), i.d_bytes) : setf(0);
+  if (!Exact) d = d * setf(f.f.runtime_scale), dmin = dmin * setf(f.f.runtime_scale);
+  const F32 base = setf((float)(dot_bias - i.bias)), delta = setf((float)i.delta);
+  F32 scale = d * setf(f.f.scale_b), low = dmin * setf(f.f.min_b), offset = base;
+  for (int g = 0; g < count; ++g) {
+    if (i.decoder == kWords) {
+      I32 byte = WordsDecoder::scale_byte(tile, g);
+      scale = d * stored_value(shift_right(byte, 1), i.scale_flip, i.scale_linear, f.f.scale_a, f.f.scale_b, f.f.scale_values);
+      offset = fma(to_float(byte & set(1)), delta, base);
+    } else {
+      if (i.scale.count && g % per_scale == 0)
+        scale = d * stored_value(element(i.scale, tile, g / per_scale), i.scale_flip, i.scale_linear, f.f.scale_a, f.f.scale_b,
+                                 f.f.scale_values);
+      if (i.min.count && g % per_scale == 0)
+        low = dmin * stored_value(element(i.min, tile, g / per_scale), i.min_flip, i.min_linear, f.f.min_a, f.f.min_b, f.f.min_values);
+      if (i.delta && g % per_variant == 0) offset = fma(to_float(element(i.variant, tile, g / per_variant)), delta, base);
+    }
+    storef(out.scale + kRows * g, scale);
+    if (Exact) {
+      storef(out.offset + kRows * g, offset);
+      storef(out.low + kRows * g, low);
+    } else {
+      storef(out.offset + kRows * g, i.affine ? scale * offset - low : scale * offset);
+    }
+  }
+}
+
+// -- one row of activations against packed weights ----------------------------------------------------------------
+
+constexpr int kPrefetch = 2048;
+
+IQ_FN void finish(const Output& out, int64_t rows, int64_t m, int64_t group, F32 acc) {
+  IQ_ALIGNED float value[kRows];
+  const int64_t n0 = group * kRows;
+  const int count = rows - n0 < kRows ? (int)(rows - n0) : kRows;
+  storef(value, acc);
+  if (out.bias)
+    for (int r = 0; r < count; ++r) value[r] += out.bias[n0 + r];
+  const int64_t at = m * out.stride + n0;
+  if (out.dtype == kFloat32) {
+    __builtin_memcpy((float*)out.data + at, value, count * sizeof(float));
+    return;
+  }
+  IQ_ALIGNED uint16_t half[kRows];
+  if (out.dtype == kFloat16) {
+    store_half(half, loadf(value));
+  } else {
+    for (int r = 0; r < kRows; ++r) half[r] = to_bfloat16(value[r]);
+  }
+  __builtin_memcpy((uint16_t*)out.data + at, half, count * sizeof(uint16_t));
+}
+
+template <class Decoder, int Groups> static void gemv(const Matrix& w, const Activations& x, const Output& out, int64_t g0, int64_t g1) {
+  constexpr bool narrow = Decoder::kNarrow || !kSignedDot;
+  constexpr int per_group = 8 / Groups;
+  const Format& f = *w.format;
+  const int cells = f.i.block / kCell, cell_bytes = f.i.tile_bytes / cells;
+  const Decoder decoder(f);
+  Sides side;
+  const uint8_t* tile = w.tiles + g0 * w.blocks * f.i.tile_bytes;
+  for (int64_t g = g0; g < g1; ++g) {
+    F32 acc = setf(0), rest = setf(0);
+    const F32 d = header_d(w, g);
+    const int8_t* q = x.q;
+    const float *scale = x.scale, *sums = x.sums;
+    for (int64_t b = 0; b < w.blocks; ++b, tile += f.i.tile_bytes) {
+      sides<false>(f, tile, d, narrow ? 0 : 128, side);
+      const float *s = side.scale, *o = side.offset;
+      for (int c = 0; c < cells; ++c, q += kCell) {
+        const uint8_t* ahead = tile + c * cell_bytes + kPrefetch;
+        for (int i = 0; i < cell_bytes; i += 64) __builtin_prefetch(ahead + i);
+        const F32 dx = setf(*scale++);
+        I32 even = set(0), odd = set(0);
+        decoder.decode(tile, c, [&](int v, U8 operand) IQ_INLINE {
+          if (v % 2) {
+            odd = dot<narrow>(odd, operand, q + 4 * v);
+          } else {
+            even = dot<narrow>(even, operand, q + 4 * v);
+          }
+          if ((v + 1) % per_group == 0) {
+            acc = fma(to_float(even + odd) * loadf(s), dx, acc);
+            rest = fma(loadf(o), setf(*sums++), rest);
+            s += kRows, o += kRows;
+            even = set(0), odd = set(0);
+          }
+        });
+      }
+    }
+    finish(out, w.rows, 0, g, acc + rest);
+  }
+}
+
+// -- several rows: operands of a block are decoded once, then used from the first-level cache -------------------------
+
+struct Panel {
+  IQ_ALIGNED uint8_t operand[kMaxBlock * kRows];  // [cell][q][16 rows][4]
+  Sides side;
+};
+
+template <class Decoder> static void expand(const Format& f, const uint8_t* tile, uint8_t* operand) {
+  const Decoder decoder(f);
+  const int cells = f.i.block / kCell;
+  for (int c = 0; c < cells; ++c, operand += 8 * kVector)
+    decoder.decode(tile, c, [&](int v, U8 value) IQ_INLINE { store(operand + kVector * v, value); });
+}
+
+template <int M, int Groups, bool Narrow>
+IQ_FN void multiply_block(const Panel& panel, int cells, const int8_t* q, int64_t k, const float* scale, const float* sums, float* acc) {
+  constexpr int per_group = 8 / Groups;
+  const int64_t scale_stride = k / kCell, sum_stride = scale_stride * Groups;
+  F32 a[M];
+  IQ_UNROLL(8)
+  for (int m = 0; m < M; ++m) a[m] = loadf(acc + kRows * m);
+  for (int c = 0; c < cells; ++c) {
+    IQ_UNROLL(4)
+    for (int g = 0; g < Groups; ++g) {
+      I32 d[M];
+      IQ_UNROLL(8)
+      for (int m = 0; m < M; ++m) d[m] = set(0);
+      IQ_UNROLL(8)
+      for (int v = 0; v < per_group; ++v) {
+        const int at = (c * 8 + g * per_group + v);
+        const U8 operand = load(panel.operand + kVector * at);
+        IQ_UNROLL(8)
+        for (int m = 0; m < M; ++m) d[m] = dot<Narrow>(d[m], operand, q + m * k + 4 * at);
+      }
+      const F32 s = loadf(panel.side.scale + kRows * (c * Groups + g)), o = loadf(panel.side.offset + kRows * (c * Groups + g));
+      IQ_UNROLL(8)
+      for (int m = 0; m < M; ++m) {
+        a[m] = fma(to_float(d[m]) * s, setf(scale[m * scale_stride + c]), a[m]);
+        a[m] = fma(o, setf(sums[m * sum_stride + c * Groups + g]), a[m]);
+      }
+    }
+  }
+  IQ_UNROLL(8)
+  for (int m = 0; m < M; ++m) storef(acc + kRows * m, a[m]);
+}
+
+template <int Groups, bool Narrow>
+static void multiply(const Panel& panel, int cells, const Activations& x, int64_t m0, int64_t m1, int64_t k0, float* acc) {
+  int64_t m = m0;
+  const auto step = [&](auto size) {
+    constexpr int M = decltype(size)::value;
+    for (; m + M <= m1; m += M)
+      multiply_block<M, Groups, Narrow>(panel, cells, x.q + m * x.k + k0, x.k, x.scale + (m * x.k + k0) / kCell,
+                                        x.sums + (m * x.k + k0) / kCell * Groups, acc + kRows * (m - m0));
+  };
+  if constexpr (kBatch >= 8) step(Size<8>{});
+  step(Size<4>{});
+  step(Size<2>{});
+  step(Size<1>{});
+}
+
+// Weights of a block as float32, [k][16], from operands and exact sides.
+IQ_FN void float_panel(const Format& f, const Panel& panel, float* out) {
+  const int groups = f.i.groups, per_group = 8 / groups, vectors = f.i.block / 4;
+  const F32 factor = setf(f.f.runtime_scale);
+  for (int v = 0; v < vectors; ++v) {
+    const int g = v / per_group;
+    const F32 s = loadf(panel.side.scale + kRows * g), o = loadf(panel.side.offset + kRows * g), low = loadf(panel.side.low + kRows * g);
+    I32 four = as_i32(load(panel.operand + kVector * v));
+    IQ_UNROLL(4)
+    for (int j = 0; j < 4; ++j) {
+      F32 value = s * (to_float(four & set(255)) + o);
+      if (f.i.affine) value = value - low;
+      storef(out + kRows * (4 * v + j), value * factor);
+      four = shift_right(four, 8);
+    }
+  }
+}
+
+template <int M> IQ_FN void multiply_float(const float* panel, int count, const float* x, int64_t k, float* acc) {
+  F32 a[M];
+  IQ_UNROLL(8)
+  for (int m = 0; m < M; ++m) a[m] = loadf(acc + kRows * m);
+  for (int i = 0; i < count; ++i) {
+    const F32 w = loadf(panel + kRows * i);
+    IQ_UNROLL(8)
+    for (int m = 0; m < M; ++m) a[m] = fma(w, setf(x[m * k + i]), a[m]);
+  }
+  IQ_UNROLL(8)
+  for (int m = 0; m < M; ++m) storef(acc + kRows * m, a[m]);
+}
+
+// -- which code runs a format ------------------------------------------------------------------------------------------
+
+struct Family {
+  void (*expand)(const Format&, const uint8_t*, uint8_t*);
+  void (*gemv)(const Matrix&, const Activations&, const Output&, int64_t, int64_t);
+  bool narrow;
+};
+
+// `Groups`: the numbers of groups per cell for which this decoder is compiled.
+template <class Decoder, int... Groups> static Family family_of(int groups) {
+  Family family = {nullptr, nullptr, Decoder::kNarrow || !kSignedDot};
+  ((groups == Groups ? (void)(family.gemv = gemv<Decoder, Groups>) : (void)0), ...);
+  if (family.gemv) family.expand = expand<Decoder>;
+  return family;
+}
+
+static Family find_family(const Ints& i) {
+  const int n = i.groups;
+  switch (i.decoder * 100 + i.code_width) {
+    case kPlain * 100 + 2: return family_of<PlainDecoder<2>, 2>(n);
+    case kPlain * 100 + 3: return family_of<PlainDecoder<3>, 2>(n);
+    case kPlain * 100 + 4: return family_of<PlainDecoder<4>, 1>(n);
+    case kPlain * 100 + 5: return family_of<PlainDecoder<5>, 1>(n);
+    case kPlain * 100 + 6: return family_of<PlainDecoder<6>, 1, 2>(n);
+    case kPlain * 100 + 8: return family_of<PlainDecoder<8>, 1>(n);
+    case kLookup * 100 + 2: return family_of<LookupDecoder<2>, 1, 2>(n);
+    case kLookup * 100 + 3: return family_of<LookupDecoder<3>, 1, 2>(n);
+    case kLookup * 100 + 4: return family_of<LookupDecoder<4>, 1, 2>(n);
+    case kLookup * 100 + 5: return family_of<LookupDecoder<5>, 1, 2>(n);
+    case kLookup * 100 + 6: return family_of<LookupDecoder<6>, 2>(n);
+    case kPairs * 100 + 5: return family_of<PairsDecoder, 1>(n);
+    case kWords * 100 + 16: return family_of<WordsDecoder, 1>(n);
+    case kGrid * 100 + 8:
+      return i.vec == 4 ? family_of<GridDecoder<8, 4, kSignParity>, 1>(n) : family_of<GridDecoder<8, 8, kSignParity>, 1>(n);
+    case kGrid * 100 + 9:
+      return i.vec == 4 ? family_of<GridDecoder<9, 4, kSignBits>, 1>(n) : family_of<GridDecoder<9, 8, kSignParity>, 2>(n);
+    case kGrid * 100 + 10: return family_of<GridDecoder<10, 8, kSignBits>, 2>(n);
+    case kGrid * 100 + 11: return family_of<GridDecoder<11, 8, kNoSign>, 1, 4>(n);
+    case kTrellis * 100 + 13: return family_of<TrellisDecoder<13, 8, kNoSign>, 1>(n);
+    case kTrellis * 100 + 15: return family_of<TrellisDecoder<15, 4, kNoSign>, 1>(n);
+    case kTrellis * 100 + 16:
+      return i.sign ? family_of<TrellisDecoder<16, 8, kSignBits>, 1>(n) : family_of<TrellisDecoder<16, 8, kNoSign>, 1>(n);
+  }
+  return {nullptr, nullptr, false};
+}
+
+static bool accepts(const Ints& i) {
+  const Family family = find_family(i);
+  // operands of 128 and more would overflow the 16-bit sums of a kernel that was promised smaller ones
+  return family.expand && (i.narrow || !family.narrow || !kSignedDot);
+}
+
+// -- products ------------------------------------------------------------------------------------------------------------
+
+constexpr int kChunk = 128;  // rows of activations whose accumulators stay in the first-level cache
+
+static void linear_int8(const Matrix& w, const Activations& x, const Output& out, int64_t g0, int64_t g1) {
+  const Format& f = *w.format;
+  const Family family = find_family(f.i);
+  if (x.m == 1) return family.gemv(w, x, out, g0, g1);
+  const int cells = f.i.block / kCell;
+  const auto run = f.i.groups == 1 ? (family.narrow ? multiply<1, true> : multiply<1, !kSignedDot>)
+                 : f.i.groups == 2 ? (family.narrow ? multiply<2, true> : multiply<2, !kSignedDot>)
+                                   : (family.narrow ? multiply<4, true> : multiply<4, !kSignedDot>);
+  Panel panel;
+  IQ_ALIGNED float acc[kChunk * kRows];
+  for (int64_t g = g0; g < g1; ++g) {
+    const F32 d = header_d(w, g);
+    for (int64_t m0 = 0; m0 < x.m; m0 += kChunk) {
+      const int64_t m1 = m0 + kChunk < x.m ? m0 + kChunk : x.m;
+      __builtin_memset(acc, 0, (m1 - m0) * kRows * sizeof(float));
+      const uint8_t* tile = w.tiles + g * w.blocks * f.i.tile_bytes;
+      for (int64_t b = 0; b < w.blocks; ++b, tile += f.i.tile_bytes) {
+        sides<false>(f, tile, d, family.narrow ? 0 : 128, panel.side);
+        family.expand(f, tile, panel.operand);
+        run(panel, cells, x, m0, m1, b * f.i.block, acc);
+      }
+      for (int64_t m = m0; m < m1; ++m) finish(out, w.rows, m, g, loadf(acc + kRows * (m - m0)));
+    }
+  }
+}
+
+static void linear_float(const Matrix& w, const Activations& x, const Output& out, int64_t g0, int64_t g1) {
+  const Format& f = *w.format;
+  const Family family = find_family(f.i);
+  Panel panel;
+  IQ_ALIGNED float acc[kChunk * kRows];
+  IQ_ALIGNED float weights[kMaxBlock * kRows];
+  for (int64_t g = g0; g < g1; ++g) {
+    const F32 d = header_d(w, g);
+    for (int64_t m0 = 0; m0 < x.m; m0 += kChunk) {
+      const int64_t m1 = m0 + kChunk < x.m ? m0 + kChunk : x.m;
+      __builtin_memset(acc, 0, (m1 - m0) * kRows * sizeof(float));
+      const uint8_t* tile = w.tiles + g * w.blocks * f.i.tile_bytes;
+      for (int64_t b = 0; b < w.blocks; ++b, tile += f.i.tile_bytes) {
+        sides<true>(f, tile, d, 0, panel.side);
+        family.expand(f, tile, panel.operand);
+        float_panel(f, panel, weights);
+        int64_t m = m0;
+        const auto step = [&](auto size) {
+          constexpr int M = decltype(size)::value;
+          for (; m + M <= m1; m += M)
+            multiply_float<M>(weights, f.i.block, x.x + m * x.k + b * f.i.block, x.k, acc + kRows * (m - m0));
+        };
+        if constexpr (kBatch >= 8) step(Size<8>{});
+        step(Size<4>{});
+        step(Size<2>{});
+        step(Size<1>{});
+      }
+      for (int64_t m = m0; m < m1; ++m) finish(out, w.rows, m, g, loadf(acc + kRows * (m - m0)));
+    }
+  }
+}
+
+static void linear(const Matrix& w, const Activations& x, const Output& out, int64_t g0, int64_t g1) {
+  x.q ? linear_int8(w, x, out, g0, g1) : linear_float(w, x, out, g0, g1);
+}
+
+// -- weights row by row --------------------------------------------------------------------------------------------------
+
+// One row of a block: `block` weights as the plain-torch decoder rounds them, times runtime_scale.
+IQ_FN void decode_row(const Format& f, const Panel& panel, int row, float* out) {
+  const Ints& i = f.i;
+  const int fine = kCell / i.groups, count = i.block / fine;
+  IQ_ALIGNED uint8_t operand[kMaxBlock];
+  for (int v = 0; v < i.block / 4; ++v) __builtin_memcpy(operand + 4 * v, panel.operand + kVector * v + 4 * row, 4);
+  for (int g = 0; g < count; ++g) {
+    const float s = panel.side.scale[kRows * g + row], o = panel.side.offset[kRows * g + row], low = panel.side.low[kRows * g + row];
+    if (i.affine) {
+      for (int k = 0; k < fine; ++k) out[g * fine + k] = s * ((float)operand[g * fine + k] + o) - low;
+    } else {
+      for (int k = 0; k < fine; ++k) out[g * fine + k] = s * ((float)operand[g * fine + k] + o);
+    }
+  }
+  if (f.f.runtime_scale != 1.0f)
+    for (int k = 0; k < i.block; ++k) out[k] *= f.f.runtime_scale;
+}
+
+IQ_FN int64_t element_bytes(DType dtype) { return dtype == kFloat32 ? 4 : 2; }
+
+static void to_float(const void* x, DType dtype, float* out, int64_t count) {
+  if (dtype == kFloat32) {
+    __builtin_memcpy(out, x, count * sizeof(float));
+  } else if (dtype == kBFloat16) {
+    const uint16_t* p = (const uint16_t*)x;
+    for (int64_t i = 0; i < count; ++i) {
+      uint32_t u = (uint32_t)p[i] << 16;
+      __builtin_memcpy(out + i, &u, 4);
+    }
+  } else {
+    int64_t i = 0;
+    for (; i + kRows <= count; i += kRows) storef(out + i, from_half(load16((const uint8_t*)x + 2 * i)));
+    if (i < count) {
+      IQ_ALIGNED uint8_t last[32] = {};
+      IQ_ALIGNED float value[kRows];
+      __builtin_memcpy(last, (const uint8_t*)x + 2 * i, 2 * (count - i));
+      storef(value, from_half(load16(last)));
+      __builtin_memcpy(out + i, value, 4 * (count - i));
+    }
+  }
+}
+
+static void from_float(const float* x, DType dtype, void* out, int64_t count) {
+  if (dtype == kFloat32) {
+    __builtin_memcpy(out, x, count * sizeof(float));
+  } else if (dtype == kBFloat16) {
+    uint16_t* p = (uint16_t*)out;
+    for (int64_t i = 0; i < count; ++i) p[i] = to_bfloat16(x[i]);
+  } else {
+    int64_t i = 0;
+    for (; i + kRows <= count; i += kRows) store_half((uint16_t*)out + i, loadf(x + i));
+    if (i < count) {
+      IQ_ALIGNED float last[kRows] = {};
+      IQ_ALIGNED uint16_t half[kRows];
+      __builtin_memcpy(last, x + i, 4 * (count - i));
+      store_half(half, loadf(last));
+      __builtin_memcpy((uint16_t*)out + i, half, 2 * (count - i));
+    }
+  }
+}
+
+static void dequantize(const Matrix& w, DType dtype, void* out, int64_t g0, int64_t g1) {
+  const Format& f = *w.format;
+  const Family family = find_family(f.i);
+  Panel panel;
+  IQ_ALIGNED float row[kMaxBlock];
+  for (int64_t g = g0; g < g1; ++g) {
+    const F32 d = header_d(w, g);
+    const int valid = w.rows - g * kRows < kRows ? (int)(w.rows - g * kRows) : kRows;
+    const uint8_t* tile = w.tiles + g * w.blocks * f.i.tile_bytes;
+    for (int64_t b = 0; b < w.blocks; ++b, tile += f.i.tile_bytes) {
+      sides<true>(f, tile, d, 0, panel.side);
+      family.expand(f, tile, panel.operand);
+      for (int r = 0; r < valid; ++r) {
+        decode_row(f, panel, r, row);
+        from_float(row, dtype, (uint8_t*)out + ((g * kRows + r) * w.k + b * f.i.block) * element_bytes(dtype), f.i.block);
+      }
+    }
+  }
+}
+
+static void gather_rows(const Matrix& w, DType dtype, const int64_t* ids, void* out, int64_t i0, int64_t i1) {
+  const Format& f = *w.format;
+  const Family family = find_family(f.i);
+  Panel panel;
+  IQ_ALIGNED float row[kMaxBlock];
+  for (int64_t i = i0; i < i1; ++i) {
+    const int64_t g = ids[i] / kRows;
+    const F32 d = header_d(w, g);
+    const uint8_t* tile = w.tiles + g * w.blocks * f.i.tile_bytes;
+    for (int64_t b = 0; b < w.blocks; ++b, tile += f.i.tile_bytes) {
+      sides<true>(f, tile, d, 0, panel.side);
+      family.expand(f, tile, panel.operand);
+      decode_row(f, panel, (int)(ids[i] % kRows), row);
+      from_float(row, dtype, (uint8_t*)out + (i * w.k + b * f.i.block) * element_bytes(dtype), f.i.block);
+    }
+  }
+}
+
+static void transposed(const Matrix& w, const float* g, int64_t m, float* out, int64_t b0, int64_t b1) {
+  const Format& f = *w.format;
+  const Family family = find_family(f.i);
+  constexpr int chunk = 32;
+  const int block = f.i.block;
+  const int64_t groups = (w.rows + kRows - 1) / kRows;
+  Panel panel;
+  IQ_ALIGNED float weights[kRows * kMaxBlock];
+  IQ_ALIGNED float acc[chunk * kMaxBlock];
+  for (int64_t b = b0; b < b1; ++b)
+    for (int64_t m0 = 0; m0 < m; m0 += chunk) {
+      const int64_t m1 = m0 + chunk < m ? m0 + chunk : m;
+      __builtin_memset(acc, 0, (m1 - m0) * block * sizeof(float));
+      for (int64_t n = 0; n < groups; ++n) {
+        const uint8_t* tile = w.tiles + (n * w.blocks + b) * f.i.tile_bytes;
+        const int valid = w.rows - n * kRows < kRows ? (int)(w.rows - n * kRows) : kRows;
+        sides<true>(f, tile, header_d(w, n), 0, panel.side);
+        family.expand(f, tile, panel.operand);
+        for (int r = 0; r < valid; ++r) decode_row(f, panel, r, weights + r * block);
+        for (int64_t i = m0; i < m1; ++i) {
+          float* a = acc + (i - m0) * block;
+          const float* gi = g + i * w.rows + n * kRows;
+          int r = 0;
+          for (; r + 4 <= valid; r += 4) {
+            const float *w0 = weights + r * block, *w1 = w0 + block, *w2 = w1 + block, *w3 = w2 + block;
+            const float x0 = gi[r], x1 = gi[r + 1], x2 = gi[r + 2], x3 = gi[r + 3];
+            for (int k = 0; k < block; ++k) a[k] += x0 * w0[k] + x1 * w1[k] + x2 * w2[k] + x3 * w3[k];
+          }
+          for (; r < valid; ++r)
+            for (int k = 0; k < block; ++k) a[k] += gi[r] * weights[r * block + k];
+        }
+      }
+      for (int64_t i = m0; i < m1; ++i) __builtin_memcpy(out + i * w.k + b * block, acc + (i - m0) * block, block * sizeof(float));
+    }
+}
+
+// -- activations -----------------------------------------------------------------------------------------------------------
+
+// int8 with a scale per 32, rounded to nearest; a cell with NaN or Inf gets a NaN scale, so that its products are NaN.
+static void quantize(const float* x, int64_t k, int groups, int8_t* q, float* scale, float* sums) {
+  const int fine = kCell / groups;
+  for (int64_t c = 0; c < k / kCell; ++c, x += kCell, q += kCell, sums += groups) {
+    IQ_ALIGNED int32_t whole[kCell];
+    IQ_ALIGNED float copy[kCell];
+    int32_t largest = 0;
+    __builtin_memcpy(whole, x, sizeof whole);
+    __builtin_memcpy(copy, x, sizeof copy);
+    for (int i = 0; i < kCell; ++i) {
+      const int32_t a = whole[i] & 0x7fffffff;
+      largest = a > largest ? a : largest;
+    }
+    float top;
+    __builtin_memcpy(&top, &largest, 4);
+    const bool bad = largest >= 0x7f800000, tiny = top < 1e-30f;
+    const float inverse = bad || tiny ? 0.0f : 127.0f / top;
+    const float step = bad ? __builtin_nanf("") : tiny ? 0.0f : top / 127.0f;
+    // adding 1.5 * 2^23 rounds to an integer, which then is the low bits; a NaN would leave its own there
+    for (int i = 0; i < kCell; ++i) copy[i] = (bad ? 0.0f : copy[i] * inverse) + 12582912.0f;
+    __builtin_memcpy(whole, copy, sizeof whole);
+    for (int i = 0; i < kCell; ++i) {
+      whole[i] -= 0x4b400000;
+      q[i] = (int8_t)whole[i];
+    }
+    for (int g = 0; g < groups; ++g) {
+      int32_t sum = 0;
+      for (int i = 0; i < fine; ++i) sum += whole[g * fine + i];
+      sums[g] = step * (float)sum;
+    }
+    scale[c] = step;
+  }
+}
+
+// -- canonical bytes <-> tiles ------------------------------------------------------------------------------------------------
+
+template <class T> IQ_FN void pack_move(const Move& move, const uint8_t* source, uint8_t* tile) {
+  T unit[kRows];
+  __builtin_memcpy(unit, tile + move.target, sizeof unit);
+  const int mask = (1 << move.width) - 1;
+  for (int r = 0; r < kRows; ++r) unit[r] |= (T)((source[r] >> move.shift & mask) << move.at);
+  __builtin_memcpy(tile + move.target, unit, sizeof unit);
+}
+
+template <class T> IQ_FN void unpack_move(const Move& move, const uint8_t* tile, uint8_t* target) {
+  T unit[kRows];
+  __builtin_memcpy(unit, tile + move.target, sizeof unit);
+  const int mask = (1 << move.width) - 1;
+  for (int r = 0; r < kRows; ++r) target[r] |= (uint8_t)((unit[r] >> move.at & mask) << move.shift);
+}
+
+static void pack(const Format& f, const uint8_t* blocks, int64_t row_bytes, int64_t rows, int64_t n_blocks, uint8_t* tiles, int64_t g0,
+                 int64_t g1) {
+  IQ_ALIGNED uint8_t bytes[kMaxBlock * kRows];  // one block of 16 rows, transposed: [byte][row]
+  const int size = f.i.block_bytes;
+  for (int64_t g = g0; g < g1; ++g)
+    for (int64_t b = 0; b < n_blocks; ++b) {
+      for (int r = 0; r < kRows; ++r) {
+        const int64_t row = g * kRows + r;
+        const uint8_t* p = blocks + row * row_bytes + f.i.header_bytes + b * size;
+        if (row < rows) {
+          for (int i = 0; i < size; ++i) bytes[i * kRows + r] = p[i];
+        } else {
+          for (int i = 0; i < size; ++i) bytes[i * kRows + r] = 0;
+        }
+      }
+      uint8_t* tile = tiles + (g * n_blocks + b) * f.i.tile_bytes;
+      __builtin_memset(tile, 0, f.i.tile_bytes);
+      for (int i = 0; i < f.move_count; ++i) {
+        const Move& move = f.moves[i];
+        const uint8_t* source = bytes + move.source * kRows;
+        move.stride == 4 ? pack_move<uint32_t>(move, source, tile)
+                         : move.stride == 2 ? pack_move<uint16_t>(move, source, tile) : pack_move<uint8_t>(move, source, tile);
+      }
+    }
+}
+
+static void unpack(const Format& f, const uint8_t* tiles, int64_t row_bytes, int64_t rows, int64_t n_blocks, uint8_t* blocks, int64_t g0,
+                   int64_t g1) {
+  IQ_ALIGNED uint8_t bytes[kMaxBlock * kRows];
+  const int size = f.i.block_bytes;
+  for (int64_t g = g0; g < g1; ++g)
+    for (int64_t b = 0; b < n_blocks; ++b) {
+      const uint8_t* tile = tiles + (g * n_blocks + b) * f.i.tile_bytes;
+      __builtin_memset(bytes, 0, size * kRows);
+      for (int i = 0; i < f.move_count; ++i) {
+        const Move& move = f.moves[i];
+        uint8_t* target = bytes + move.source * kRows;
+        move.stride == 4 ? unpack_move<uint32_t>(move, tile, target)
+                         : move.stride == 2 ? unpack_move<uint16_t>(move, tile, target) : unpack_move<uint8_t>(move, tile, target);
+      }
+      for (int r = 0; r < kRows; ++r) {
+        const int64_t row = g * kRows + r;
+        if (row >= rows) break;
+        uint8_t* p = blocks + row * row_bytes + f.i.header_bytes + b * size;
+        for (int i = 0; i < size; ++i) p[i] = bytes[i * kRows + r];
+      }
+    }
+}
+
+#ifndef IQTORCH_TILED
+#define IQTORCH_TILED nullptr, nullptr, nullptr
+#endif
+
+#define IQTORCH_KERNELS(isa)                                                                                                    \
+  const Kernels* kernels_##isa() {                                                                                              \
+    static const Kernels table = {#isa, isa::accepts,   isa::pack,       isa::unpack,      isa::to_float,   isa::from_float, isa::quantize,   \
+                                  isa::linear, isa::dequantize, isa::gather_rows, isa::transposed, IQTORCH_TILED};              \
+    return &table;                                                                                                              \
+  }
+
+}}  // namespace iqtorch::IQTORCH_ISA

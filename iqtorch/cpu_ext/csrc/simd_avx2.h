@@ -1,0 +1,179 @@
+// AVX2 with FMA and F16C: 16 rows are two registers.
+#pragma once
+#include <immintrin.h>
+#include <cstdint>
+
+namespace iqtorch { namespace IQTORCH_ISA {
+
+constexpr bool kSignedDot = true;
+constexpr int kBatch = 4;
+
+struct U8 { __m256i v[2]; };
+struct I32 { __m256i v[2]; };
+struct F32 { __m256 v[2]; };
+
+#define IQ_INLINE __attribute__((always_inline))
+#define IQ_FN inline IQ_INLINE
+#define IQ_PRAGMA(text) _Pragma(#text)
+#define IQ_UNROLL(n) IQ_PRAGMA(GCC unroll n)
+
+IQ_FN __m256i loadu(const void* p, int h) { return _mm256_loadu_si256((const __m256i*)p + h); }
+IQ_FN U8 load(const void* p) { return {{loadu(p, 0), loadu(p, 1)}}; }
+IQ_FN void store(void* p, U8 a) {
+  _mm256_storeu_si256((__m256i*)p, a.v[0]);
+  _mm256_storeu_si256((__m256i*)p + 1, a.v[1]);
+}
+IQ_FN __m256i bits1(__m256i a, int shift, int mask) {
+  return _mm256_and_si256(shift ? _mm256_srli_epi16(a, shift) : a, _mm256_set1_epi8((char)mask));
+}
+IQ_FN U8 bits(U8 a, int shift, int mask) { return {{bits1(a.v[0], shift, mask), bits1(a.v[1], shift, mask)}}; }
+IQ_FN U8 or_shifted(U8 a, U8 b, int n) {
+  return {{_mm256_or_si256(a.v[0], _mm256_slli_epi16(b.v[0], n)), _mm256_or_si256(a.v[1], _mm256_slli_epi16(b.v[1], n))}};
+}
+IQ_FN U8 flip(U8 a, int mask) {
+  __m256i m = _mm256_set1_epi8((char)mask);
+  return {{_mm256_xor_si256(a.v[0], m), _mm256_xor_si256(a.v[1], m)}};
+}
+IQ_FN __m256i abs_difference1(__m256i a, __m256i b) { return _mm256_sub_epi8(_mm256_max_epu8(a, b), _mm256_min_epu8(a, b)); }
+IQ_FN U8 abs_difference(U8 a, int c) {
+  __m256i b = _mm256_set1_epi8((char)c);
+  return {{abs_difference1(a.v[0], b), abs_difference1(a.v[1], b)}};
+}
+IQ_FN U8 add(U8 a, int c) {
+  __m256i b = _mm256_set1_epi8((char)c);
+  return {{_mm256_add_epi8(a.v[0], b), _mm256_add_epi8(a.v[1], b)}};
+}
+
+template <int N> struct Table { __m256i v[N / 16]; };
+template <int N> IQ_FN Table<N> load_table(const uint8_t* p) {
+  Table<N> t;
+  for (int i = 0; i < N / 16; ++i) t.v[i] = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)p + i));
+  return t;
+}
+// Shifting an index bit into the sign bit of its byte selects between the halves of a longer table.
+IQ_FN __m256i choose(__m256i index, int bit, __m256i low, __m256i high) {
+  return _mm256_blendv_epi8(low, high, _mm256_slli_epi16(index, 7 - bit));
+}
+template <int N> IQ_FN __m256i lookup1(Table<N> t, __m256i a) {
+  if (N == 16) return _mm256_shuffle_epi8(t.v[0], a);
+  __m256i low = choose(a, 4, _mm256_shuffle_epi8(t.v[0], a), _mm256_shuffle_epi8(t.v[1 % (N / 16)], a));
+  if (N == 32) return low;
+  __m256i high = choose(a, 4, _mm256_shuffle_epi8(t.v[2 % (N / 16)], a), _mm256_shuffle_epi8(t.v[3 % (N / 16)], a));
+  return choose(a, 5, low, high);
+}
+template <int N> IQ_FN U8 lookup(Table<N> t, U8 a) { return {{lookup1<N>(t, a.v[0]), lookup1<N>(t, a.v[1])}}; }
+
+// First and second members of the pairs apart, 16 entries a register.
+struct PairTable { Table<32> first, second; };
+IQ_FN PairTable load_pairs(const uint8_t* p) {
+  alignas(16) uint8_t a[32], b[32];
+  for (int i = 0; i < 32; ++i) a[i] = p[2 * i], b[i] = p[2 * i + 1];
+  return {load_table<32>(a), load_table<32>(b)};
+}
+IQ_FN __m256i lookup_pairs1(const PairTable& t, __m256i a) {
+  // the code into the low byte of the lane for the first table, into the high byte for the second
+  __m256i code = _mm256_and_si256(a, _mm256_set1_epi16(31));
+  code = _mm256_or_si256(code, _mm256_slli_epi16(code, 8));
+  __m256i first = lookup1<32>(t.first, code), second = lookup1<32>(t.second, code);
+  return _mm256_blendv_epi8(first, second, _mm256_set1_epi16((short)0xff00));
+}
+IQ_FN U8 lookup_pairs(const PairTable& t, U8 a) { return {{lookup_pairs1(t, a.v[0]), lookup_pairs1(t, a.v[1])}}; }
+IQ_FN U8 shift16(U8 a, int n) { return {{_mm256_srli_epi16(a.v[0], n), _mm256_srli_epi16(a.v[1], n)}}; }
+IQ_FN U8 widen16(const uint8_t* p) {
+  return {{_mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)p)), _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)p + 1))}};
+}
+IQ_FN U8 and16_or(U8 a, int mask, U8 b) {
+  __m256i m = _mm256_set1_epi16((short)mask);
+  return {{_mm256_or_si256(_mm256_and_si256(a.v[0], m), b.v[0]), _mm256_or_si256(_mm256_and_si256(a.v[1], m), b.v[1])}};
+}
+
+IQ_FN __m256i mirror1(__m256i a, __m256i signs, __m256i bit, int total) {
+  __m256i set = _mm256_cmpeq_epi8(_mm256_and_si256(signs, bit), bit);
+  return _mm256_blendv_epi8(a, _mm256_sub_epi8(_mm256_set1_epi8((char)total), a), set);
+}
+IQ_FN U8 mirror(U8 a, U8 signs, int q, int total) {
+  __m256i bit = _mm256_set1_epi8((char)(1 << q));
+  return {{mirror1(a.v[0], signs.v[0], bit, total), mirror1(a.v[1], signs.v[1], bit, total)}};
+}
+IQ_FN U8 mirror_rows(U8 a, I32 signs, int half, int total) {
+  const __m256i spread = _mm256_broadcastsi128_si256(_mm_set_epi32(0x0c0c0c0c, 0x08080808, 0x04040404, 0));
+  __m256i bit = _mm256_set1_epi32(half ? (int)0x80402010 : 0x08040201);
+  return {{mirror1(a.v[0], _mm256_shuffle_epi8(signs.v[0], spread), bit, total),
+           mirror1(a.v[1], _mm256_shuffle_epi8(signs.v[1], spread), bit, total)}};
+}
+
+IQ_FN U8 as_bytes(I32 a) { return {{a.v[0], a.v[1]}}; }
+IQ_FN I32 as_i32(U8 a) { return {{a.v[0], a.v[1]}}; }
+IQ_FN I32 load8(const uint8_t* p) {
+  return {{_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)), _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(p + 8)))}};
+}
+IQ_FN I32 load16(const uint8_t* p) {
+  return {{_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p + 1))}};
+}
+IQ_FN I32 load32(const uint8_t* p) { return {{loadu(p, 0), loadu(p, 1)}}; }
+IQ_FN I32 set(int32_t c) { return {{_mm256_set1_epi32(c), _mm256_set1_epi32(c)}}; }
+IQ_FN I32 shift_right(I32 a, int n) {
+  __m128i c = _mm_cvtsi32_si128(n);
+  return {{_mm256_srl_epi32(a.v[0], c), _mm256_srl_epi32(a.v[1], c)}};
+}
+IQ_FN I32 shift_left(I32 a, int n) {
+  __m128i c = _mm_cvtsi32_si128(n);
+  return {{_mm256_sll_epi32(a.v[0], c), _mm256_sll_epi32(a.v[1], c)}};
+}
+IQ_FN I32 operator&(I32 a, I32 b) { return {{_mm256_and_si256(a.v[0], b.v[0]), _mm256_and_si256(a.v[1], b.v[1])}}; }
+IQ_FN I32 operator|(I32 a, I32 b) { return {{_mm256_or_si256(a.v[0], b.v[0]), _mm256_or_si256(a.v[1], b.v[1])}}; }
+IQ_FN I32 operator^(I32 a, I32 b) { return {{_mm256_xor_si256(a.v[0], b.v[0]), _mm256_xor_si256(a.v[1], b.v[1])}}; }
+IQ_FN I32 operator+(I32 a, I32 b) { return {{_mm256_add_epi32(a.v[0], b.v[0]), _mm256_add_epi32(a.v[1], b.v[1])}}; }
+IQ_FN I32 operator*(I32 a, I32 b) { return {{_mm256_mullo_epi32(a.v[0], b.v[0]), _mm256_mullo_epi32(a.v[1], b.v[1])}}; }
+template <int Step> IQ_FN I32 gather(const uint8_t* base, I32 index) {
+  return {{_mm256_i32gather_epi32((const int*)base, index.v[0], Step), _mm256_i32gather_epi32((const int*)base, index.v[1], Step)}};
+}
+// Operands below 128 times int8 sum in pairs within 16 bits (2 * 127 * 127). Wider ones are taken as signed (minus 128), and the
+// signs moved to x: 2 * 128 * 127 fits too. Nothing saturates.
+template <bool Narrow> IQ_FN __m256i dot1(__m256i acc, __m256i w, __m256i x) {
+  __m256i pairs;
+  if (Narrow) {
+    pairs = _mm256_maddubs_epi16(w, x);
+  } else {
+    w = _mm256_xor_si256(w, _mm256_set1_epi8((char)128));
+    pairs = _mm256_maddubs_epi16(_mm256_sign_epi8(w, w), _mm256_sign_epi8(x, w));
+  }
+  return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+template <bool Narrow> IQ_FN I32 dot(I32 acc, U8 w, const void* x) {
+  int32_t four;
+  __builtin_memcpy(&four, x, 4);
+  __m256i b = _mm256_set1_epi32(four);
+  return {{dot1<Narrow>(acc.v[0], w.v[0], b), dot1<Narrow>(acc.v[1], w.v[1], b)}};
+}
+IQ_FN I32 byte_sums(I32 acc, I32 a) {
+  __m256i one = _mm256_set1_epi8(1);
+  return {{dot1<true>(acc.v[0], a.v[0], one), dot1<true>(acc.v[1], a.v[1], one)}};
+}
+
+IQ_FN F32 loadf(const float* p) { return {{_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}}; }
+IQ_FN void storef(float* p, F32 a) {
+  _mm256_storeu_ps(p, a.v[0]);
+  _mm256_storeu_ps(p + 8, a.v[1]);
+}
+IQ_FN F32 setf(float c) { return {{_mm256_set1_ps(c), _mm256_set1_ps(c)}}; }
+IQ_FN F32 operator+(F32 a, F32 b) { return {{_mm256_add_ps(a.v[0], b.v[0]), _mm256_add_ps(a.v[1], b.v[1])}}; }
+IQ_FN F32 operator-(F32 a, F32 b) { return {{_mm256_sub_ps(a.v[0], b.v[0]), _mm256_sub_ps(a.v[1], b.v[1])}}; }
+IQ_FN F32 operator*(F32 a, F32 b) { return {{_mm256_mul_ps(a.v[0], b.v[0]), _mm256_mul_ps(a.v[1], b.v[1])}}; }
+IQ_FN F32 fma(F32 a, F32 b, F32 c) { return {{_mm256_fmadd_ps(a.v[0], b.v[0], c.v[0]), _mm256_fmadd_ps(a.v[1], b.v[1], c.v[1])}}; }
+IQ_FN F32 to_float(I32 a) { return {{_mm256_cvtepi32_ps(a.v[0]), _mm256_cvtepi32_ps(a.v[1])}}; }
+IQ_FN F32 as_float(I32 a) { return {{_mm256_castsi256_ps(a.v[0]), _mm256_castsi256_ps(a.v[1])}}; }
+IQ_FN F32 gatherf(const float* base, I32 index) {
+  return {{_mm256_i32gather_ps(base, index.v[0], 4), _mm256_i32gather_ps(base, index.v[1], 4)}};
+}
+IQ_FN __m256 from_half1(__m256i a) {
+  __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(a, a), 0x08);
+  return _mm256_cvtph_ps(_mm256_castsi256_si128(packed));
+}
+IQ_FN F32 from_half(I32 a) { return {{from_half1(a.v[0]), from_half1(a.v[1])}}; }
+IQ_FN void store_half(uint16_t* p, F32 a) {
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(a.v[0], _MM_FROUND_TO_NEAREST_INT));
+  _mm_storeu_si128((__m128i*)(p + 8), _mm256_cvtps_ph(a.v[1], _MM_FROUND_TO_NEAREST_INT));
+}
+
+}}  // namespace iqtorch::IQTORCH_ISA

@@ -1,0 +1,98 @@
+// AVX-512 with BW, VL, DQ, VNNI and VBMI: 16 rows are one register.
+#pragma once
+#include <immintrin.h>
+#include <cstdint>
+
+namespace iqtorch { namespace IQTORCH_ISA {
+
+constexpr bool kSignedDot = false;
+constexpr int kBatch = 8;
+
+struct U8 { __m512i v; };
+struct I32 { __m512i v; };
+struct F32 { __m512 v; };
+
+#define IQ_INLINE __attribute__((always_inline))
+#define IQ_FN inline IQ_INLINE
+#define IQ_PRAGMA(text) _Pragma(#text)
+#define IQ_UNROLL(n) IQ_PRAGMA(GCC unroll n)
+
+IQ_FN U8 load(const void* p) { return {_mm512_loadu_si512(p)}; }
+IQ_FN void store(void* p, U8 a) { _mm512_storeu_si512(p, a.v); }
+// Shifts are of 16-bit lanes; the mask removes what crosses from the neighbouring byte.
+IQ_FN U8 bits(U8 a, int shift, int mask) {
+  __m512i s = shift ? _mm512_srli_epi16(a.v, shift) : a.v;
+  return {_mm512_and_si512(s, _mm512_set1_epi8((char)mask))};
+}
+IQ_FN U8 or_shifted(U8 a, U8 b, int shift) { return {_mm512_or_si512(a.v, _mm512_slli_epi16(b.v, shift))}; }
+IQ_FN U8 flip(U8 a, int mask) { return {_mm512_xor_si512(a.v, _mm512_set1_epi8((char)mask))}; }
+IQ_FN U8 abs_difference(U8 a, int c) {
+  __m512i b = _mm512_set1_epi8((char)c);
+  return {_mm512_sub_epi8(_mm512_max_epu8(a.v, b), _mm512_min_epu8(a.v, b))};
+}
+IQ_FN U8 add(U8 a, int c) { return {_mm512_add_epi8(a.v, _mm512_set1_epi8((char)c))}; }
+
+template <int N> struct Table { __m512i v; };
+template <int N> IQ_FN Table<N> load_table(const uint8_t* p) {
+  if (N == 16) return {_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)p))};
+  if (N == 32) return {_mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i*)p))};
+  return {_mm512_loadu_si512(p)};
+}
+template <int N> IQ_FN U8 lookup(Table<N> t, U8 a) {
+  return {N == 16 ? _mm512_shuffle_epi8(t.v, a.v) : _mm512_permutexvar_epi8(a.v, t.v)};
+}
+
+struct PairTable { __m512i v; };
+IQ_FN PairTable load_pairs(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
+IQ_FN U8 lookup_pairs(PairTable t, U8 a) { return {_mm512_permutexvar_epi16(a.v, t.v)}; }
+IQ_FN U8 shift16(U8 a, int shift) { return {_mm512_srli_epi16(a.v, shift)}; }
+IQ_FN U8 widen16(const uint8_t* p) { return {_mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)p))}; }
+IQ_FN U8 and16_or(U8 a, int mask, U8 b) {
+  return {_mm512_ternarylogic_epi32(a.v, _mm512_set1_epi16((short)mask), b.v, 0xEA)};
+}
+
+IQ_FN U8 mirror(U8 a, U8 signs, int q, int total) {
+  __mmask64 m = _mm512_test_epi8_mask(signs.v, _mm512_set1_epi8((char)(1 << q)));
+  return {_mm512_mask_sub_epi8(a.v, m, _mm512_set1_epi8((char)total), a.v)};
+}
+IQ_FN U8 mirror_rows(U8 a, I32 signs, int half, int total) {
+  const __m512i spread = _mm512_broadcast_i32x4(_mm_set_epi32(0x0c0c0c0c, 0x08080808, 0x04040404, 0));
+  __mmask64 m = _mm512_test_epi8_mask(_mm512_shuffle_epi8(signs.v, spread), _mm512_set1_epi32(half ? (int)0x80402010 : 0x08040201));
+  return {_mm512_mask_sub_epi8(a.v, m, _mm512_set1_epi8((char)total), a.v)};
+}
+
+IQ_FN U8 as_bytes(I32 a) { return {a.v}; }
+IQ_FN I32 as_i32(U8 a) { return {a.v}; }
+IQ_FN I32 load8(const uint8_t* p) { return {_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p))}; }
+IQ_FN I32 load16(const uint8_t* p) { return {_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p))}; }
+IQ_FN I32 load32(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
+IQ_FN I32 set(int32_t c) { return {_mm512_set1_epi32(c)}; }
+IQ_FN I32 shift_right(I32 a, int n) { return {_mm512_srl_epi32(a.v, _mm_cvtsi32_si128(n))}; }
+IQ_FN I32 shift_left(I32 a, int n) { return {_mm512_sll_epi32(a.v, _mm_cvtsi32_si128(n))}; }
+IQ_FN I32 operator&(I32 a, I32 b) { return {_mm512_and_si512(a.v, b.v)}; }
+IQ_FN I32 operator|(I32 a, I32 b) { return {_mm512_or_si512(a.v, b.v)}; }
+IQ_FN I32 operator^(I32 a, I32 b) { return {_mm512_xor_si512(a.v, b.v)}; }
+IQ_FN I32 operator+(I32 a, I32 b) { return {_mm512_add_epi32(a.v, b.v)}; }
+IQ_FN I32 operator*(I32 a, I32 b) { return {_mm512_mullo_epi32(a.v, b.v)}; }
+template <int Step> IQ_FN I32 gather(const uint8_t* base, I32 index) { return {_mm512_i32gather_epi32(index.v, base, Step)}; }
+template <bool Narrow> IQ_FN I32 dot(I32 acc, U8 w, const void* x) {
+  int32_t four;
+  __builtin_memcpy(&four, x, 4);
+  return {_mm512_dpbusd_epi32(acc.v, w.v, _mm512_set1_epi32(four))};
+}
+IQ_FN I32 byte_sums(I32 acc, I32 a) { return {_mm512_dpbusd_epi32(acc.v, a.v, _mm512_set1_epi8(1))}; }
+
+IQ_FN F32 loadf(const float* p) { return {_mm512_loadu_ps(p)}; }
+IQ_FN void storef(float* p, F32 a) { _mm512_storeu_ps(p, a.v); }
+IQ_FN F32 setf(float c) { return {_mm512_set1_ps(c)}; }
+IQ_FN F32 operator+(F32 a, F32 b) { return {_mm512_add_ps(a.v, b.v)}; }
+IQ_FN F32 operator-(F32 a, F32 b) { return {_mm512_sub_ps(a.v, b.v)}; }
+IQ_FN F32 operator*(F32 a, F32 b) { return {_mm512_mul_ps(a.v, b.v)}; }
+IQ_FN F32 fma(F32 a, F32 b, F32 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+IQ_FN F32 to_float(I32 a) { return {_mm512_cvtepi32_ps(a.v)}; }
+IQ_FN F32 as_float(I32 a) { return {_mm512_castsi512_ps(a.v)}; }
+IQ_FN F32 gatherf(const float* base, I32 index) { return {_mm512_i32gather_ps(index.v, base, 4)}; }
+IQ_FN F32 from_half(I32 a) { return {_mm512_cvtph_ps(_mm512_cvtepi32_epi16(a.v))}; }
+IQ_FN void store_half(uint16_t* p, F32 a) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT)); }
+
+}}  // namespace iqtorch::IQTORCH_ISA
