@@ -1,0 +1,112 @@
+"""The `triton` backend: kernels for NVIDIA and AMD GPUs. Implements `iqtorch.ops.Backend` on plain tensors.
+
+Importing this module registers the operators but imports no Triton; the kernels load with the first call.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..formats import Format
+from . import library as _library
+from .layout import layout
+
+name = "triton"
+
+__all__ = [
+    "dequantize",
+    "embedding",
+    "grouped_linear",
+    "linear",
+    "linear_transposed",
+    "name",
+    "pack",
+    "routed_linear",
+    "supports",
+    "unpack",
+]
+
+#: Oldest NVIDIA architecture the kernels are compiled and checked for.
+_MIN_CAPABILITY = (8, 0)
+
+
+@lru_cache
+def _unusable() -> str | None:
+    """Why no kernel can run on this machine, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install triton)"
+    if _library.INTERPRETED:
+        return None
+    if not torch.cuda.is_available():
+        return "no CUDA or ROCm device is available to this PyTorch build"
+    if torch.version.hip is None:
+        found = min(torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count()))
+        if found < _MIN_CAPABILITY:
+            return f"the GPU has compute capability {found[0]}.{found[1]}, the kernels need {_MIN_CAPABILITY[0]}.{_MIN_CAPABILITY[1]}"
+    return None
+
+
+def supports(fmt: Format, rows: int, k: int) -> str | None:
+    """None if the kernels can run a `[rows, k]` matrix of this format here, else the reason in words."""
+    reason = _unusable()
+    if reason is not None:
+        return reason
+    if fmt.interleave != 1:
+        return f"{fmt.name} merges {fmt.interleave} rows; kernels run its plain format {fmt.plain}"
+    if rows <= 0:
+        return f"the matrix has {rows} rows"
+    if rows >= 1 << 31 or k >= 1 << 31:
+        return f"rows and columns must be below 2^31, got [{rows}, {k}]"
+    return None
+
+
+def pack(blocks: Tensor, fmt: Format) -> Tensor:
+    """Canonical bytes uint8 `[..., rows, row_bytes]` -> device layout uint8 `[..., packed_bytes]`, on the same device."""
+    return layout(fmt).pack(blocks)
+
+
+def unpack(data: Tensor, fmt: Format, rows: int, k: int) -> Tensor:
+    """Inverse of `pack`, bit for bit."""
+    return layout(fmt).unpack(data, rows, k)
+
+
+def _precision(x: Tensor) -> int:
+    return 0 if x.requires_grad else ops.activation_precision()
+
+
+def linear(x: Tensor, data: Tensor, fmt: Format, rows: int, bias: Tensor | None = None) -> Tensor:
+    """`x [..., K]` (float32, bfloat16, float16, float64; any strides) times the transposed matrix, plus bias: `[..., rows]`."""
+    return torch.ops.iqtorch_triton.linear.default(x, data, fmt.ggml_type, rows, bias, _precision(x))
+
+
+def linear_transposed(g: Tensor, data: Tensor, fmt: Format, k: int) -> Tensor:
+    """`g [..., rows]` times the matrix: `[..., K]`."""
+    return torch.ops.iqtorch_triton.linear_transposed.default(g, data, fmt.ggml_type, k)
+
+
+def dequantize(data: Tensor, fmt: Format, rows: int, k: int, dtype: torch.dtype) -> Tensor:
+    """Weights `[..., rows, K]`, computed in float32 exactly as `Format.decode` does, times `fmt.runtime_scale`."""
+    return torch.ops.iqtorch_triton.dequantize.default(data, fmt.ggml_type, rows, k, dtype)
+
+
+def embedding(ids: Tensor, data: Tensor, fmt: Format, rows: int, k: int, dtype: torch.dtype) -> Tensor:
+    """Rows of the matrix for integer ids of any shape: `[*ids.shape, K]`. Ids out of range give rows of zeros (no host check)."""
+    return torch.ops.iqtorch_triton.embedding.default(ids, data, fmt.ggml_type, rows, k, dtype)
+
+
+def grouped_linear(x: Tensor, data: Tensor, offsets: Tensor, fmt: Format, rows: int) -> Tensor:
+    """`x [T, K]` sorted by expert, `offsets` int32 `[E]` their cumulative ends: `[T, rows]`; rows past the last end are zeros."""
+    return torch.ops.iqtorch_triton.grouped_linear.default(x, data, offsets, fmt.ggml_type, rows, _precision(x))
+
+
+def routed_linear(x: Tensor, data: Tensor, ids: Tensor, fmt: Format, rows: int) -> Tensor:
+    """Experts by id, read on the device: `x [T, K]`, or `[T, S, K]`, and ids `[T, S]` -> `[T, S, rows]`.
+
+    For few tokens (decoding): no sort, no host synchronisation. Ids out of range give zeros.
+    """
+    return torch.ops.iqtorch_triton.routed_linear.default(x, data, ids, fmt.ggml_type, rows, _precision(x))

@@ -1,0 +1,184 @@
+"""Single machine instructions that Triton does not offer, each with a plain Triton twin.
+
+`ASM` (a constexpr) chooses: inline PTX on NVIDIA, or the twin (interpreter, AMD, unknown cards). The two are equal bit for
+bit; `tests/test_triton_asm.py` compares numpy models of the PTX with the twins.
+"""
+
+# mypy: ignore-errors
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOW_BYTES = tl.constexpr(0x01010101)
+TOP_BITS = tl.constexpr(-0x7F7F7F80)  # 0x80808080
+NIBBLE_BYTES = tl.constexpr(0x0F0F0F0F)
+TRELLIS_MASK = tl.constexpr(0x3F3F3F3F)
+
+_DOT_SIGNED = tl.constexpr("dp4a.s32.s32 $0, $1, $2, $3;")
+_DOT_UNSIGNED = tl.constexpr("dp4a.s32.u32 $0, $1, $2, $3;")
+_CODE_SIGNED = tl.constexpr("dp4a.u32.s32 $0, $1, $2, $3;")
+_CODE_UNSIGNED = tl.constexpr("dp4a.u32.u32 $0, $1, $2, $3;")
+
+
+@triton.jit
+def shift_right(a, n):
+    """Logical shift of int32."""
+    return (a.to(tl.uint32, bitcast=True) >> n).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def byte(a, i: tl.constexpr, SIGNED: tl.constexpr):
+    """Byte i of int32, extended to int32."""
+    if SIGNED:
+        v = (a << (24 - 8 * i)) >> 24
+    else:
+        v = (a >> (8 * i)) & 255
+    return v
+
+
+@triton.jit
+def bytes_of(a, SIGNED: tl.constexpr):
+    """Bytes of int32 `[...]` as int32 `[..., 4]`."""
+    slots = 24 - 8 * tl.arange(0, 4)
+    moved = tl.expand_dims(a, len(a.shape)) << tl.reshape(slots, last_dimension(a.shape))
+    if SIGNED:
+        v = moved >> 24
+    else:
+        v = (moved >> 24) & 255
+    return v
+
+
+@triton.constexpr_function
+def last_dimension(shape):
+    """Shape `[1, .., 1, 4]`, one dimension more than `shape`."""
+    return [1] * len(shape) + [4]
+
+
+@triton.jit
+def dot4(w, x, acc, W_SIGNED: tl.constexpr, X_SIGNED: tl.constexpr):
+    """acc + sum over four bytes of w * x (int32): dp4a. The twin is `bytes_of` and a sum, in the skeletons."""
+    if W_SIGNED:
+        text: tl.constexpr = _DOT_SIGNED if X_SIGNED else _DOT_UNSIGNED
+    else:
+        text: tl.constexpr = _CODE_SIGNED if X_SIGNED else _CODE_UNSIGNED
+    return tl.inline_asm_elementwise(text, "=r,r,r,r", [w, x, acc], dtype=tl.int32, is_pure=True, pack=1)
+
+
+@triton.jit
+def pack4(a, b, c, d, ASM: tl.constexpr):
+    """The low bytes of four int32 in one."""
+    if ASM:
+        text: tl.constexpr = (
+            "{.reg .b32 lo, hi; prmt.b32 lo, $1, $2, 0x0040; prmt.b32 hi, $3, $4, 0x0040; prmt.b32 $0, lo, hi, 0x5410;}"
+        )
+        v = tl.inline_asm_elementwise(text, "=r,r,r,r,r", [a, b, c, d], dtype=tl.int32, is_pure=True, pack=1)
+    else:
+        v = (a & 255) | (b & 255) << 8 | (c & 255) << 16 | d << 24
+    return v
+
+
+@triton.jit
+def split4(a):
+    """`[..., 4]` -> four `[...]`."""
+    even, odd = tl.split(tl.reshape(a, a.shape[:-1] + (2, 2)))
+    a0, a2 = tl.split(even)
+    a1, a3 = tl.split(odd)
+    return a0, a1, a2, a3
+
+
+@triton.jit
+def lane(ASM: tl.constexpr):
+    """Number of the thread in its warp, as a scalar that differs by thread: only for addresses of tables."""
+    return tl.inline_asm_elementwise("mov.u32 $0, %laneid;", "=r", [], dtype=tl.int32, is_pure=True, pack=1)
+
+
+@triton.jit
+def select(a, b, MASK: tl.constexpr):
+    """Bits of `a` where MASK is set, else of `b`."""
+    return (a & MASK) | (b & (MASK ^ -1))
+
+
+@triton.jit
+def from_lane(code, table):
+    """The `table` register of lane `code % 32`: a look-up in a table of 32 words, one word per lane.
+
+    Only in code that all threads of a warp run together.
+    """
+    return tl.inline_asm_elementwise("shfl.sync.idx.b32 $0, $2, $1, 31, -1;", "=r,r,r", [code, table], dtype=tl.int32, is_pure=True, pack=1)
+
+
+@triton.jit
+def permute(a, b, PATTERN: tl.constexpr):
+    """Bytes of (a, b) chosen by the nibbles of PATTERN (PTX prmt)."""
+    text: tl.constexpr = "prmt.b32 $0, $1, $2, " + PATTERN + ";"
+    return tl.inline_asm_elementwise(text, "=r,r,r", [a, b], dtype=tl.int32, is_pure=True, pack=1)
+
+
+@triton.jit
+def choose(a, b, selector):
+    """Bytes of (a, b) chosen by the nibbles of `selector` (PTX prmt)."""
+    return tl.inline_asm_elementwise("prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", [a, b, selector], dtype=tl.int32, is_pure=True, pack=1)
+
+
+@triton.jit
+def byte_mask(bits, ASM: tl.constexpr):
+    """0xFF in every byte whose lowest bit is set, 0x00 in the others."""
+    if ASM:
+        v = permute(bits << 7, bits << 7, "0xBA98")
+    else:
+        v = (bits & LOW_BYTES) * 255
+    return v
+
+
+@triton.jit
+def negate_bytes(v, mask):
+    """Two's complement of the bytes of v (0 .. 127) that `mask` selects."""
+    return (v & (mask ^ -1)) | ((TOP_BITS - v) ^ TOP_BITS) & mask
+
+
+@triton.jit
+def byte_sum(v, ASM: tl.constexpr):
+    """Sum of four bytes whose sum is below 256, minus 126 (the values of the trellis generator)."""
+    if ASM:
+        text: tl.constexpr = "dp4a.u32.s32 $0, $1, 0x01010101, -126;"
+        total = tl.inline_asm_elementwise(text, "=r,r", [v], dtype=tl.int32, is_pure=True, pack=1)
+    else:
+        total = shift_right(v * LOW_BYTES, 24) - 126
+    return total
+
+
+@triton.jit
+def halves(q, scale, bias, SIGNED: tl.constexpr, ASM: tl.constexpr):
+    """Four bytes as float16: (byte + bias) * scale, the sum exact, the product rounded once.
+
+    `scale` and `bias` are float16 tensors of q's shape; returns four of them. The PTX puts a byte into the mantissa of
+    1024.0, so `bias` must already include -1024 (and -128 for signed bytes): see `half_offset`.
+    """
+    if ASM:
+        flip: tl.constexpr = "xor.b32 v, $4, 0x80808080;" if SIGNED else "mov.b32 v, $4;"
+        text: tl.constexpr = (
+            "{.reg .b32 v, a, b, s, c; "
+            + flip
+            + "mov.b32 s, {$5, $5}; mov.b32 c, {$6, $6};"
+            + "prmt.b32 a, v, 0x64646464, 0x4140; prmt.b32 b, v, 0x64646464, 0x4342;"
+            + "add.rn.f16x2 a, a, c; add.rn.f16x2 b, b, c; mul.rn.f16x2 a, a, s; mul.rn.f16x2 b, b, s;"
+            + "mov.b32 {$0, $1}, a; mov.b32 {$2, $3}, b;}"
+        )
+        h0, h1, h2, h3 = tl.inline_asm_elementwise(
+            text, "=h,=h,=h,=h,r,h,h", [q, scale, bias], dtype=(tl.float16, tl.float16, tl.float16, tl.float16), is_pure=True, pack=1
+        )
+    else:
+        offset: tl.constexpr = half_offset(SIGNED, 0)
+        h0 = ((byte(q, 0, SIGNED) - offset).to(tl.float16) + bias) * scale
+        h1 = ((byte(q, 1, SIGNED) - offset).to(tl.float16) + bias) * scale
+        h2 = ((byte(q, 2, SIGNED) - offset).to(tl.float16) + bias) * scale
+        h3 = ((byte(q, 3, SIGNED) - offset).to(tl.float16) + bias) * scale
+    return h0, h1, h2, h3
+
+
+@triton.constexpr_function
+def half_offset(signed, base):
+    """What `halves` must add to the mantissa trick's number to get `byte + base`."""
+    return base - (1024 + 128 if signed else 1024)

@@ -1,0 +1,320 @@
+"""From operators to kernels: shapes, tiles and the closed-form choice of a kernel. No autotuning, no host synchronisation."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from ..errors import BlockSizeError, UnsupportedOperationError
+from ..formats import Format, format_by_ggml_type
+from . import skeletons
+from .layout import Layout, layout
+from .library import INTERPRETED
+
+#: Products with up to this many tokens use `gemv`.
+GEMV_TOKENS = 4
+#: Products with more tokens than this dequantize the matrix and use torch.mm, whose tensor-core rate then pays for it.
+GEMM_TOKENS = 1024
+#: Weights dequantized at a time for the large products: bounds the temporary copy (half a GiB in bfloat16).
+LARGE_SLICE = 1 << 28
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the choices depend on."""
+
+    processors: int
+    asm: bool
+
+
+@lru_cache
+def device_facts(device: torch.device) -> Device:
+    if device.type != "cuda":
+        return Device(1, False)
+    return Device(torch.cuda.get_device_properties(device).multi_processor_count, torch.version.hip is None and not INTERPRETED)
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton launches on the current device."""
+    if device.type == "cuda" and device.index is not None and device.index != torch.cuda.current_device():
+        return torch.cuda.device(device)
+    return nullcontext()
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+# -- choices -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class GemvTile:
+    rows: int
+    runs: int
+    warps: int
+
+
+def gemv_tile(rows: int, runs: int, programs: int, processors: int) -> GemvTile:
+    """Tile of a vector product: `programs` of them run beside each other for other tokens.
+
+    A warp's 32 threads take neighbouring runs of the same rows. Eight rows per thread share one reading of the activations;
+    fewer where that would leave processors without work.
+    """
+    warps = 4 if runs >= 128 else 2 if runs >= 64 else 1
+    tile_rows = 8
+    while tile_rows > 1 and -(-rows // tile_rows) * programs < 2 * processors:
+        tile_rows //= 2
+    return GemvTile(tile_rows, min(_power_of_two(runs), 32 * warps), warps)
+
+
+@dataclass(frozen=True)
+class GemmTile:
+    rows: int
+    tokens: int
+    split: int
+    warps: int
+    stages: int
+
+
+def gemm_tile(rows: int, tokens: int, steps: int, processors: int) -> GemmTile:
+    """Tile of a matrix product over `steps` steps along K.
+
+    64 rows per warp group of 4 (one tensor-core instruction high), tokens padded to a power of two; the sum over K is split
+    until two programs per processor run, but not below four steps per part.
+    """
+    tile_tokens = min(max(_power_of_two(tokens), 16), 128)
+    tile_rows, warps = (128, 8) if tile_tokens == 128 else (64, 4)
+    tiles = -(-rows // tile_rows) * -(-tokens // tile_tokens)
+    split = max(1, min(steps // 4, -(-2 * processors // tiles)))
+    return GemmTile(tile_rows, tile_tokens, split, warps, 3)
+
+
+# -- checks --------------------------------------------------------------------------------------------------
+
+
+def _prepare(x: Tensor, data: Tensor, format: int, rows: int, what: str = "activations") -> tuple[Format, Layout, int]:
+    """Format, layout and K of a product of `x [..., K]` with a packed matrix.
+
+    Raises:
+        UnsupportedOperationError: operands on different devices, or a dtype that is no float.
+        BlockSizeError: `data` is not a packed matrix of `rows` rows for this K.
+    """
+    if x.device != data.device:
+        raise UnsupportedOperationError(f"{what} are on {x.device}, the packed weight is on {data.device}; move one with .to(device)")
+    if not x.is_floating_point():
+        raise UnsupportedOperationError(f"{what} must be float32, bfloat16, float16 or float64, got {x.dtype}; convert them with .to(dtype)")
+    fmt = format_by_ggml_type(format)
+    k = x.shape[-1]
+    plan = layout(fmt)
+    _check_data(data, plan, rows, k)
+    return fmt, plan, k
+
+
+def _check_data(data: Tensor, plan: Layout, rows: int, k: int) -> None:
+    plan.fmt.row_bytes(k)
+    if data.shape[-1] != plan.packed_bytes(rows, k):
+        raise BlockSizeError(
+            f"a packed {plan.fmt.name} matrix [{rows}, {k}] has {plan.packed_bytes(rows, k)} bytes on the GPU, got {data.shape[-1]}; "
+            "check the number of features of the activations"
+        )
+
+
+def _rows_of(x: Tensor, k: int) -> Tensor:
+    """`[..., K]` -> `[M, K]` with neighbouring columns; a copy only where strides demand it."""
+    flat = x.reshape(-1, k)
+    return flat if flat.stride(1) == 1 or flat.shape[0] == 0 else flat.contiguous()
+
+
+# -- operators -----------------------------------------------------------------------------------------------
+
+
+def linear(x: Tensor, data: Tensor, format: int, rows: int, bias: Tensor | None, precision: int) -> Tensor:
+    fmt, plan, k = _prepare(x, data, format, rows)
+    flat = _rows_of(x, k)
+    tokens = flat.shape[0]
+    if tokens == 0:
+        return x.new_empty((*x.shape[:-1], rows))
+    with _on(x.device):
+        if tokens <= GEMV_TOKENS and x.dtype != torch.float64:
+            out = _gemv(flat, data, plan, rows, bias, precision)
+        elif tokens <= GEMM_TOKENS and x.dtype in (torch.float16, torch.bfloat16):
+            out = _gemm(flat, data, plan, rows, bias)
+        else:
+            out = _large(flat, data, fmt, rows, bias)
+    return out.reshape(*x.shape[:-1], rows)
+
+
+def _digits(dtype: torch.dtype, precision: int) -> int:
+    """Int8 digits per activation: one if rounding to 8 bits is allowed; two carry the 8 or 11 bits of a 16-bit float, three float32."""
+    return 1 if precision else 3 if dtype == torch.float32 else 2
+
+
+def _gemv(
+    x: Tensor, data: Tensor, plan: Layout, rows: int, bias: Tensor | None, precision: int, ids: Tensor | None = None, mode: str = "one"
+) -> Tensor:
+    """Vector products: all tokens with one matrix, or each with the matrix that `ids` names (see `skeletons.gemv`)."""
+    s, facts = plan.scheme, device_facts(x.device)
+    runs = x.shape[1] // s.run
+    tokens, per_token = x.shape[0], 1
+    if mode == "ids" and ids is not None:
+        tokens, per_token = ids.numel(), ids.numel() // x.shape[0]
+    group = _power_of_two(tokens) if mode == "one" else 1
+    tile = gemv_tile(rows, runs, -(-tokens // group), facts.processors)
+    book, lut = plan.tables(x.device)
+    experts = data.shape[0] if data.ndim > 1 else 1
+    out = torch.empty((tokens, rows), dtype=x.dtype, device=x.device)
+    skeletons.gemv[(triton.cdiv(rows, tile.rows), triton.cdiv(tokens, group))](
+        x, data, book, lut, bias, ids, out, tokens, rows, runs, x.stride(0), data.shape[-1], experts, per_token,
+        S=s, MODE=mode, DIGITS=_digits(x.dtype, precision), TOKENS=group, ROWS=tile.rows, RUNS=tile.runs, EP=_power_of_two(experts),
+        ASM=facts.asm, num_warps=tile.warps,
+    )  # fmt: skip
+    return out
+
+
+def _gemm(x: Tensor, data: Tensor, plan: Layout, rows: int, bias: Tensor | None, offsets: Tensor | None = None) -> Tensor:
+    """Matrix products on tensor cores; with `offsets`, each row of x with its expert's matrix."""
+    s, facts = plan.scheme, device_facts(x.device)
+    tokens, k = x.shape
+    runs = k // s.run
+    steps = -(-runs // 4)
+    k_padded = 4 * s.run * steps
+    experts = data.shape[0] if offsets is not None else 1
+    tile = gemm_tile(rows, -(-tokens // experts), steps, facts.processors)
+    split = tile.split if offsets is None else 1
+    xs = torch.empty((tokens, k_padded), dtype=torch.float16, device=x.device)
+    scale = torch.empty((tokens,), dtype=torch.float32, device=x.device)
+    block = min(_power_of_two(k_padded), 4096)
+    skeletons.stage[(tokens,)](x, xs, scale, tokens, k, x.stride(0), k_padded, RUN=s.run, BLOCK=block, num_warps=4)
+    out = (torch.zeros if offsets is not None else torch.empty)((tokens, rows), dtype=x.dtype, device=x.device)
+    parts = out if split == 1 else torch.empty((split, tokens, rows), dtype=torch.float32, device=x.device)
+    # Without the ends on the host: every expert may end with one tile that is not full.
+    token_tiles = triton.cdiv(tokens, tile.tokens) + (experts if offsets is not None else 0)
+    book, lut = plan.tables(x.device)
+    skeletons.gemm[(triton.cdiv(rows, tile.rows), token_tiles, split)](
+        xs, scale, data, book, lut, bias if split == 1 else None, offsets, parts, tokens, rows, runs, k_padded, data.shape[-1], experts,
+        S=s, GROUPED=offsets is not None, BN=tile.rows, BM=tile.tokens, SPLIT=split, EP=_power_of_two(experts), ASM=facts.asm,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    if split > 1:
+        count = tokens * rows
+        skeletons.combine[(triton.cdiv(count, 1024),)](parts, bias, out, count, rows, SPLIT=split, BLOCK=1024, num_warps=4)
+    return out
+
+
+def _large(x: Tensor, data: Tensor, fmt: Format, rows: int, bias: Tensor | None) -> Tensor:
+    """Dequantize a slice of rows in the dtype of x, then torch.mm."""
+    out = torch.empty((x.shape[0], rows), dtype=x.dtype, device=x.device)
+    plan, k = layout(fmt), x.shape[1]
+    for lo, hi in _large_slices(rows, k):
+        w = _weights(data, plan, rows, k, x.dtype, lo, hi)
+        if bias is None:
+            torch.mm(x, w.t(), out=out[:, lo:hi])
+        else:
+            torch.addmm(bias[lo:hi].to(x.dtype), x, w.t(), out=out[:, lo:hi])
+    return out
+
+
+def _large_slices(rows: int, k: int) -> list[tuple[int, int]]:
+    step = max(1, LARGE_SLICE // k)
+    return [(i, min(i + step, rows)) for i in range(0, rows, step)]
+
+
+def linear_transposed(g: Tensor, data: Tensor, format: int, k: int) -> Tensor:
+    fmt = format_by_ggml_type(format)
+    rows = g.shape[-1]
+    _prepare_transposed(g, data, fmt, rows, k)
+    flat = g.reshape(-1, rows)
+    plan = layout(fmt)
+    with _on(g.device):
+        slices = _large_slices(rows, k)
+        if len(slices) == 1:
+            out = flat @ _weights(data, plan, rows, k, g.dtype, 0, rows)
+        else:
+            total = torch.zeros((flat.shape[0], k), dtype=torch.promote_types(g.dtype, torch.float32), device=g.device)
+            for lo, hi in slices:
+                total += flat[:, lo:hi] @ _weights(data, plan, rows, k, g.dtype, lo, hi)
+            out = total.to(g.dtype)
+    return out.reshape(*g.shape[:-1], k)
+
+
+def _prepare_transposed(g: Tensor, data: Tensor, fmt: Format, rows: int, k: int) -> None:
+    if g.device != data.device:
+        raise UnsupportedOperationError(f"gradients are on {g.device}, the packed weight is on {data.device}; move one with .to(device)")
+    _check_data(data, layout(fmt), rows, k)
+
+
+def _weights(data: Tensor, plan: Layout, rows: int, k: int, dtype: torch.dtype, lo: int, hi: int) -> Tensor:
+    """Rows lo .. hi of one matrix as `[hi - lo, K]`."""
+    ids = None if (lo, hi) == (0, rows) else torch.arange(lo, hi, device=data.device)
+    return _decode(data, plan, rows, k, dtype, hi - lo, ids)
+
+
+def _decode(data: Tensor, plan: Layout, rows: int, k: int, dtype: torch.dtype, count: int, ids: Tensor | None) -> Tensor:
+    """`count` rows of each matrix in `data [..., packed_bytes]`: `[..., count, K]`."""
+    s, facts = plan.scheme, device_facts(data.device)
+    runs = k // s.run
+    matrices = data.numel() // data.shape[-1]
+    wanted = torch.float32 if dtype == torch.float64 else dtype
+    out = torch.empty((*data.shape[:-1], count, k), dtype=wanted, device=data.device)
+    if out.numel():
+        tile_runs = min(_power_of_two(runs), 32)
+        tile_rows = 4 if tile_runs == 32 else 8
+        book, lut = plan.tables(data.device)
+        skeletons.dequantize[(triton.cdiv(runs, tile_runs), triton.cdiv(count, tile_rows), matrices)](
+            data, book, lut, ids, out, count, rows, runs, data.shape[-1],
+            S=s, ROWS=tile_rows, RUNS=tile_runs, ASM=facts.asm, num_warps=4, enable_fp_fusion=False,
+        )  # fmt: skip
+    return out.to(dtype)
+
+
+def dequantize(data: Tensor, format: int, rows: int, k: int, dtype: torch.dtype) -> Tensor:
+    plan = layout(format_by_ggml_type(format))
+    _check_data(data, plan, rows, k)
+    with _on(data.device):
+        return _decode(data, plan, rows, k, dtype, rows, None)
+
+
+def embedding(ids: Tensor, data: Tensor, format: int, rows: int, k: int, dtype: torch.dtype) -> Tensor:
+    plan = layout(format_by_ggml_type(format))
+    _check_data(data, plan, rows, k)
+    if ids.device != data.device:
+        raise UnsupportedOperationError(f"ids are on {ids.device}, the packed weight is on {data.device}; move one with .to(device)")
+    flat = ids.reshape(-1)
+    if flat.device.type == "cpu" and flat.numel() and (int(flat.min()) < 0 or int(flat.max()) >= rows):
+        raise IndexError(f"embedding ids must be in 0 .. {rows - 1}, got {int(flat.min())} .. {int(flat.max())}")
+    with _on(data.device):
+        return _decode(data, plan, rows, k, dtype, flat.numel(), flat.contiguous()).reshape(*ids.shape, k)
+
+
+def grouped_linear(x: Tensor, data: Tensor, offsets: Tensor, format: int, rows: int, precision: int) -> Tensor:
+    fmt, plan, k = _prepare(x, data, format, rows)
+    flat = _rows_of(x, k)
+    tokens, experts = flat.shape[0], data.shape[0]
+    if tokens == 0:
+        return x.new_empty((0, rows))
+    ends = offsets.to(torch.int32).contiguous()
+    with _on(x.device):
+        if x.dtype in (torch.float16, torch.bfloat16) and tokens > GEMV_TOKENS * min(experts, 16):
+            return _gemm(flat, data, plan, rows, None, ends)
+        wide = flat.float() if x.dtype == torch.float64 else flat
+        return _gemv(wide, data, plan, rows, None, precision, ends, "sorted").to(x.dtype)
+
+
+def routed_linear(x: Tensor, data: Tensor, ids: Tensor, format: int, rows: int, precision: int) -> Tensor:
+    fmt, plan, k = _prepare(x, data, format, rows)
+    flat = _rows_of(x, k)
+    if ids.numel() == 0 or flat.shape[0] == 0:
+        return x.new_empty((*ids.shape, rows))
+    if ids.numel() % flat.shape[0]:
+        raise UnsupportedOperationError(f"{ids.numel()} expert ids cannot be shared by {flat.shape[0]} rows of activations")
+    with _on(x.device):
+        wide = flat.float() if x.dtype == torch.float64 else flat
+        out = _gemv(wide, data, plan, rows, None, precision, ids.reshape(-1).contiguous(), "ids")
+        return out.to(x.dtype).reshape(*ids.shape, rows)

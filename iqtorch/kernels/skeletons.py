@@ -1,0 +1,427 @@
+"""The kernels: each is written once and takes its format as a `Scheme` (see layout.py, decode.py).
+
+    gemv        few tokens: int8 digits of the activations times int8 values, exact integer sums per scale
+    stage       activations as float16 in the order of tensor-core fragments, for gemm
+    gemm        more tokens: Y^T = W X^T, weights decoded straight into the register operand
+    combine     sums the parts of a split product, in a fixed order
+    dequantize  weights, or rows of them by id
+
+Addresses are int64; every load and store is masked; nothing is read back by the host.
+"""
+
+# mypy: ignore-errors
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .asm import LOW_BYTES, bytes_of, dot4, half_offset, halves, pack4, split4
+from .decode import halving, power_of_two, quads, row_exponent, row_scale, scales
+
+# -- which matrix --------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def expert_of(offsets, token, experts, EP: tl.constexpr):
+    """Number of the expert that owns row `token`: how many end at or before it."""
+    e = tl.arange(0, EP)
+    ends = tl.load(offsets + e, mask=e < experts, other=2147483647)
+    return tl.sum((ends <= token).to(tl.int32), axis=0)
+
+
+# -- activations ---------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def larger(a, b):
+    """Maximum that keeps NaN, so that a NaN activation cannot turn into a number."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def digits(x, DIGITS: tl.constexpr, ASM: tl.constexpr):
+    """float32 `[M, B, n]` -> the signed integers `round(x / step)`, in their low 8 DIGITS bits, and `step [M, B]`, one per run.
+    """
+    top: tl.constexpr = 127.0 if DIGITS == 1 else 32767.0 if DIGITS == 2 else 8388544.0
+    if ASM:
+        largest = tl.reduce(tl.abs(x), 2, larger)
+    else:
+        # as integers, NaN is above all numbers
+        largest = tl.max(tl.abs(x).to(tl.int32, bitcast=True), axis=2).to(tl.float32, bitcast=True)
+    step = largest * (1.0 / top)
+    # a run of zeros, or one too small to divide by
+    inverse = tl.where(step > 1e-37, 1.0 / tl.where(step > 1e-37, step, 1.0), 0.0)
+    y = x * inverse[:, :, None]
+    if DIGITS < 3:
+        # adding 1.5 * 2^23 leaves the rounded integer in the low bits
+        q = (y + 12582912.0).to(tl.int32, bitcast=True)
+    else:
+        q = tl.where(y < 0.0, y - 0.5, y + 0.5).to(tl.int32)
+    return q, step
+
+
+@triton.jit
+def digit_quads(q, i: tl.constexpr, ASM: tl.constexpr):
+    """Byte i of integers `[M, B, n]` as quads `[M, B, n / 4]`."""
+    a, b, c, d = split4(tl.reshape(q, (q.shape[0], q.shape[1], q.shape[2] // 4, 4)))
+    return pack4(a >> (8 * i), b >> (8 * i), c >> (8 * i), d >> (8 * i), ASM)
+
+
+@triton.jit
+def dot_run(w, x, acc, W_SIGNED: tl.constexpr, X_SIGNED: tl.constexpr, N: tl.constexpr):
+    """acc + sum over the last dimension (N quads) of byte dot products, as one chain."""
+    if N == 1:
+        acc = dot4(tl.reshape(w, acc.shape), tl.reshape(x, acc.shape), acc, W_SIGNED, X_SIGNED)
+    else:
+        w0, w1 = tl.split(tl.reshape(w, acc.shape + (halving(N), 2)))
+        x0, x1 = tl.split(tl.reshape(x, acc.shape + (halving(N), 2)))
+        acc = dot_run(w0, x0, acc, W_SIGNED, X_SIGNED, halving(N))
+        acc = dot_run(w1, x1, acc, W_SIGNED, X_SIGNED, halving(N))
+    return acc
+
+
+@triton.jit
+def dot_digit(w, x, S: tl.constexpr, X_SIGNED: tl.constexpr, ASM: tl.constexpr):
+    """`w [R, B, quads]`, `x [M, B, quads]` -> int32 `[M, R, B, groups]`."""
+    per: tl.constexpr = S.quads // S.groups
+    wb = tl.reshape(w, (1, w.shape[0], w.shape[1], S.groups, per))
+    xb = tl.reshape(x, (x.shape[0], 1, x.shape[1], S.groups, per))
+    if ASM:
+        shape: tl.constexpr = (x.shape[0], w.shape[0], w.shape[1], S.groups, per)
+        zero = tl.zeros((x.shape[0], w.shape[0], w.shape[1], S.groups), tl.int32)
+        total = dot_run(tl.broadcast_to(wb, shape), tl.broadcast_to(xb, shape), zero, S.signed, X_SIGNED, per)
+    else:
+        total = tl.sum(tl.sum(bytes_of(wb, S.signed) * bytes_of(xb, X_SIGNED), axis=5), axis=4)
+    return total
+
+
+@triton.jit
+def sum_digit(x, S: tl.constexpr, X_SIGNED: tl.constexpr, ASM: tl.constexpr):
+    """Sums of the bytes of `x [M, B, quads]` per scale, int32 `[M, B, groups]`."""
+    per: tl.constexpr = S.quads // S.groups
+    x = tl.reshape(x, (x.shape[0], x.shape[1], S.groups, per))
+    if ASM:
+        ones = tl.full(x.shape, LOW_BYTES, tl.int32)
+        total = dot_run(ones, x, tl.zeros((x.shape[0], x.shape[1], S.groups), tl.int32), True, X_SIGNED, per)
+    else:
+        total = tl.sum(tl.sum(bytes_of(x, X_SIGNED), axis=4), axis=3)
+    return total
+
+
+# -- few tokens ----------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["tokens", "experts"])
+def gemv(
+    x,
+    data,
+    book,
+    lut,
+    bias,
+    ids,
+    y,
+    tokens,
+    rows,
+    runs,
+    x_stride,
+    matrix_bytes,
+    experts,
+    per_token,
+    S: tl.constexpr,
+    MODE: tl.constexpr,
+    DIGITS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
+    RUNS: tl.constexpr,
+    EP: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """y[t, n] = sum_k x[t, k] w[n, k] + bias[n] for TOKENS tokens and ROWS rows of a program.
+
+    MODE: `one` matrix; `sorted`: tokens sorted by expert, `ids` their cumulative ends; `ids`: the expert of each token.
+    `per_token` output rows share one row of x (`ids` only).
+    """
+    token = tl.program_id(1).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    valid = True
+    if MODE == "sorted":
+        expert = expert_of(ids, tl.program_id(1), experts, EP)
+        valid = expert < experts
+        data += tl.minimum(expert, experts - 1).to(tl.int64) * matrix_bytes
+    elif MODE == "ids":
+        expert = tl.load(ids + tl.program_id(1)).to(tl.int64)
+        valid = (expert >= 0) & (expert < experts)
+        data += tl.where(valid, expert, 0) * matrix_bytes
+    source = token // per_token
+    acc = tl.zeros((TOKENS, ROWS, RUNS), tl.float32)
+    quad: tl.constexpr = S.run
+    for first in range(0, runs, RUNS):
+        run = (first + tl.arange(0, RUNS))[None, :]
+        at = source[:, None, None] * x_stride + run[:, :, None] * quad + tl.arange(0, quad)[None, None, :]
+        inside = (token < tokens)[:, None, None] & (run < runs)[:, :, None]
+        q, step = digits(tl.load(x + at, mask=inside, other=0.0).to(tl.float32), DIGITS, ASM)
+        mask = (row < rows) & (run < runs)
+        w = quads(data, row, run, mask, rows, runs, book, S, ASM)
+        scale, shift, low = scales(data, row, run, mask, rows, runs, lut, S)
+        part = digit_quads(q, DIGITS - 1, ASM)
+        total = dot_digit(w, part, S, True, ASM)
+        if S.needs_sum:
+            summed = sum_digit(part, S, True, ASM)[:, None, :, :]
+            offset = S.base
+            if S.shift != 0:
+                offset = shift[None, :, :, :] + S.base
+        if DIGITS == 3:
+            # 24 bits times 8: beyond int32, so the digits meet in float32
+            if S.needs_sum:
+                total += offset * summed
+                weighted = summed.to(tl.float32)
+            value = total.to(tl.float32)
+            for i in tl.static_range(1, 3):
+                part = digit_quads(q, 2 - i, ASM)
+                total = dot_digit(w, part, S, False, ASM)
+                if S.needs_sum:
+                    summed = sum_digit(part, S, False, ASM)[:, None, :, :]
+                    total += offset * summed
+                    weighted = weighted * 256.0 + summed.to(tl.float32)
+                value = value * 256.0 + total.to(tl.float32)
+        else:
+            if DIGITS == 2:
+                part = digit_quads(q, 0, ASM)
+                total = (total << 8) + dot_digit(w, part, S, False, ASM)
+                if S.needs_sum:
+                    summed = (summed << 8) + sum_digit(part, S, False, ASM)[:, None, :, :]
+            if S.base != 0 or S.shift != 0:
+                total += offset * summed
+            value = total.to(tl.float32)
+            if S.affine:
+                weighted = summed.to(tl.float32)
+        value *= scale[None, :, :, :]
+        if S.affine:
+            value -= low[None, :, :, :] * weighted
+        acc += tl.sum(value, axis=3) * step[:, None, :]
+    out = tl.sum(acc, axis=2)
+    if S.d_size == 0:
+        out *= tl.reshape(row_scale(data, row, row < rows, rows, runs, S), (1, ROWS))
+    out *= S.factor
+    n = tl.reshape(row, (1, ROWS))
+    if MODE != "one":
+        out = tl.where(valid, out, 0.0)
+    if bias is not None:
+        out += tl.load(bias + n, mask=n < rows, other=0.0).to(tl.float32)
+    tl.store(y + token[:, None] * rows + n, out.to(y.dtype.element_ty), mask=(token < tokens)[:, None] & (n < rows))
+
+
+# -- more tokens ---------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def stage(x, out, steps, tokens, k, x_stride, k_padded, RUN: tl.constexpr, BLOCK: tl.constexpr):
+    """Activations for gemm: one row per program, scaled by a power of two to at most 1, as float16, in fragment order.
+
+    Position 16 j + 8 h + 2 t + e of 4 RUN neighbours (j < RUN / 4; h, e < 2; t < 4) takes element RUN t + 4 j + 2 h + e.
+    Columns up to `k_padded` become zero, `steps[m]` undoes the scaling.
+    """
+    m = tl.program_id(0).to(tl.int64)
+    largest = 0.0
+    for first in range(0, k, BLOCK):
+        i = first + tl.arange(0, BLOCK)
+        v = tl.load(x + m * x_stride + i, mask=i < k, other=0.0).to(tl.float32)
+        largest = tl.maximum(largest, tl.max(tl.abs(v), axis=0))
+    exponent = (largest.to(tl.int32, bitcast=True) >> 23) - 126  # largest < 2^exponent
+    exponent = tl.minimum(tl.maximum(exponent, -126), 126)
+    inverse = power_of_two(-exponent)
+    tl.store(steps + m, power_of_two(exponent))
+    for first in range(0, k_padded, BLOCK):
+        i = first + tl.arange(0, BLOCK)
+        v = tl.load(x + m * x_stride + i, mask=i < k, other=0.0).to(tl.float32)
+        t, j, h, e = (i // RUN) % 4, (i // 4) % (RUN // 4), (i // 2) % 2, i % 2
+        to = i // (4 * RUN) * (4 * RUN) + 16 * j + 8 * h + 2 * t + e
+        tl.store(out + m * k_padded + to, (v * inverse).to(tl.float16), mask=i < k_padded)
+
+
+@triton.jit
+def fragment_rows(n0, BN: tl.constexpr):
+    """Row numbers in the order in which a warp group holds them: for each half of 8 rows, 16 rows apart per warp."""
+    i = tl.arange(0, BN)
+    half, rest = i // (BN // 2), i % (BN // 2)
+    return n0 + (rest // 8 * 16 + half * 8 + rest % 8)
+
+
+@triton.jit
+def operand(data, row, run, mask, rows, runs, book, lut, exponent, S: tl.constexpr, BN: tl.constexpr, ASM: tl.constexpr):
+    """float16 weights `[BN, 4 RUN]` of rows in fragment order, columns in the order of `stage`; without a `d` per row."""
+    q = quads(data, row, run, mask, rows, runs, book, S, ASM)
+    scale, shift, low = scales(data, row, run, mask, rows, runs, lut, S)
+    if S.d_size > 0:
+        down = power_of_two(-exponent)[:, :, None]
+        scale *= down
+        if S.affine:
+            low *= down
+    base: tl.constexpr = half_offset(S.signed, S.base)
+    bias = shift * 0 + base
+    if S.shift != 0:
+        bias += shift
+    per: tl.constexpr = S.quads // S.groups
+    shape: tl.constexpr = (BN, 4, S.groups, per)
+    f0, f1, f2, f3 = halves(
+        q, each_quad(scale.to(tl.float16), q.shape, shape), each_quad(bias.to(tl.float16), q.shape, shape), S.signed, ASM
+    )
+    if S.affine:
+        less = each_quad(low.to(tl.float16), q.shape, shape)
+        f0, f1, f2, f3 = f0 - less, f1 - less, f2 - less, f3 - less
+    # element 4 j + 2 h + e of thread t -> column 16 j + 8 h + 2 t + e
+    f = tl.join(tl.join(f0, f2), tl.join(f1, f3))  # [BN, 4, quads, h, e]
+    f = tl.reshape(f, (2, BN // 16, 8, 4, S.quads, 2, 2))
+    f = tl.permute(f, (1, 0, 2, 4, 5, 3, 6))
+    return tl.reshape(f, (BN, 4 * S.run))
+
+
+@triton.jit
+def each_quad(v, TO: tl.constexpr, SHAPE: tl.constexpr):
+    """A value per scale `[BN, 4, groups]` -> one per quad."""
+    return tl.reshape(tl.broadcast_to(v[:, :, :, None], SHAPE), TO)
+
+
+@triton.jit(do_not_specialize=["tokens", "experts"])
+def gemm(
+    xs,
+    steps,
+    data,
+    book,
+    lut,
+    bias,
+    offsets,
+    y,
+    tokens,
+    rows,
+    runs,
+    k_padded,
+    matrix_bytes,
+    experts,
+    S: tl.constexpr,
+    GROUPED: tl.constexpr,
+    BN: tl.constexpr,
+    BM: tl.constexpr,
+    SPLIT: tl.constexpr,
+    EP: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """y[m, n] = sum_k xs[m, k] steps[m] w[n, k] + bias[n]; with SPLIT > 1, part `s` of the sum over k goes to y[s, m, n].
+
+    GROUPED: rows of x are sorted by expert, `offsets` are their cumulative ends; each program works for one expert.
+    """
+    m_tile = tl.program_id(1)
+    begin, end = tokens * 0, tokens
+    if GROUPED:
+        # Tiles of all experts in a row: find the expert whose tiles include this one.
+        e = tl.arange(0, EP)
+        ends = tl.load(offsets + e, mask=e < experts, other=0)
+        begins = tl.load(offsets + e - 1, mask=(e > 0) & (e < experts), other=0)
+        tiles = tl.maximum(ends - begins + BM - 1, 0) // BM
+        last = tl.cumsum(tiles, axis=0)
+        expert = tl.sum((last <= m_tile).to(tl.int32), axis=0)
+        if expert >= experts:
+            return
+        mine = (e == expert).to(tl.int32)
+        begin, end = tl.sum(begins * mine, axis=0), tl.sum(ends * mine, axis=0)
+        m_tile -= tl.sum((last - tiles) * mine, axis=0)
+        data += expert.to(tl.int64) * matrix_bytes
+    m = begin + m_tile * BM + tl.arange(0, BM)
+    n0 = tl.program_id(0) * BN
+    row = fragment_rows(n0, BN).to(tl.int64)[:, None]
+    exponent = tl.zeros((BN, 1), tl.int32)
+    if S.d_size > 0:
+        exponent = row_exponent(data, row, row < rows, rows, runs, S)
+    steps_k = (runs + 3) // 4
+    part = (steps_k + SPLIT - 1) // SPLIT
+    first = tl.program_id(2) * part
+    acc = tl.zeros((BN, BM), tl.float32)
+    column = tl.arange(0, 4 * S.run)
+    source = m.to(tl.int64) * k_padded
+    for i in range(first, tl.minimum(first + part, steps_k)):
+        run = (4 * i + tl.arange(0, 4))[None, :]
+        mask = (row < rows) & (run < runs)
+        w = operand(data, row, run, mask, rows, runs, book, lut, exponent, S, BN, ASM)
+        xt = tl.load(xs + source[None, :] + (i * (4 * S.run) + column)[:, None], mask=(m < end)[None, :], other=0.0)
+        acc = tl.dot(w, xt, acc)
+    n = n0 + tl.arange(0, BN)
+    up = tl.load(steps + m, mask=m < end, other=0.0)[None, :] * S.factor
+    if S.d_size > 0:
+        up = up * power_of_two(row_exponent(data, n.to(tl.int64), n < rows, rows, runs, S))[:, None]
+    else:
+        up = up * row_scale(data, n.to(tl.int64), n < rows, rows, runs, S)[:, None]
+    out = acc * up
+    if bias is not None:
+        out += tl.load(bias + n, mask=n < rows, other=0.0).to(tl.float32)[:, None]
+    at = (tl.program_id(2).to(tl.int64) * tokens + m.to(tl.int64))[None, :] * rows + n[:, None]
+    tl.store(y + at, out.to(y.dtype.element_ty), mask=(n < rows)[:, None] & (m < end)[None, :])
+
+
+@triton.jit(do_not_specialize=["count"])
+def combine(parts, bias, y, count, rows, SPLIT: tl.constexpr, BLOCK: tl.constexpr):
+    """y = sum over SPLIT parts, first to last, plus bias; `count` elements each."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    acc = tl.zeros((BLOCK,), tl.float32)
+    for s in tl.static_range(SPLIT):
+        acc += tl.load(parts + s * count.to(tl.int64) + i, mask=i < count, other=0.0)
+    if bias is not None:
+        acc += tl.load(bias + i % rows, mask=i < count, other=0.0).to(tl.float32)
+    tl.store(y + i, acc.to(y.dtype.element_ty), mask=i < count)
+
+
+# -- weights -------------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["count"])
+def dequantize(
+    data,
+    book,
+    lut,
+    ids,
+    out,
+    count,
+    rows,
+    runs,
+    matrix_bytes,
+    S: tl.constexpr,
+    ROWS: tl.constexpr,
+    RUNS: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """Weights of `count` rows, in the order of `ids` or as stored; each float32 product rounded as in `Format.decode`.
+
+    Needs `enable_fp_fusion=False`: a fused multiply-add would round once where the format rounds twice.
+    """
+    index = (tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    run = (tl.program_id(0) * RUNS + tl.arange(0, RUNS))[None, :]
+    matrix = tl.program_id(2).to(tl.int64)
+    row = index
+    valid = index < count
+    if ids is not None:
+        row = tl.load(ids + index, mask=valid, other=0).to(tl.int64)
+    inside = valid & (row >= 0) & (row < rows)
+    mask = inside & (run < runs)
+    data += matrix * matrix_bytes
+    q = quads(data, row, run, mask, rows, runs, book, S, ASM)
+    scale, shift, low = scales(data, row, run, mask, rows, runs, lut, S)
+    if S.d_size == 0:
+        scale = scale * row_scale(data, row, inside, rows, runs, S)[:, :, None]
+    moved: tl.constexpr = (ROWS, RUNS, S.groups, S.quads // S.groups, 4)
+    slots = (24 - 8 * tl.arange(0, 4))[None, None, None, None, :]
+    q = tl.reshape(q, (ROWS, RUNS, S.groups, S.quads // S.groups, 1)) << slots
+    if S.signed:
+        v = q >> 24
+    else:
+        v = (q >> 24) & 255
+    v += S.base
+    if S.shift != 0:
+        v += shift[:, :, :, None, None]
+    w = scale[:, :, :, None, None] * tl.broadcast_to(v, moved).to(tl.float32)
+    if S.affine:
+        w = w - low[:, :, :, None, None]
+    if S.factor != 1.0:
+        w = w * S.factor
+    w = tl.reshape(w, (ROWS, RUNS, S.run))
+    to = (matrix * count + index)[:, :, None] * runs * S.run + run[:, :, None] * S.run + tl.arange(0, S.run)[None, None, :]
+    tl.store(out + to, w.to(out.dtype.element_ty), mask=(valid & (run < runs))[:, :, None])
