@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -51,6 +50,7 @@ err = Console(stderr=True)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Hugging Face folder or hub name, or tiny-llama.")]
+Output = Annotated[Path, typer.Argument(help="GGUF file (.gguf) or folder to write.")]
 Text = Annotated[Path | None, typer.Option("--text", help="UTF-8 text to score. Default: the held-out text inside the package.")]
 Format = Annotated[str | None, typer.Option("--format", "-f", help="Quantize the model to this format first, as its default recipe.")]
 Pure = Annotated[bool, typer.Option("--pure", help="With --format: this one format for every matrix.")]
@@ -162,6 +162,59 @@ def kl(
 
 
 @app.command()
+def quantize(
+    model: Model,
+    output: Output,
+    format: Annotated[str, typer.Option("--format", "-f", help="Format, as its default recipe; see `iqtorch formats`.")],
+    pure: Annotated[bool, typer.Option("--pure", help="This one format for every matrix.")] = False,
+    importance: Annotated[Path | None, typer.Option("--importance", help="Importance file (imatrix, .dat or .gguf).")] = None,
+    skip: Annotated[list[str] | None, typer.Option("--skip", help="Regular expression: keep matching weights. Repeatable.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Quantize a model and save it, as a GGUF file (OUTPUT ends in .gguf) or a Hugging Face folder."""
+    from .report import report
+
+    loaded, tokenizer = _open(model)
+    _save(_quantized(loaded, format, pure, importance, model, skip), tokenizer, output)
+    made = report(loaded)
+    if as_json:
+        return _print_json({"output": str(output), "bpw": made.bits_per_weight, "bytes": made.nbytes})
+    out.print(str(made), highlight=False, soft_wrap=True)
+
+
+@app.command()
+def convert(model: Model, output: Output) -> None:
+    """Convert between GGUF files and Hugging Face folders; quantized weights stay as they are, bit for bit."""
+    loaded, tokenizer = _open(model)
+    _save(loaded, tokenizer, output)
+    out.print(str(output), highlight=False, soft_wrap=True)
+
+
+@app.command()
+def importance(
+    model: Model,
+    output: Annotated[Path, typer.Argument(help="File to write: .dat (read by ik_llama.cpp), or any other ending for a GGUF file.")],
+    text: Annotated[Path | None, typer.Option("--text", help="UTF-8 text. Default: the calibration text inside the package.")] = None,
+    window: Annotated[int, typer.Option(help="Tokens per sequence.")] = 512,
+    windows: Limit = None,
+    device: Device = "cpu",
+) -> None:
+    """Collect the importance of a model's weights from a text."""
+    from . import data, evaluate, hf
+    from .importance import collect_importance
+
+    loaded, tokenizer = _open(model)
+    ids = hf.encode(tokenizer, text.read_text(encoding="utf-8") if text else data.calibration_text())
+    batches = evaluate.windows(loaded, ids, window)[:windows]
+    with _bar("collecting") as advance:
+        found = collect_importance(
+            loaded.to(device), _counted(batches.to(device).split(1), advance), datasets=[str(text or "calibration.txt")]
+        )
+    found.save(output)
+    out.print(f"{found} in {output}", highlight=False, soft_wrap=True)
+
+
+@app.command()
 def plot(
     files: Annotated[list[Path], typer.Argument(help="Output of `iqtorch demo --json` or `iqtorch kl --json`.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Image to write: .png, .svg or .pdf.")] = Path("quality.png"),
@@ -184,22 +237,23 @@ def plot(
 
 @app.command()
 def inspect(
-    path: Annotated[Path, typer.Argument(help="A .safetensors file, or a folder of them.")],
+    path: Annotated[Path, typer.Argument(help="A .gguf or .safetensors file, a folder of the latter, or an importance file.")],
     as_json: AsJson = False,
 ) -> None:
-    """List the tensors of a checkpoint: dtype or format, shape, bytes, bits per weight."""
-    rows = list(_tensors(path))
+    """List what a file holds: tensors with format, shape and bits per weight, metadata, or importance statistics."""
+    from . import inspection
+
+    found = inspection.inspect(path)
     if as_json:
-        return _print_json(rows)
-    table = Table()
-    for heading in ("tensor", "format", "shape"):
-        table.add_column(heading)
-    for heading in ("bytes", "bpw"):
-        table.add_column(heading, justify="right")
+        return _print_json(found)
+    for key, value in found["metadata"].items():
+        out.print(f"{key}: {value}", highlight=False, markup=False, soft_wrap=True)
+    rows = found["rows"]
+    table = Table(caption=found["summary"])
+    for heading, value in (rows[0] if rows else {}).items():
+        table.add_column(heading, justify="right" if isinstance(value, int | float) else "left", overflow="fold")
     for row in rows:
-        table.add_row(row["name"], row["format"], " x ".join(map(str, row["shape"])), f"{row['bytes']:,}", f"{row['bpw']:.3f}")
-    size, weights = sum(row["bytes"] for row in rows), sum(row["weights"] for row in rows)
-    table.caption = f"{len(rows)} tensors, {weights:,} weights, {size:,} bytes, {8 * size / max(weights, 1):.3f} bits per weight"
+        table.add_row(*map(inspection.shown, row.values()))
     out.print(table)
 
 
@@ -222,18 +276,30 @@ def _quiet() -> None:
     transformers().utils.logging.disable_progress_bar()
 
 
+def _open(model: str, dtype: str = "auto") -> tuple[Any, Any]:
+    """Model and tokenizer: the embedded one, a GGUF file, or what transformers finds under that name."""
+    from . import data, hf
+
+    _quiet()
+    if model == EMBEDDED and not Path(model).exists():
+        return data.load_tiny_llama()
+    if model.endswith(".gguf"):
+        from . import gguf
+
+        return gguf.load_gguf(model), gguf.load_tokenizer(model)
+    return hf.load_causal_lm(model, dtype)
+
+
 def _load(model: str, text: Path | None, window: int, windows: int | None, device: str) -> tuple[nn.Module, Tensor]:
     """The model on its device, and the token ids of the text."""
     from . import data, hf
 
-    _quiet()
-    embedded = model == EMBEDDED and not Path(model).exists()
-    loaded, tokenizer = data.load_tiny_llama() if embedded else hf.load_causal_lm(model)
+    loaded, tokenizer = _open(model)
     ids = hf.encode(tokenizer, text.read_text(encoding="utf-8") if text else data.heldout_text())
     return loaded.to(device), ids[: windows * window] if windows else ids
 
 
-def _quantized(model: nn.Module, format: str, pure: bool, importance: Path | None, name: str) -> nn.Module:
+def _quantized(model: nn.Module, format: str, pure: bool, importance: Path | None, name: str, skip: list[str] | None = None) -> nn.Module:
     from . import data
     from .importance import Importance
     from .model import quantize_model
@@ -241,7 +307,7 @@ def _quantized(model: nn.Module, format: str, pure: bool, importance: Path | Non
 
     file = importance or (data.TINY_LLAMA_IMPORTANCE if name == EMBEDDED else None)
     recipe = Recipe.pure(format) if pure else Recipe.default(format)
-    return quantize_model(model, recipe, importance=Importance.load(file) if file else None)
+    return quantize_model(model, recipe, importance=Importance.load(file) if file else None, skip=skip or ())
 
 
 @contextmanager
@@ -253,40 +319,20 @@ def _bar(description: str) -> Iterator[Report]:
         yield lambda done, total: bars.update(task, completed=done, total=total)
 
 
-def _tensors(path: Path) -> Iterator[dict[str, Any]]:
-    """One record per tensor of the safetensors files at `path`; packed weights by the names in config.json."""
-    from safetensors import SafetensorError, safe_open
-
-    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-    if not files:
-        raise FileNotFoundError(f"no .safetensors file in {path}")
-    config = files[0].parent / "config.json"
-    quantization = json.loads(config.read_text(encoding="utf-8")).get("quantization_config", {}) if config.exists() else {}
-    packed = quantization.get("tensors", {}) if quantization.get("quant_method") == "iqtorch" else {}
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118  (not a dict)
-                    yield _describe(name, tensors.get_tensor(name), packed.get(name))
-        except SafetensorError as error:
-            raise OSError(f"{file} is not a whole safetensors file: {error}") from error
+def _counted(batches: Sequence[Tensor], advance: Report) -> Iterator[Tensor]:
+    for i, batch in enumerate(batches, 1):
+        yield batch
+        advance(i, len(batches))
 
 
-def _describe(name: str, stored: Tensor, packed: dict[str, Any] | None) -> dict[str, Any]:
-    """The record of one stored tensor; `packed` is its entry in the quantization config, if it has one."""
-    shape, kind = list(stored.shape), str(stored.dtype).removeprefix("torch.")
-    if packed:
-        fmt = get_format(packed["format"])
-        shape, kind = [*shape[:-1], fmt.row_length(shape[-1])], fmt.name
-    weights = math.prod(shape)
-    return {
-        "name": name,
-        "format": kind,
-        "shape": shape,
-        "bytes": stored.nbytes,
-        "weights": weights,
-        "bpw": 8 * stored.nbytes / max(weights, 1),
-    }
+def _save(model: Any, tokenizer: Any, output: Path) -> None:
+    if output.suffix == ".gguf":
+        from .gguf import save_gguf
+
+        save_gguf(model, output, tokenizer)
+    else:
+        model.save_pretrained(output)
+        tokenizer.save_pretrained(output)
 
 
 def _print_json(value: object) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .errors import EvaluationError
 
-__all__ = ["Divergence", "Perplexity", "kl_divergence", "perplexity"]
+__all__ = ["Divergence", "Perplexity", "kl_divergence", "perplexity", "windows"]
 
 #: Called with (windows done, windows in total) after each batch.
 Progress = Callable[[int, int], object]
@@ -98,14 +98,14 @@ def perplexity(
             model's output is not finite.
     """
     loss = []
-    windows = _windows(model, ids, window, bos)
+    rows = windows(model, ids, window, bos)
     with _evaluating(model):
-        for first in range(0, len(windows), batch_size):
-            batch = windows[first : first + batch_size]
+        for first in range(0, len(rows), batch_size):
+            batch = rows[first : first + batch_size]
             for i, row in enumerate(_log_probabilities(model, batch)):
                 loss.append(_loss(row, batch[i], first + i))
             if progress:
-                progress(first + len(batch), len(windows))
+                progress(first + len(batch), len(rows))
     return Perplexity(*_exp_mean(torch.cat(loss)), tokens=sum(map(len, loss)))
 
 
@@ -128,12 +128,12 @@ def kl_divergence(
         EvaluationError: as in `perplexity`; also if the vocabularies differ.
     """
     loss, base_loss, divergence, same = [], [], [], []
-    windows = _windows(base, ids, window, bos)
+    rows = windows(base, ids, window, bos)
     with _evaluating(model, base):
-        for first in range(0, len(windows), batch_size):
-            batch = windows[first : first + batch_size]
-            rows = zip(_log_probabilities(model, batch), _log_probabilities(base, batch), strict=True)
-            for i, (ours, theirs) in enumerate(rows):
+        for first in range(0, len(rows), batch_size):
+            batch = rows[first : first + batch_size]
+            pairs = zip(_log_probabilities(model, batch), _log_probabilities(base, batch), strict=True)
+            for i, (ours, theirs) in enumerate(pairs):
                 if ours.shape != theirs.shape:
                     raise EvaluationError(f"the models' vocabularies differ: {ours.shape[-1]} and {theirs.shape[-1]} tokens")
                 loss.append(_loss(ours, batch[i], first + i))
@@ -144,7 +144,7 @@ def kl_divergence(
                 divergence.append(terms.sum(-1).cpu().double())
                 same.append((ours.argmax(-1) == theirs.argmax(-1)).cpu())
             if progress:
-                progress(first + len(batch), len(windows))
+                progress(first + len(batch), len(rows))
     kl = torch.cat(divergence)
     return Divergence(
         mean_kl=kl.mean().item(),
@@ -157,8 +157,8 @@ def kl_divergence(
     )
 
 
-def _windows(model: nn.Module, ids: Tensor | Sequence[int], window: int, bos: Bos) -> Tensor:
-    """The text as int64 `[windows, window]`, each row starting with `bos`."""
+def windows(model: nn.Module, ids: Tensor | Sequence[int], window: int = 512, bos: Bos = "config") -> Tensor:
+    """The text as int64 `[windows, window]` on the CPU, each row starting with `bos`. Arguments and errors as in `perplexity`."""
     text = torch.as_tensor(ids, device="cpu")
     if text.ndim != 1 or text.is_floating_point():
         raise EvaluationError(f"ids must be a 1-D sequence of token ids, got shape {tuple(text.shape)} of {text.dtype}; pass one text")
@@ -171,15 +171,15 @@ def _windows(model: nn.Module, ids: Tensor | Sequence[int], window: int, bos: Bo
     count = len(text) // window
     if count == 0:
         raise EvaluationError(f"the text has {len(text)} tokens, a window {window}; pass a longer text or a smaller window=")
-    windows = text[: count * window].view(count, window).to(torch.int64, copy=True)
+    rows = text[: count * window].view(count, window).to(torch.int64, copy=True)
     first = getattr(config, "bos_token_id", None) if bos == "config" else bos
     if isinstance(first, int):
-        windows[:, 0] = first
+        rows[:, 0] = first
     vocabulary = getattr(config, "vocab_size", None)
-    low, high = int(windows.min()), int(windows.max())
+    low, high = int(rows.min()), int(rows.max())
     if low < 0 or (isinstance(vocabulary, int) and high >= vocabulary):
         raise EvaluationError(f"token ids run from {low} to {high}, the model has 0 to {vocabulary}; use the model's own tokenizer")
-    return windows
+    return rows
 
 
 def _log_probabilities(model: nn.Module, batch: Tensor) -> Iterator[Tensor]:

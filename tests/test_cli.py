@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from iqtorch import cli, data, evaluate, get_format, hf, list_formats
+from iqtorch.importance import Importance, collect_importance
 
 runner = CliRunner()
 
@@ -81,22 +82,46 @@ def test_kl_between_two_models() -> None:
     assert 0 < found["mean_kl"] < 1e-3  # float32 against bfloat16 activations
 
 
+def test_importance_of_the_embedded_model(tmp_path: Path) -> None:
+    run("importance", "tiny-llama", tmp_path / "imatrix.dat", "--windows", 1)
+    found = run_json("inspect", tmp_path / "imatrix.dat")
+    assert found["kind"] == "importance"
+    assert len(found["rows"]) == 29  # seven matrices in each of four layers, and the tied output
+    assert {tuple(row["tokens"]) for row in found["rows"]} == {(512, 512)}
+    model, tokenizer = data.load_tiny_llama()
+    ids = evaluate.windows(model, hf.encode(tokenizer, data.calibration_text()))[:1]
+    name = "model.layers.1.mlp.down_proj.weight"
+    torch.testing.assert_close(Importance.load(tmp_path / "imatrix.dat")[name], collect_importance(model, [ids])[name])
+
+
+def test_quantize_to_gguf_and_back_to_a_folder(tmp_path: Path) -> None:
+    made = run_json("quantize", "tiny-llama", tmp_path / "q.gguf", "--format", "iq4_nl", "--pure")
+    listed = run_json("inspect", tmp_path / "q.gguf")
+    assert listed["metadata"]["general.architecture"] == "llama"
+    assert {row["format"] for row in listed["rows"]} == {"iq4_nl", "float32"}
+    assert made["bytes"] == pytest.approx(sum(row["bytes"] for row in listed["rows"]), rel=0.01)
+    run("convert", tmp_path / "q.gguf", tmp_path / "folder")
+    folder = run_json("inspect", tmp_path / "folder")
+    assert sum(row["bytes"] for row in folder["rows"] if row["format"] == "iq4_nl") == sum(
+        row["bytes"] for row in listed["rows"] if row["format"] == "iq4_nl"
+    )
+    scores = [run_json("perplexity", tmp_path / part, "--windows", 1)["perplexity"] for part in ("q.gguf", "folder")]
+    assert scores[0] == pytest.approx(scores[1], rel=1e-6)
+
+
 def test_inspect_a_plain_file(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(3, 5), "b": torch.zeros(2, dtype=torch.bfloat16)}, tmp_path / "x.safetensors")
-    rows = run_json("inspect", tmp_path / "x.safetensors")
-    assert [(r["name"], r["format"], r["shape"], r["bytes"], r["bpw"]) for r in rows] == [
-        ("a", "float32", [3, 5], 60, 32.0),
-        ("b", "bfloat16", [2], 4, 16.0),
-    ]
+    found = run_json("inspect", tmp_path / "x.safetensors")
+    assert [tuple(row.values()) for row in found["rows"]] == [("a", "float32", [3, 5], 60, 32.0), ("b", "bfloat16", [2], 4, 16.0)]
     assert "17 weights, 64 bytes" in run("inspect", tmp_path)
 
 
 def test_inspect_packed_weights(tmp_path: Path) -> None:
     fmt = get_format("iq2_kl")
     save_file({"w": torch.zeros(4, fmt.row_bytes(512), dtype=torch.uint8)}, tmp_path / "x.safetensors")
-    config = {"quantization_config": {"quant_method": "iqtorch", "tensors": {"w": {"format": "iq2_kl"}}}}
+    config = {"quantization_config": {"quant_method": "iqtorch", "tensors": {"w": {"format": "iq2_kl", "shape": [4, 512]}}}}
     (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    (row,) = run_json("inspect", tmp_path)
+    (row,) = run_json("inspect", tmp_path)["rows"]
     assert (row["format"], row["shape"], row["bpw"]) == ("iq2_kl", [4, 512], fmt.bits_per_weight(512))
 
 
