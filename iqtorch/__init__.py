@@ -44,14 +44,22 @@ __all__ = [
 #: Loaded on first use: name -> module and attribute ("" = the module itself).
 _LAZY = {
     "IQConfig": ("hf", "IQConfig"),
+    "Importance": ("importance", "Importance"),
+    "collect_importance": ("importance", "collect_importance"),
     "cpu": ("cpu_ext", ""),
     "evaluate": ("evaluate", ""),
+    "load_gguf": ("gguf", "load_gguf"),
+    "save_gguf": ("gguf", "save_gguf"),
 }
 
 if TYPE_CHECKING:
     from . import cpu_ext as cpu  # noqa: F401 (what iqtorch.cpu is)
     from . import evaluate as evaluate
+    from .gguf import load_gguf as load_gguf
+    from .gguf import save_gguf as save_gguf
     from .hf import IQConfig as IQConfig
+    from .importance import Importance as Importance
+    from .importance import collect_importance as collect_importance
 
 # Saved models load through transformers whatever the order of imports.
 install_hook()

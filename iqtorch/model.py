@@ -6,7 +6,7 @@ import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from torch import Tensor, nn
 
@@ -291,6 +291,9 @@ def importance_table(importance: Mapping[str, Tensor] | str | None) -> Mapping[s
 
 def lookup_importance(table: Mapping[str, Tensor], site: Site) -> Tensor | None:
     """Importance of a weight, by its parameter name or its module's name."""
+    for_weight = getattr(table, "for_weight", None)
+    if for_weight is not None:  # an Importance knows names and shapes of other programs too
+        return cast("Tensor | None", for_weight(site.name, site.matrix.shape))
     found = table.get(site.name)
     return found if found is not None else table.get(site.name.removesuffix(".weight"))
 

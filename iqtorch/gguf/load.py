@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ..formats import Format, get_format
-from ..hf import transformers
+from ..hf import adopt, transformers
 from ..linear import set_weight
+from ..recipe import Recipe
 from ..tensor import IQTensor, repack_rows
 from .errors import GGUFArchitectureError, GGUFTensorError
 from .families import config_from_gguf, family_of_file
@@ -76,7 +77,7 @@ def load_gguf(
             _install(module, name, value)
         file.release(binding.tensors)
     _set_special_tokens(model, configuration)
-    model.eval()
+    adopt(model.eval(), Recipe())
     return _dispatch(model, device_map, device)
 
 
