@@ -21,6 +21,29 @@ SPANS = {2: (0.5, 1.25), 3: (0.6, 1.15), 4: (0.7, 1.1), 5: (0.8, 1.08)}
 OFFSETS = {2: (0.5, 0.7, 0.85, 1.0, 1.1), 3: (0.6, 0.8, 0.9, 1.0), 4: (0.75, 0.9, 1.0, 1.05), 5: (0.85, 0.95, 1.0)}
 
 
+def trial_ratios(fmt: Format, trials: int) -> list[float]:
+    low, high = SPANS[int(np.log2(fmt.codebook.entries))]
+    return np.linspace(low, high, trials).tolist()
+
+
+def offset_ratios(fmt: Format) -> tuple[float, ...]:
+    return OFFSETS[int(np.log2(fmt.codebook.entries))]
+
+
+def scale_ratios(grid: ScaleGrid, steps: int) -> list[float]:
+    """Trial values of `d`: the largest scale of a unit becomes this multiple of the largest integer."""
+    return [1.0] if grid.count == 1 else np.linspace(0.7, 1.2, steps // 2).tolist()
+
+
+def minimum_ratios(grid: ScaleGrid, steps: int) -> list[float]:
+    """The same for `dmin`; the constant minimum -1 of `q4_1` turns the sign."""
+    return [-1.0] if grid.count == 1 else np.linspace(0.8, 1.15, steps // 3).tolist()
+
+
+def kept_forms(effort: Effort) -> int:
+    return max(2, effort.keep // 2)
+
+
 @dataclass
 class Form:
     """Error as a function of scale and offset: sxx - 2 s sxc + 2 o sx + s^2 scc - 2 s o sc + o^2 sw."""
@@ -51,10 +74,10 @@ class Form:
         return Form(self.sxx, self.sx, self.sw, *(t.gather(0, index) for t in (self.sxc, self.sc, self.scc)))
 
 
-def search_affine(units: Units, fmt: Format, near: Nearest, effort: Effort, factor: float) -> Found:
-    """Encodes `units`; `factor` is what multiplies `d * scale` besides the codebook value (and `dmin * min`, less `unit`)."""
+def search_affine(units: Units, fmt: Format, near: Nearest, effort: Effort) -> Found:
+    """Encodes `units`."""
     x, w, groups, count = units.x, units.w, units.groups, units.count
-    scales = ScaleGrid(fmt.scale_values, factor, x.device)
+    scales = ScaleGrid(fmt.scale_values, fmt.unit * fmt.runtime_scale, x.device)
     minima = ScaleGrid(fmt.min_values, fmt.runtime_scale, x.device)
     stored = StoredFloat(fmt.d_kind, units.exponent)
     positive = min(fmt.min_values or (1,)) >= 0
@@ -66,18 +89,17 @@ def search_affine(units: Units, fmt: Format, near: Nearest, effort: Effort, fact
         return Form(*fixed, wc.mul(x).sum(1), wc.sum(1), wc.mul_(c).sum(1))
 
     # propose
-    bits = int(np.log2(fmt.codebook.entries))
     low, high = x.amin(1), x.amax(1)
     if positive:
         low = low.clamp(max=0)
     found: list[tuple[Tensor, ...]] = []
-    for offset_ratio in OFFSETS[bits]:
-        for ratio in np.linspace(*SPANS[bits], effort.trials).tolist():
+    for offset_ratio in offset_ratios(fmt):
+        for ratio in trial_ratios(fmt, effort.trials):
             s = (high - low) * (ratio / (fmt.codebook.entries - 1))
             o = low * -offset_ratio
             q = form(near.values(x + o[:, None], w, s, 0))
             found.append((q.error(*q.optimum(positive)), q.sxc, q.sc, q.scc))
-    keep = min(max(2, effort.keep // 2), len(found))
+    keep = min(kept_forms(effort), len(found))
     errors, index = torch.stack([f[0] for f in found]).topk(keep, 0, largest=False)
     kept = Form(*fixed, *(torch.stack([f[i] for f in found]).gather(0, index) for i in (1, 2, 3)))
 
@@ -116,12 +138,9 @@ def search_affine(units: Units, fmt: Format, near: Nearest, effort: Effort, fact
         d, dmin = torch.where(better, d_try, d), torch.where(better, dmin_try, dmin)
         fit_d, fit_dmin = torch.where(better, fit[0], fit_d), torch.where(better, fit[1], fit_dmin)
 
-    def fan(ratios: tuple[float, float], grid: ScaleGrid, steps: int) -> list[float]:
-        return [1.0] if grid.count == 1 else np.linspace(*ratios, steps).tolist()
-
-    for ratio_s in fan((0.7, 1.2), scales, effort.steps // 2):
-        for ratio_o in fan((0.8, 1.15), minima, effort.steps // 3):
-            consider(reach_s / (scales.largest * ratio_s), reach_o / (minima.largest * ratio_o) * (1.0 if positive else -1.0))
+    for ratio_s in scale_ratios(scales, effort.steps):
+        for ratio_o in minimum_ratios(minima, effort.steps):
+            consider(reach_s / (scales.largest * ratio_s), reach_o / (minima.largest * ratio_o))
     for _ in range(3):
         consider(fit_d, fit_dmin)
 
@@ -168,5 +187,11 @@ def search_affine(units: Units, fmt: Format, near: Nearest, effort: Effort, fact
             for dm in (0, -1, 1) if minima.count > 1 else (0,):
                 attempt((s_now + ds).clamp(0, scales.count - 1), (m_now + dm).clamp(0, minima.count - 1))
         refit()
-    none = torch.zeros_like(rank_s)
-    return Found(stored.bits(d), scales.stored[rank_s.long()], none, best_code, best_value, stored.bits(dmin), minima.stored[rank_m.long()])
+    return Found(
+        d=stored.bits(d),
+        scale=scales.stored[rank_s.long()],
+        variant=torch.zeros_like(rank_s),
+        code=best_code,
+        dmin=stored.bits(dmin),
+        minimum=minima.stored[rank_m.long()],
+    )

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..formats import get_format
 from ..formats.base import Format, Parts, bits_to_float, float_to_bits
+from . import compiled
 from .affine import search_affine
 from .nearest import nearest
 from .search import Effort, Found, Units, search
@@ -83,17 +84,22 @@ def _encode_rows(weight: Tensor, fmt: Format, importance: Tensor, objective: Obj
     n = fmt.group_size
     units = Units(
         scaled.reshape(-1, n),
-        importance.expand(rows, k).reshape(-1, n),
+        importance,
         unit // n,
         exponent.repeat_interleave(k // unit),
     )
-    near = nearest(fmt, weight.device, effort.probes)
-    factor = fmt.unit * fmt.runtime_scale
-    found = (search_affine if fmt.affine else search)(units, fmt, near, effort, factor)
+    found = _search(units, fmt, effort)
     parts = _parts(found, fmt, rows)
     if objective == "model":
         _unshrink(parts, fmt, scaled, importance, exponent)
     return parts
+
+
+def _search(units: Units, fmt: Format, effort: Effort) -> Found:
+    if compiled.available(units.x.device):
+        return compiled.run(units, fmt, effort)
+    near = nearest(fmt, units.x.device, effort.probes)
+    return (search_affine if fmt.affine else search)(units, fmt, near, effort)
 
 
 def _unshrink(parts: Parts, fmt: Format, weight: Tensor, importance: Tensor, exponent: Tensor) -> None:
@@ -122,8 +128,8 @@ def _parts(found: Found, fmt: Format, rows: int) -> Parts:
     for name, values in (("scale", found.scale), ("min", found.minimum), ("variant", variant), ("code", code)):
         if name in fmt.fields and values is not None:
             parts[name] = values.reshape(rows, -1)
-    if "sign" in fmt.fields:
-        negative = torch.signbit(found.value).to(torch.int32)
+    if found.negative is not None:
+        negative = found.negative.to(torch.int32)
         if fmt.sign_parity:
             shifts = torch.arange(7, device=negative.device, dtype=torch.int32)
             negative = (negative.unflatten(1, (-1, 8))[..., :7] << shifts).sum(-1, dtype=torch.int32)

@@ -40,10 +40,11 @@ class Effort:
 
 @dataclass
 class Units:
-    """Weights in groups: `x`, `w` `[U * G, n]`, U units that share a `d` with G groups each; `exponent` `[U]` undoes their scaling."""
+    """Weights in groups: `x` `[U * G, n]`, U units that share a `d` with G groups each; `importance` `[K]` by column;
+    `exponent` int32 `[U]` undoes the scaling of `x`."""
 
     x: Tensor
-    w: Tensor
+    importance: Tensor
     groups: int
     exponent: Tensor
 
@@ -51,16 +52,22 @@ class Units:
     def count(self) -> int:
         return len(self.exponent)
 
+    @property
+    def w(self) -> Tensor:
+        """Error weights `[U * G, n]`."""
+        return self.importance.expand(self.x.numel() // len(self.importance), -1).reshape(self.x.shape)
+
 
 @dataclass
 class Found:
-    """The integers found: `d` (and `dmin`) bit patterns `[U]`, `scale`, `variant` (and `min`) `[U * G]`, codes and values."""
+    """The integers found: `d` (and `dmin`) bit patterns `[U]`, `scale`, `variant` (and `min`) `[U * G]`, codes `[U * G, n / vec]`,
+    and which weights are `negative` `[U * G, n]`, for formats with separate signs."""
 
     d: Tensor
     scale: Tensor
     variant: Tensor
     code: Tensor
-    value: Tensor
+    negative: Tensor | None = None
     dmin: Tensor | None = None
     minimum: Tensor | None = None
 
@@ -109,12 +116,6 @@ def divide(a: Tensor, b: Tensor) -> Tensor:
     return torch.where(b == 0, 0.0, a / torch.where(b == 0, 1.0, b))
 
 
-def trial_ratios(fmt: Format, trials: int) -> list[float]:
-    """Trial scales, relative to the scale at which the largest weight of the group meets the largest codebook value."""
-    low, high = SPANS[fmt.vec == 1][min(int(np.log2(fmt.codebook.entries)), 8)]
-    return np.linspace(low, high, trials).tolist()
-
-
 #: Useful range of trial scales by bits of code. Few levels clip large weights; many levels hardly do.
 SPANS = {
     True: {2: (0.35, 1.5), 3: (0.45, 1.3), 4: (0.55, 1.2), 5: (0.7, 1.15), 6: (0.8, 1.1), 7: (0.85, 1.1), 8: (0.9, 1.05)},
@@ -122,19 +123,41 @@ SPANS = {
 }
 
 
-def propose(units: Units, fmt: Format, near: Nearest, effort: Effort, signed: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def trial_ratios(fmt: Format, trials: int) -> list[float]:
+    """Trial scales, relative to that of `reference`."""
+    low, high = SPANS[fmt.vec == 1][min(int(np.log2(fmt.codebook.entries)), 8)]
+    return np.linspace(low, high, trials).tolist()
+
+
+def reference(fmt: Format) -> float:
+    """The trial scale 1 makes this the largest weight of a group (single values), or its root mean square (vectors)."""
+    book = fmt.codebook.values.astype(np.float64)
+    return float(np.abs(book).max() if fmt.vec == 1 else np.sqrt((book**2).mean()))
+
+
+def reach_ratios(grid: ScaleGrid, kind: str, steps: int) -> list[float]:
+    """Trial values of `d`: the largest scale of a unit becomes this multiple of the largest integer (or, without integers, of `d`)."""
+    if grid.count > 1:
+        # Besides a fan, those that give the largest scale exactly an integer: constant weights need it.
+        return np.linspace(0.6, 1.25, steps).tolist() + (grid.sorted[-4:] / grid.largest).tolist()
+    return [1.0] if kind != "e8m0" else [1.0, 2**0.5, 2**-0.5, 2.0, 0.5]
+
+
+def two_signs(fmt: Format) -> bool:
+    """Whether a negative scale is worth trying: not if the codebook is symmetric or `d` cannot be negative."""
+    return "sign" not in fmt.fields and fmt.d_kind != "e8m0"
+
+
+def propose(units: Units, fmt: Format, near: Nearest, effort: Effort) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The best parabolas of each group: optimum scale, curvature, gain over zero (all `[keep, P]`) and variant."""
     x, w = units.x, units.w
     wx = w * x
-    book = fmt.codebook.values.astype(np.float64)
-    if fmt.vec == 1:
-        start = x.abs().amax(1) / np.abs(book).max()
-    else:
-        start = divide(wx.mul(x).sum(1), w.sum(1)).sqrt() / np.sqrt((book**2).mean())
+    start = x.abs().amax(1) if fmt.vec == 1 else divide(wx.mul(x).sum(1), w.sum(1)).sqrt()
+    start = start / reference(fmt)
     optimum, curvature, gain, kinds = [], [], [], []
     variants = 1 if getattr(near, "merged", False) else fmt.codebook.variants
     for variant in range(variants):
-        for sign in (1, -1) if signed else (1,):
+        for sign in (1, -1) if two_signs(fmt) else (1,):
             for ratio in trial_ratios(fmt, effort.trials):
                 c = near.values(x, w, start * (sign * ratio), variant)
                 xc, cc = wx.mul(c).sum(1), c.square_().mul_(w).sum(1)
@@ -167,15 +190,12 @@ def share(units: Units, grid: ScaleGrid, stored: StoredFloat, effort: Effort, op
 
     largest = optimum[0].view(count, groups)
     reach = largest.gather(1, largest.abs().argmax(1, keepdim=True))[:, 0]
+    ratios = reach_ratios(grid, stored.kind, effort.steps)
     if grid.count == 1:
-        candidates = [best / grid.largest for best in optimum]
+        candidates = [best * r / grid.largest for best in optimum for r in ratios]
     else:
-        # Besides a fan, those that give the largest scale of the unit exactly an integer: constant weights need it.
-        ratios = np.linspace(0.6, 1.25, effort.steps).tolist() + (grid.sorted[-4:] / grid.largest).tolist()
         candidates = [reach / (grid.largest * r) for r in ratios]
         candidates += [-c for c in candidates]
-    if stored.kind == "e8m0":
-        candidates = [c * f for c in candidates for f in (1.0, 2**0.5, 2**-0.5)]
     best_error = torch.full((count,), INF, device=reach.device)
     best_d = torch.zeros_like(best_error)
     best_fit = torch.zeros_like(best_error)
@@ -196,13 +216,12 @@ def share(units: Units, grid: ScaleGrid, stored: StoredFloat, effort: Effort, op
     return best_d
 
 
-def search(units: Units, fmt: Format, near: Nearest, effort: Effort, factor: float) -> Found:
-    """Encodes `units`; `factor` is what multiplies `d * scale` besides the codebook value."""
+def search(units: Units, fmt: Format, near: Nearest, effort: Effort) -> Found:
+    """Encodes `units`."""
     x, w, groups, count = units.x, units.w, units.groups, units.count
-    grid = ScaleGrid(fmt.scale_values, factor, x.device)
+    grid = ScaleGrid(fmt.scale_values, fmt.unit * fmt.runtime_scale, x.device)
     stored = StoredFloat(fmt.d_kind, units.exponent)
-    symmetric = "sign" in fmt.fields or fmt.d_kind == "e8m0"
-    optimum, curvature, gain, kind = propose(units, fmt, near, effort, signed=not symmetric)
+    optimum, curvature, gain, kind = propose(units, fmt, near, effort)
     d = share(units, grid, stored, effort, optimum, curvature, gain)
 
     def spread(per_unit: Tensor) -> Tensor:
@@ -261,4 +280,5 @@ def search(units: Units, fmt: Format, near: Nearest, effort: Effort, factor: flo
         if variants > 1:
             attempt(d, rank, 1 - variant)
         refit()
-    return Found(stored.bits(d), grid.stored[best_rank.long()], best_kind, best_code, best_value)
+    negative = torch.signbit(best_value) if "sign" in fmt.fields else None
+    return Found(stored.bits(d), grid.stored[best_rank.long()], best_kind, best_code, negative)

@@ -1,0 +1,161 @@
+"""The same search in C++ (`iqtorch/cpu_ext/csrc/encode.inl`), many times faster; the versions in torch are its oracle.
+
+Every number and table of a format is prepared here, so that the C++ side knows no format: two lists of scalars and two
+concatenated arrays of tables, in the order in which `Reader` of encode_binding.cpp takes them.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..formats.base import Format
+from . import affine, search
+from .nearest import CellNearest, GridNearest, IntegerLookup, TableNearest, nearest
+from .search import Effort, Found, ScaleGrid, Units
+
+SIGNS = {"none": 0, "free": 1, "even": 2}
+FLOAT_KINDS = {"f16": 0, "f32": 1, "e8m0": 2}
+
+
+def available(device: torch.device) -> bool:
+    """Whether the compiled search can run on this device."""
+    return device.type == "cpu" and _loaded()
+
+
+@lru_cache(maxsize=1)
+def _loaded() -> bool:
+    from .. import cpu_ext  # noqa: F401  (loads the extension module, if there is one)
+
+    return hasattr(torch.ops.iqtorch_cpu, "encode")
+
+
+class _Tables:
+    """Scalars and tables in the order of the C++ reader; a table is its offset, or -1 for none."""
+
+    def __init__(self) -> None:
+        self.ints: list[int] = []
+        self.floats: list[float] = []
+        self.int_tables: list[Tensor] = []
+        self.float_tables: list[Tensor] = []
+        self.sizes = [0, 0]
+
+    def add(self, values: Tensor | list[float] | None, kind: torch.dtype) -> None:
+        if values is None:
+            self.ints.append(-1)
+            return
+        table = torch.as_tensor(values).reshape(-1).to(kind)
+        which = kind.is_floating_point
+        self.ints.append(self.sizes[which])
+        padding = -len(table) % 16
+        (self.float_tables if which else self.int_tables).append(torch.nn.functional.pad(table, (0, padding)))
+        self.sizes[which] += len(table) + padding
+
+    def floats_table(self, values: Tensor | list[float] | None) -> None:
+        self.add(values, torch.float32)
+
+    def ints_table(self, values: Tensor | None) -> None:
+        self.add(values, torch.int32)
+
+    def lookup(self, lookup: IntegerLookup | None) -> None:
+        self.ints.append(lookup.cells if lookup else 0)
+        self.ints_table(lookup.index if lookup else None)
+        self.floats_table(lookup.value if lookup else None)
+        self.floats += [lookup.low, lookup.high] if lookup else [0.0, 0.0]
+
+    def grid(self, grid: ScaleGrid) -> None:
+        self.lookup(grid.lookup)
+        self.ints.append(grid.count)
+        self.floats_table(grid.sorted)
+        self.ints_table(grid.stored)
+        self.floats += [grid.factor, grid.largest]
+
+    def cells(self, near: object, variant: int) -> None:
+        if not isinstance(near, CellNearest) or variant >= len(near.books):
+            self.ints += [0, 0, -1, -1, -1, -1]
+            return
+        # Cells start at multiples of 16 members; the gaps repeat a member of the cell, which changes no result.
+        members = [m[torch.arange(-(-len(m) // 16) * 16) % max(len(m), 1)] for m in near.members[variant]]
+        order = torch.cat(members)
+        self.ints += [near.centres[variant].shape[1], len(order)]
+        linear, square = near.centres[variant].chunk(2)
+        self.floats_table(torch.cat([linear / -2, square]))
+        self.floats_table(near.books[variant][order].T.contiguous())
+        self.ints_table(order)
+        self.ints_table(torch.tensor([0] + [len(m) // 16 for m in members]).cumsum(0))
+
+    def counted(self, values: list[float]) -> None:
+        self.ints.append(len(values))
+        self.floats_table(values)
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        empty = torch.zeros(16)
+        return (
+            torch.tensor(self.ints, dtype=torch.int32),
+            torch.tensor(self.floats, dtype=torch.float32),
+            torch.cat([*self.int_tables, empty.int()]),
+            torch.cat([*self.float_tables, empty]),
+        )
+
+
+@lru_cache(maxsize=256)
+def _prepared(fmt: Format, groups: int, effort: Effort) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    near = nearest(fmt, torch.device("cpu"), effort.probes)
+    scales = ScaleGrid(fmt.scale_values, fmt.unit * fmt.runtime_scale, near.device)
+    minima = ScaleGrid(fmt.min_values, fmt.runtime_scale, near.device)
+    merged = isinstance(near, GridNearest) and near.merged
+    variants = 1 if merged else fmt.codebook.variants
+    table = near if isinstance(near, TableNearest) else None
+    parity = table if fmt.code_parity else None
+    signs = "none" if "sign" not in fmt.fields else "even" if fmt.sign_parity else "free"
+    t = _Tables()
+    t.ints += [fmt.group_size, groups, fmt.vec, fmt.codebook.entries * (fmt.codebook.variants if merged else 1), variants]
+    t.ints += [fmt.code_parity, SIGNS[signs], FLOAT_KINDS[fmt.d_kind], fmt.affine, search.two_signs(fmt), min(fmt.min_values or (1,)) < 0]
+    t.ints += [affine.kept_forms(effort) if fmt.affine else effort.keep, effort.shortlist, effort.rounds, effort.probes]
+    t.floats += [search.reference(fmt), float(np.abs(fmt.codebook.values).min())]
+    t.lookup(table.lookup if table else None)
+    t.floats_table(torch.from_numpy(fmt.codebook.values.copy()))
+    t.ints_table(parity.other if parity else None)
+    t.ints_table(parity.odd if parity else None)
+    t.ints_table(parity.order if parity else None)
+    t.cells(near, 0)
+    t.cells(near, 1)
+    t.grid(scales)
+    t.grid(minima)
+    if fmt.affine:
+        t.counted(affine.trial_ratios(fmt, effort.trials))
+        t.counted(list(affine.offset_ratios(fmt)))
+        t.counted(affine.scale_ratios(scales, effort.steps))
+        t.counted(affine.minimum_ratios(minima, effort.steps))
+    else:
+        t.counted(search.trial_ratios(fmt, effort.trials))
+        t.counted([])
+        t.counted(search.reach_ratios(scales, fmt.d_kind, effort.steps))
+        t.counted([])
+    return t.tensors()
+
+
+def run(units: Units, fmt: Format, effort: Effort) -> Found:
+    """`search.search` or `affine.search_affine`, compiled."""
+    count, groups = units.count, units.groups
+    n = units.x.shape[1]
+    heads = torch.empty((2, count), dtype=torch.int32)
+    shared = torch.zeros((3, count * groups), dtype=torch.int32)
+    codes = torch.empty((count * groups, n // fmt.vec), dtype=torch.int32)
+    negative = torch.empty((count * groups, n) if "sign" in fmt.fields else (0,), dtype=torch.uint8)
+    tables = _prepared(fmt, groups, effort)
+    torch.ops.iqtorch_cpu.encode(
+        units.x.contiguous(), units.importance.contiguous(), units.exponent.contiguous(), *tables, heads, shared, codes, negative
+    )
+    return Found(
+        d=heads[0],
+        scale=shared[0],
+        variant=shared[2],
+        code=codes,
+        negative=negative if "sign" in fmt.fields else None,
+        dmin=heads[1] if fmt.affine else None,
+        minimum=shared[1] if fmt.affine else None,
+    )
