@@ -26,18 +26,30 @@ SIZES: dict[str, Any] = {
     "image_size": 32, "patch_size": 16, "first_k_dense_replace": 1, "num_dense_layers": 1,
 }  # fmt: skip
 
+#: What single types need beyond `SIZES`.
+CHANGES: dict[str, dict[str, Any]] = {
+    "qwen3_next": {"layer_types": ["linear_attention", "full_attention"]},
+    "qwen3_5_moe_text": {"layer_types": ["linear_attention", "full_attention"]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 1, "use_mamba_kernels": False},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"], "mamba_n_heads": 8, "mamba_d_head": 64},
+    "zaya": {"num_experts_per_tok": 1},
+}
+
 
 def tiny_config(model_type: str, **changes: Any) -> Any:
     """A config of this type with `SIZES`, sub-configs included, then `changes` (dicts go into sub-configs)."""
-    return _tiny(CONFIG_MAPPING[model_type], changes)
+    return _tiny(CONFIG_MAPPING[model_type], {**CHANGES.get(model_type, {}), **changes})
 
 
 def _tiny(cls: Any, changes: dict[str, Any]) -> Any:
-    known = set(inspect.signature(cls.__init__).parameters) | {name for base in cls.__mro__ for name in getattr(base, "__annotations__", {})}
+    known = set(inspect.signature(cls.__init__).parameters)
+    known.update(name for base in cls.__mro__ for name in getattr(base, "__annotations__", {}))
     values = {name: value for name, value in SIZES.items() if name in known}
     for name, sub in (getattr(cls, "sub_configs", None) or {}).items():
         if isinstance(changes.get(name, {}), dict) and hasattr(sub, "model_type") and sub is not transformers.AutoConfig:
             values[name] = _tiny(sub, changes.get(name, {})).to_dict()
+    if "kv_lora_rank" in known:  # latent attention has no groups
+        values["num_key_value_heads"] = values["num_attention_heads"]
     values.update({name: value for name, value in changes.items() if name not in values or not isinstance(value, dict)})
     return cls(**values)
 
