@@ -27,7 +27,8 @@ logger = logging.getLogger("iqtorch")
 class Backend(Protocol):
     """What a backend module offers. `data` is its packed uint8 tensor; leading dimensions are experts.
 
-    Every product uses the weights times `fmt.runtime_scale`, accumulates in float32 at least, and returns `x.dtype`.
+    Every product uses the weights times `fmt.runtime_scale`, accumulates in float32 at least, and returns `x.dtype`, which is
+    float32, bfloat16 or float16.
     """
 
     name: str
@@ -41,8 +42,8 @@ class Backend(Protocol):
     def unpack(self, data: Tensor, fmt: Format, rows: int, k: int) -> Tensor:
         """Packed -> canonical bytes, bit for bit."""
 
-    def linear(self, x: Tensor, data: Tensor, fmt: Format, rows: int, bias: Tensor | None = None) -> Tensor:
-        """`x [..., K]` times the transposed matrix, plus bias: `[..., rows]`."""
+    def linear(self, x: Tensor, data: Tensor, fmt: Format, rows: int, bias: Tensor | None, precision: int) -> Tensor:
+        """`x [..., K]` times the transposed matrix, plus bias: `[..., rows]`. `precision` as in `activation_precision`."""
 
     def linear_transposed(self, g: Tensor, data: Tensor, fmt: Format, k: int) -> Tensor:
         """`g [..., rows]` times the matrix: `[..., K]`."""
@@ -53,7 +54,7 @@ class Backend(Protocol):
     def embedding(self, ids: Tensor, data: Tensor, fmt: Format, rows: int, k: int, dtype: torch.dtype) -> Tensor:
         """Rows of the matrix for integer `ids` of any shape: `[*ids.shape, K]`."""
 
-    def grouped_linear(self, x: Tensor, data: Tensor, offsets: Tensor, fmt: Format, rows: int) -> Tensor:
+    def grouped_linear(self, x: Tensor, data: Tensor, offsets: Tensor, fmt: Format, rows: int, precision: int) -> Tensor:
         """`x [T, K]` sorted by expert; expert e owns the rows up to int32 `offsets[e]`. Rows past the last offset come back as zeros."""
 
 
@@ -142,8 +143,12 @@ def kernel_info() -> dict[str, Any]:
 
 # -- precision of activations --------------------------------------------------------------------------------
 
-PRECISIONS = {"float": 0, "int8": 1}
-_precision = PRECISIONS["int8"]
+FLOAT, INT8 = 0, 1
+PRECISIONS = {"float": FLOAT, "int8": INT8}
+_precision = INT8
+
+#: Dtypes that backends compute in; others go through a dense float32 copy.
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def set_activation_precision(precision: str) -> None:

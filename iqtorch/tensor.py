@@ -131,8 +131,13 @@ class IQTensor(torch.Tensor):
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """A plain tensor of this tensor's shape, in `dtype` (default: its own); includes `format.runtime_scale`."""
-        out = ops.get_backend(self.backend).dequantize(self.packed, self.format, self.rows, self.k, dtype or self.dtype)
+        out = self._stored_dense(dtype or self.dtype)
         return out.mT if self.transposed else out
+
+    def _stored_dense(self, dtype: torch.dtype) -> Tensor:
+        """Plain weights `[..., N, K]` in the order they are stored."""
+        computed = dtype if dtype in ops.KERNEL_DTYPES else torch.float32
+        return ops.get_backend(self.backend).dequantize(self.packed, self.format, self.rows, self.k, computed).to(dtype)
 
     @property
     def rows(self) -> int:
@@ -293,7 +298,7 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, packed: Tensor, fmt: Format, backend: str, rows: int, k: int) -> Tensor:
         ctx.save_for_backward(packed)
         ctx.meta = (fmt, backend, rows, k)
-        return ops.get_backend(backend).linear(x, packed, fmt, rows)
+        return ops.get_backend(backend).linear(x, packed, fmt, rows, None, ops.FLOAT)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -353,6 +358,9 @@ def _product(x: Tensor, w: IQTensor, bias: Tensor | None, transposed: bool) -> T
         raise UnsupportedOperationError(f"activations must be floating, got {x.dtype}; use x.to({w.dtype})")
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
+    if x.dtype not in ops.KERNEL_DTYPES:
+        dense = w._stored_dense(x.dtype)
+        return F.linear(x, dense.T if transposed else dense, bias)
     backend = ops.get_backend(w.backend)
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         function = _LinearTransposed if transposed else _Linear
@@ -361,7 +369,7 @@ def _product(x: Tensor, w: IQTensor, bias: Tensor | None, transposed: bool) -> T
     if transposed:
         y = backend.linear_transposed(x, w.packed, w.format, outer)
         return y if bias is None else y + bias.to(y.dtype)
-    return backend.linear(x, w.packed, w.format, outer, bias)
+    return backend.linear(x, w.packed, w.format, outer, bias, ops.activation_precision())
 
 
 @_function(F.linear)
@@ -404,7 +412,8 @@ def _embedding(
         return _plain(F.embedding, input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
     if max_norm is not None:
         _refuse("F.embedding with max_norm", "it would rescale the table in place: use max_norm=None")
-    return ops.get_backend(weight.backend).embedding(input, weight.packed, weight.format, weight.rows, weight.k, weight.dtype)
+    dtype = weight.dtype if weight.dtype in ops.KERNEL_DTYPES else torch.float32
+    return ops.get_backend(weight.backend).embedding(input, weight.packed, weight.format, weight.rows, weight.k, dtype).to(weight.dtype)
 
 
 def grouped_linear(x: Tensor, w: IQTensor, offsets: Tensor) -> Tensor:
@@ -420,7 +429,7 @@ def grouped_linear(x: Tensor, w: IQTensor, offsets: Tensor) -> Tensor:
     offsets = offsets.to(torch.int32)
     if torch.is_grad_enabled() and x.requires_grad:
         return _GroupedLinear.apply(x, w.packed, offsets, w.format, w.backend, w.rows, w.k)
-    return ops.get_backend(w.backend).grouped_linear(x, w.packed, offsets, w.format, w.rows)
+    return ops.get_backend(w.backend).grouped_linear(x, w.packed, offsets, w.format, w.rows, ops.activation_precision())
 
 
 class _GroupedLinear(torch.autograd.Function):
@@ -428,7 +437,7 @@ class _GroupedLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, packed: Tensor, offsets: Tensor, fmt: Format, backend: str, rows: int, k: int) -> Tensor:
         ctx.save_for_backward(packed, offsets)
         ctx.meta = (fmt, backend, k)
-        return ops.get_backend(backend).grouped_linear(x, packed, offsets, fmt, rows)
+        return ops.get_backend(backend).grouped_linear(x, packed, offsets, fmt, rows, ops.FLOAT)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

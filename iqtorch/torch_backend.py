@@ -40,20 +40,16 @@ def _row_slices(rows: int, k: int) -> list[slice]:
     return [slice(i, min(i + step, rows)) for i in range(0, rows, step)]
 
 
-def _float_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 # torch.export's graphs call the operators with activations that may require gradients, hence no_grad in all of them.
 @torch.no_grad()
 def _linear_op(x: Tensor, blocks: Tensor, format: int, rows: int, bias: Tensor | None) -> Tensor:
     _check_same_device(x, blocks)
     fmt = format_by_ggml_type(format)
     k = fmt.row_length(blocks.shape[-1])
-    xf = x.to(_float_dtype(x.dtype)).reshape(-1, k)
+    xf = x.float().reshape(-1, k)
     out = torch.empty((xf.shape[0], rows), dtype=xf.dtype, device=x.device)
     for part in _row_slices(rows, k):
-        torch.mm(xf, _decode(blocks[part], fmt).to(xf.dtype).t(), out=out[:, part])
+        torch.mm(xf, _decode(blocks[part], fmt).t(), out=out[:, part])
     if bias is not None:
         out += bias
     return out.to(x.dtype).reshape(*x.shape[:-1], rows)
@@ -64,10 +60,10 @@ def _linear_transposed_op(g: Tensor, blocks: Tensor, format: int, k: int) -> Ten
     _check_same_device(g, blocks)
     fmt = format_by_ggml_type(format)
     rows = blocks.shape[-2]
-    gf = g.to(_float_dtype(g.dtype)).reshape(-1, rows)
+    gf = g.float().reshape(-1, rows)
     out = torch.zeros((gf.shape[0], k), dtype=gf.dtype, device=g.device)
     for part in _row_slices(rows, k):
-        out.addmm_(gf[:, part], _decode(blocks[part], fmt).to(gf.dtype))
+        out.addmm_(gf[:, part], _decode(blocks[part], fmt))
     return out.to(g.dtype).reshape(*g.shape[:-1], k)
 
 
@@ -151,7 +147,7 @@ def unpack(data: Tensor, fmt: Format, rows: int, k: int) -> Tensor:
     return data
 
 
-def linear(x: Tensor, data: Tensor, fmt: Format, rows: int, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, data: Tensor, fmt: Format, rows: int, bias: Tensor | None, precision: int) -> Tensor:
     return torch.ops.iqtorch.linear(x, data, fmt.ggml_type, rows, bias)
 
 
@@ -167,5 +163,5 @@ def embedding(ids: Tensor, data: Tensor, fmt: Format, rows: int, k: int, dtype: 
     return torch.ops.iqtorch.embedding(ids, data, fmt.ggml_type, k, dtype)
 
 
-def grouped_linear(x: Tensor, data: Tensor, offsets: Tensor, fmt: Format, rows: int) -> Tensor:
+def grouped_linear(x: Tensor, data: Tensor, offsets: Tensor, fmt: Format, rows: int, precision: int) -> Tensor:
     return torch.ops.iqtorch.grouped_linear(x, data, offsets, fmt.ggml_type, rows)

@@ -16,6 +16,8 @@ import iqtorch
 from iqtorch import IQTensor, get_format, list_formats
 from iqtorch.errors import BlockSizeError, IQTorchError, ShapeError, UnknownFormatError, UnsupportedOperationError, WeightError
 
+#: Largest relative error of a product with float activations: a last-digit difference of tanh may flip a bfloat16 rounding.
+FLOAT_PROMISE = 3e-3
 FORMATS = ["iq2_kl", "iq4_k", "iq2_kt"]  # a row header of 2, 0 and 4 bytes; pairs, single values, a runtime scale
 
 
@@ -27,6 +29,13 @@ def packed(name: str = "iq2_kl", rows: int = 8, dtype: torch.dtype = torch.float
 def experts(count: int = 3, name: str = "iq2_kl", rows: int = 8) -> IQTensor:
     blocks = golden(name)["blocks"][:rows]
     return IQTensor.from_blocks(torch.stack([blocks.roll(i, 0) for i in range(count)]), name, torch.float32)
+
+
+def product_error(got: Tensor, x: Tensor, w: Tensor, want: Tensor) -> float:
+    """Root-mean-square error of a product, relative to what products of vectors of these norms come to on average."""
+    expected = x.double().norm(dim=-1, keepdim=True) * w.double().norm(dim=-1) / w.shape[-1] ** 0.5
+    error = (got.double() - want).abs() / (expected + want.abs()).clamp_min(1e-30)  # |want|: a bias may outweigh the product
+    return float(error.square().mean().sqrt())
 
 
 def same(got: Tensor, want: Tensor, tolerance: float = 1e-2) -> None:
@@ -53,9 +62,22 @@ def test_linear_matches_dequantized(name: str, dtype: torch.dtype, shape: tuple[
     got = F.linear(x, w, bias)
     assert got.dtype == dtype and got.shape == (*shape[:-1], 7)
     if got.numel():
-        want = F.linear(x.double(), w.dequantize(torch.float64), bias.double())
-        largest = 6.5e4 if dtype == torch.float16 else torch.inf
-        same(got.clamp(-largest, largest), want.clamp(-largest, largest))
+        dense = w.dequantize(torch.float64)
+        largest = torch.finfo(dtype).max
+        want = F.linear(x.double(), dense, bias.double()).clamp(-largest, largest)
+        assert product_error(got.clamp(-largest, largest), x, dense, want) <= 1e-2  # the promise for int8 activations
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_float_precision_and_float64(name: str, float_precision: None) -> None:
+    w = packed(name)
+    dense = w.dequantize(torch.float64)
+    x = torch.randn(5, 512, dtype=torch.float64)
+    want = x @ dense.T
+    assert (F.linear(x, w) - want).abs().max() <= 1e-12 * want.abs().max()
+    assert product_error(F.linear(x.float(), w), x, dense, want) <= 1e-5
+    assert product_error(F.linear(x.bfloat16(), w), x, dense, want) <= 5e-3
+    assert w.double().dequantize().dtype == torch.float64
 
 
 def test_matmul_forms_agree(float_precision: None) -> None:
@@ -79,7 +101,7 @@ def test_transposed_view_is_a_view() -> None:
 def test_noncontiguous_activations() -> None:
     w = packed()
     x = torch.randn(512, 6).t()[::2]
-    same(F.linear(x, w), x @ w.dequantize().T)
+    assert torch.equal(F.linear(x, w), F.linear(x.contiguous(), w))
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -159,8 +181,10 @@ def test_blocks_survive_every_backend(name: str) -> None:
     blocks = golden(name)["blocks_random"]
     w = IQTensor.from_blocks(blocks, name, torch.float32)
     assert torch.equal(w.to_blocks(name if fmt.plain else None), blocks)
-    assert w.packed.nbytes <= 1.03 * blocks.numel()
     assert w.nbytes == w.packed.nbytes
+    # a kernel's layout may pad to 16 rows and align the row headers: nothing beside a matrix of ordinary size
+    many = IQTensor.from_blocks(blocks.repeat(256, 1), name, torch.float32)
+    assert many.nbytes <= 1.03 * 256 * blocks.numel()
 
 
 def test_copies_and_moves() -> None:
@@ -290,7 +314,7 @@ class Net(nn.Module):
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compile_fullgraph_dynamic_batch(backend: str) -> None:
+def test_compile_fullgraph_dynamic_batch(backend: str, float_precision: None) -> None:
     net = Net()
     torch._dynamo.reset()
     compiled = torch.compile(net, fullgraph=True, dynamic=True, backend=backend)
@@ -299,16 +323,16 @@ def test_compile_fullgraph_dynamic_batch(backend: str) -> None:
     with torch.no_grad():
         for batch in (3, 7, 12, 2):
             x = torch.randn(batch, 512)
-            same(compiled(x), net(x), 1e-4)
+            same(compiled(x), net(x), FLOAT_PROMISE)
     assert counter["stats"]["unique_graphs"] == 1
     x = torch.randn(3, 512, requires_grad=True)
     compiled(x).sum().backward()
     y = x.detach().clone().requires_grad_()
     net(y).sum().backward()
-    same(x.grad, y.grad, 1e-4)
+    same(x.grad, y.grad, FLOAT_PROMISE)
 
 
-def test_export_with_dynamic_batch() -> None:
+def test_export_with_dynamic_batch(float_precision: None) -> None:
     net = Net().eval()
     batch = torch.export.Dim("batch", min=1, max=64)
     exported = torch.export.export(net, (torch.randn(3, 512),), dynamic_shapes={"x": {0: batch}})

@@ -162,7 +162,7 @@ def unpack(data: Tensor, fmt: Format, rows: int, k: int) -> Tensor:
     return out
 
 
-def linear(x: Tensor, data: Tensor, fmt: Format, rows: int, bias: Tensor | None = None, precision: int = 1) -> Tensor:
+def linear(x: Tensor, data: Tensor, fmt: Format, rows: int, bias: Tensor | None, precision: int) -> Tensor:
     """`x [..., K]` times the transposed matrix, plus bias: `[..., rows]` in `x.dtype`. `precision`: 0 float, 1 int8 allowed."""
     return torch.ops.iqtorch_cpu.linear.default(x, data, fmt.ggml_type, rows, bias, precision)
 
@@ -193,7 +193,7 @@ def embedding(ids: Tensor, data: Tensor, fmt: Format, rows: int, k: int, dtype: 
         raise
 
 
-def grouped_linear(x: Tensor, data: Tensor, offsets: Tensor, fmt: Format, rows: int, precision: int = 1) -> Tensor:
+def grouped_linear(x: Tensor, data: Tensor, offsets: Tensor, fmt: Format, rows: int, precision: int) -> Tensor:
     """`x [T, K]` sorted by expert; expert e owns the rows up to int32 `offsets[e]`. Rows past the last offset are zeros."""
     return torch.ops.iqtorch_cpu.grouped_linear.default(x, data, offsets, fmt.ggml_type, rows, precision)
 

@@ -75,13 +75,9 @@ def unpack(data: Tensor, fmt: Format, rows: int, k: int) -> Tensor:
     return layout(fmt).unpack(data, rows, k)
 
 
-def _precision(x: Tensor) -> int:
-    return 0 if x.requires_grad else ops.activation_precision()
-
-
-def linear(x: Tensor, data: Tensor, fmt: Format, rows: int, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, data: Tensor, fmt: Format, rows: int, bias: Tensor | None, precision: int) -> Tensor:
     """`x [..., K]` (float32, bfloat16, float16, float64; any strides) times the transposed matrix, plus bias: `[..., rows]`."""
-    return torch.ops.iqtorch_triton.linear.default(x, data, fmt.ggml_type, rows, bias, _precision(x))
+    return torch.ops.iqtorch_triton.linear.default(x, data, fmt.ggml_type, rows, bias, precision)
 
 
 def linear_transposed(g: Tensor, data: Tensor, fmt: Format, k: int) -> Tensor:
@@ -99,14 +95,14 @@ def embedding(ids: Tensor, data: Tensor, fmt: Format, rows: int, k: int, dtype: 
     return torch.ops.iqtorch_triton.embedding.default(ids, data, fmt.ggml_type, rows, k, dtype)
 
 
-def grouped_linear(x: Tensor, data: Tensor, offsets: Tensor, fmt: Format, rows: int) -> Tensor:
+def grouped_linear(x: Tensor, data: Tensor, offsets: Tensor, fmt: Format, rows: int, precision: int) -> Tensor:
     """`x [T, K]` sorted by expert, `offsets` int32 `[E]` their cumulative ends: `[T, rows]`; rows past the last end are zeros."""
-    return torch.ops.iqtorch_triton.grouped_linear.default(x, data, offsets, fmt.ggml_type, rows, _precision(x))
+    return torch.ops.iqtorch_triton.grouped_linear.default(x, data, offsets, fmt.ggml_type, rows, precision)
 
 
-def routed_linear(x: Tensor, data: Tensor, ids: Tensor, fmt: Format, rows: int) -> Tensor:
+def routed_linear(x: Tensor, data: Tensor, ids: Tensor, fmt: Format, rows: int, precision: int) -> Tensor:
     """Experts by id, read on the device: `x [T, K]`, or `[T, S, K]`, and ids `[T, S]` -> `[T, S, rows]`.
 
     For few tokens (decoding): no sort, no host synchronisation. Ids out of range give zeros.
     """
-    return torch.ops.iqtorch_triton.routed_linear.default(x, data, ids, fmt.ggml_type, rows, _precision(x))
+    return torch.ops.iqtorch_triton.routed_linear.default(x, data, ids, fmt.ggml_type, rows, precision)
