@@ -13,7 +13,7 @@ import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -322,6 +322,15 @@ def _save_legacy(importance: Importance, file: BinaryIO) -> None:
 # -- collecting ------------------------------------------------------------------------------------------------
 
 
+class Collector(Protocol):
+    """Receives the inputs of one weight, `[..., K]` at a time (of one expert of it)."""
+
+    def add(self, x: Tensor, expert: int = 0) -> None: ...
+
+
+C = TypeVar("C", bound=Collector)
+
+
 class _Sums:
     """Running sums of squares of one weight's inputs: float64, since a float32 sum stops growing after some millions of tokens."""
 
@@ -352,10 +361,10 @@ class _WatchExperts(TorchFunctionMode):
         (nn.functional.linear, torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)
     )
 
-    def __init__(self, module: nn.Module, sums: dict[str, _Sums]) -> None:
+    def __init__(self, module: nn.Module, collectors: Mapping[str, Collector]) -> None:
         super().__init__()
         self.module = module
-        self.sums = sums
+        self.collectors = collectors
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -363,13 +372,13 @@ class _WatchExperts(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in self._PRODUCTS and len(args) > 1:
             x, weight = args[:2]
-            for name, sums in self.sums.items():
+            for name, collector in self.collectors.items():
                 # looked up now: a layer that streams through memory has another tensor at each call
                 stack = getattr(self.module, name)
                 if type(stack) is not nn.Parameter or type(weight) is not Tensor:
                     continue
                 if weight.untyped_storage().data_ptr() == stack.untyped_storage().data_ptr() and weight.numel() == stack[0].numel():
-                    sums.add(x, (weight.storage_offset() - stack.storage_offset()) // stack.stride(0))
+                    collector.add(x, (weight.storage_offset() - stack.storage_offset()) // stack.stride(0))
         return func(*args, **kwargs)
 
 
@@ -383,9 +392,9 @@ def _first_names(model: nn.Module) -> dict[int, str]:
     return names
 
 
-def _watch_linear(sums: _Sums) -> Callable[..., None]:
+def _watch_linear(collector: Collector) -> Callable[..., None]:
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        sums.add(args[0] if args else kwargs["input"])
+        collector.add(args[0] if args else kwargs["input"])
 
     return hook
 
@@ -400,37 +409,37 @@ def _watch_experts(module: nn.Module, mode: _WatchExperts) -> list[Any]:
     return [module.register_forward_pre_hook(enter), module.register_forward_hook(leave, always_call=True)]
 
 
-def collect_importance(model: nn.Module, batches: Iterable[Tensor | Mapping[str, Any]], *, datasets: Sequence[str] = ()) -> Importance:
-    """Runs the model on some text and collects the mean squared inputs of its linear layers and experts.
-
-    Each batch is added to float64 sums, so any number of tokens is safe; only `K` numbers per weight are kept. The model
-    may be on any device, or stream its layers through memory (accelerate's offloading). A weight shared by the embedding and
-    the output layer is counted as the output layer, under its first name.
+def observe_inputs(
+    model: nn.Module, batches: Iterable[Tensor | Mapping[str, Any]], make: Callable[[str, int | None], C]
+) -> tuple[dict[str, C], int, int]:
+    """Runs the model without gradients and shows every linear layer's and expert's inputs to the collector of its weight.
 
     Args:
-        model: a model that is called with token ids, in any float dtype.
-        batches: int64 `[B, T]` token ids, or dictionaries of arguments. Wrap it for a progress bar.
-        datasets: names of the texts, kept in the files.
+        model: a model that is called with token ids; its training flags are restored.
+        batches: int64 `[B, T]` token ids, or dictionaries of arguments.
+        make: makes the collector of a weight from its parameter name and its number of experts (None: a linear layer).
 
     Returns:
-        Entries by parameter name. Experts that saw no token have importance 1 (a warning names them); weights that were never
-        used have no entry.
-
-    Raises:
-        ImportanceError: no batches, or the activations of a layer are not finite.
+        The collectors by parameter name, the number of sequences seen and the length of the longest.
     """
     first_name = _first_names(model)
-    sums: dict[str, _Sums] = {}
+    collectors: dict[str, C] = {}
     hooks: list[Any] = []
+
+    def collector_of(name: str, experts: int | None) -> C:
+        if name not in collectors:
+            collectors[name] = make(name, experts)
+        return collectors[name]
+
     for module_name, module in model.named_modules():
         prefix = f"{module_name}." if module_name else ""
         if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":  # Conv1D: GPT-2's linear layer, weight transposed
-            own = sums.setdefault(first_name[id(module.weight)], _Sums(None))
+            own = collector_of(first_name[id(module.weight)], None)
             hooks.append(module.register_forward_pre_hook(_watch_linear(own), with_kwargs=True))
             continue
         stacks = {name: p for name, p in module.named_parameters(recurse=False) if p.ndim == 3}
         if stacks:
-            watched = {name: sums.setdefault(first_name.get(id(p), prefix + name), _Sums(p.shape[0])) for name, p in stacks.items()}
+            watched = {name: collector_of(first_name.get(id(p), prefix + name), p.shape[0]) for name, p in stacks.items()}
             hooks.extend(_watch_experts(module, _WatchExperts(module, watched)))
 
     device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
@@ -455,6 +464,29 @@ def collect_importance(model: nn.Module, batches: Iterable[Tensor | Mapping[str,
             hook.remove()
         for module in training:
             module.training = True
+    return collectors, chunks, chunk_size
+
+
+def collect_importance(model: nn.Module, batches: Iterable[Tensor | Mapping[str, Any]], *, datasets: Sequence[str] = ()) -> Importance:
+    """Runs the model on some text and collects the mean squared inputs of its linear layers and experts.
+
+    Each batch is added to float64 sums, so any number of tokens is safe; only `K` numbers per weight are kept. The model
+    may be on any device, or stream its layers through memory (accelerate's offloading). A weight shared by the embedding and
+    the output layer is counted as the output layer, under its first name.
+
+    Args:
+        model: a model that is called with token ids, in any float dtype.
+        batches: int64 `[B, T]` token ids, or dictionaries of arguments. Wrap it for a progress bar.
+        datasets: names of the texts, kept in the files.
+
+    Returns:
+        Entries by parameter name. Experts that saw no token have importance 1 (a warning names them); weights that were never
+        used have no entry.
+
+    Raises:
+        ImportanceError: no batches, or the activations of a layer are not finite.
+    """
+    sums, chunks, chunk_size = observe_inputs(model, batches, lambda _, experts: _Sums(experts))
     if not any(int(s.count.sum()) for s in sums.values()):
         raise ImportanceError("no activations were seen: the batches are empty, or the model has no linear layer; pass token ids [B, T]")
     return _finished(sums, tuple(datasets), chunks, chunk_size or CHUNK_SIZE)
