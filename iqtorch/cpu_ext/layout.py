@@ -284,18 +284,20 @@ def layout(fmt: Format) -> Layout:
 
     scale_flip, scale_a, scale_b, scale_linear = _linear(fmt.scale_values)
     min_flip, min_a, min_b, min_linear = _linear(fmt.min_values)
+    if not min_linear or min_flip or (min_a, min_b) not in ((0.0, min_b), (1.0, 0.0)):
+        raise KernelUnavailableError(f"{fmt.name} has minima that are not their stored numbers")
     group = min(fmt.group_size, fmt.variant_size, CELL)
     ints = [
         fmt.ggml_type, fmt.block_size, fmt.block_bytes, fmt.row_header_bytes, fmt.d_bytes, ROWS * fmt.block_bytes,
         decoder, sign, code.width, fmt.vec, int(narrow), bias, delta, variant_in_code, flip,
         CELL // group, fmt.group_size, fmt.variant_size, int(fmt.affine),
-        scale_flip, scale_linear, min_flip, min_linear,
+        scale_flip, scale_linear,
         np.int64(ik_trellis.MULTIPLIER).astype(np.int32), ik_trellis.OFFSET,
     ]  # fmt: skip
     for name in ("code", "sign", "d", "dmin", "scale", "min", "variant"):
         own = described.get(name, [])
         if len(own) > MAX_PLANES:
             raise KernelUnavailableError(f"field {name} of {fmt.name} needs {len(own)} planes; the CPU kernels know {MAX_PLANES}")
-        ints += [len(own)] + [number for plane in own for number in plane] + [0] * (3 * (MAX_PLANES - len(own)))
-    floats = [fmt.unit, fmt.runtime_scale, scale_a, scale_b, min_a, min_b, *_pad(fmt.scale_values), *_pad(fmt.min_values)]
+        ints += [fields[name].count if name in fields else 0] + [number for plane in own for number in plane] + [0] * (3 * (MAX_PLANES - len(own)))
+    floats = [fmt.unit, fmt.runtime_scale, scale_a, scale_b, min_b, *_pad(fmt.scale_values)]
     return Layout(fmt, ROWS * fmt.block_bytes, tuple(parts), np.array(ints, np.int32), np.array(floats, np.float32), table)

@@ -21,6 +21,7 @@ using namespace iqtorch;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+constexpr int64_t kTiledRows = 16;  // rows of activations from which the matrix unit is faster
 constexpr int64_t kSmall = 1 << 17;  // weights times rows below which threads cost more than they bring
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -84,7 +85,7 @@ void multiply(const Matrix& w, const void* x, DType dtype, int64_t m, const floa
   const int64_t work = m * w.rows * k;
   Activations act{m, k, nullptr, nullptr, nullptr, nullptr, nullptr};
   const Output out{y, dtype, w.rows, bias};
-  if (kern.linear_tiled && m >= 16) {
+  if (kern.linear_tiled && m >= kTiledRows) {
     float* wide = scratch<float>(0, m * k);
     uint16_t* tiled = scratch<uint16_t>(1, kern.tiled_bytes(m, k) / 2);
     parallel(m, m * k, [&](int64_t a, int64_t b) {
@@ -93,7 +94,7 @@ void multiply(const Matrix& w, const void* x, DType dtype, int64_t m, const floa
     parallel(ceil_div(m, 32), m * k, [&](int64_t a, int64_t b) { kern.tile(wide, m, k, tiled, a, b); });
     act.tiled = tiled;
     parallel(ceil_div(row_groups, 2), work, [&](int64_t a, int64_t b) {
-      kern.linear_tiled(w, act, out, nullptr, 2 * a, std::min(2 * b, row_groups));
+      kern.linear_tiled(w, act, out, scratch<float>(6, kern.tiled_scratch()), 2 * a, std::min(2 * b, row_groups));
     });
     return;
   }

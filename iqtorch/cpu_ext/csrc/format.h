@@ -33,14 +33,14 @@ struct Ints {
   int32_t type, block, block_bytes, header_bytes, d_bytes, tile_bytes;
   int32_t decoder, sign, code_width, vec, narrow, bias, delta, variant_in_code, flip;
   int32_t groups, scale_group, variant_group, affine;  // `groups` per cell share scale, minimum and variant
-  int32_t scale_flip, scale_linear, min_flip, min_linear;
+  int32_t scale_flip, scale_linear;
   int32_t multiplier, generator_offset;
   Field code, sign_bits, d, dmin, scale, min, variant;
 };
 
 struct Floats {
-  float unit, runtime_scale, scale_a, scale_b, min_a, min_b;
-  float scale_values[256], min_values[256];
+  float unit, runtime_scale, scale_a, scale_b, min_b;
+  float scale_values[256];
 };
 
 // One run of bits between a canonical block and a tile: byte `source` of each row <-> unit of `stride` bytes at `target`.
@@ -96,8 +96,9 @@ struct Kernels {
   void (*gather)(const Matrix&, DType, const int64_t* ids, void* out, int64_t i0, int64_t i1);
   // Columns of blocks b0 .. b1 of `g [m, rows] @ W`, float32 out [m, k].
   void (*transposed)(const Matrix&, const float* g, int64_t m, float* out, int64_t b0, int64_t b1);
-  // Matrix unit, or null: bytes of `tiled` for m rows, their preparation (rows in steps of 32), and the product.
+  // Matrix unit, or null: bytes of `tiled` for m rows, floats of scratch of each thread, preparation (rows in steps of 32), product.
   int64_t (*tiled_bytes)(int64_t m, int64_t k);
+  int64_t (*tiled_scratch)();
   void (*tile)(const float* x, int64_t m, int64_t k, uint16_t* tiled, int64_t step0, int64_t step1);
   void (*linear_tiled)(const Matrix&, const Activations&, const Output&, float* scratch, int64_t g0, int64_t g1);
 };

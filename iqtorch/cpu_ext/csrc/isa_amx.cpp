@@ -3,6 +3,10 @@
 #include "format.h"
 #include "simd_avx512.h"
 #include "kernels.inl"
+#include "tiles_amx.inl"
+
+#undef IQTORCH_TILED
+#define IQTORCH_TILED amx::tiled_bytes, amx::tiled_scratch, amx::tile_rows, amx::linear_tiled
 
 namespace iqtorch {
 IQTORCH_KERNELS(amx)

@@ -10,12 +10,6 @@ template <int N> struct Size {
   static constexpr int value = N;
 };
 
-IQ_FN uint16_t to_bfloat16(float f) {
-  uint32_t u;
-  __builtin_memcpy(&u, &f, 4);
-  return (u & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : (uint16_t)((u + 0x7fff + (u >> 16 & 1)) >> 16);
-}
-
 // -- scales ----------------------------------------------------------------------------------------------------
 
 IQ_FN I32 element(const Field& field, const uint8_t* tile, int e) {
@@ -51,10 +45,6 @@ IQ_FN F32 header_d(const Matrix& w, int64_t group) {
   return bits_to_float(i.d_bytes == 2 ? load16(p) : load32(p), i.d_bytes);
 }
 
-IQ_FN F32 stored_value(I32 stored, int flip, int linear, float a, float b, const float* values) {
-  return linear ? to_float(stored ^ set(flip)) * setf(a) + setf(b) : gatherf(values, stored);
-}
-
 // Per group of weights and row, [group][16]: a weight is scale * (operand + offset) - low.
 struct Sides {
   IQ_ALIGNED float scale[kMaxGroups * kRows];
@@ -62,38 +52,81 @@ struct Sides {
   IQ_ALIGNED float low[kMaxGroups * kRows];
 };
 
-template <bool Exact> IQ_FN void sides(const Format& f, const uint8_t* tile, F32 d, int dot_bias, Sides& out) {
-  const Ints& i = f.i;
-  const int fine = kCell / i.groups, count = i.block / fine;
-  const int per_scale = i.scale_group / fine, per_variant = i.variant_group / fine;
-  if (!i.header_bytes) d = bits_to_float(element(i.d, tile, 0), i.d_bytes);
-  d = d * setf(f.f.unit);
-  F32 dmin = i.affine ? bits_to_float(element(i.dmin, tile, 0), i.d_bytes) : setf(0);
-  if (!Exact) d = d * setf(f.f.runtime_scale), dmin = dmin * setf(f.f.runtime_scale);
-  const F32 base = setf((float)(dot_bias - i.bias)), delta = setf((float)i.delta);
-  F32 scale = d * setf(f.f.scale_b), low = dmin * setf(f.f.min_b), offset = base;
-  for (int g = 0; g < count; ++g) {
-    if (i.decoder == kWords) {
-      I32 byte = WordsDecoder::scale_byte(tile, g);
-      scale = d * stored_value(shift_right(byte, 1), i.scale_flip, i.scale_linear, f.f.scale_a, f.f.scale_b, f.f.scale_values);
-      offset = fma(to_float(byte & set(1)), delta, base);
+// Element e of a field of `Bits` bits; like `element`, with the planes known when compiling.
+template <int Bits, int First = 0> IQ_FN I32 known_element(const Field& field, const uint8_t* tile, int e) {
+  constexpr int width = Bits & 8 ? 8 : Bits & 4 ? 4 : Bits & 2 ? 2 : 1;
+  I32 v = load8(tile + field.plane[First].offset + kRows * (e * width / 8));
+  if constexpr (width < 8) v = shift_right(v, e * width % 8) & set((1 << width) - 1);
+  if constexpr (Bits > width) v = v | shift_left(known_element<Bits - width, First + 1>(field, tile, e), width);
+  return v;
+}
+
+// How many small integers a format keeps, known when compiling: the kernels would spend longer on scales than on weights.
+// `Groups` of a cell share scale, minimum and variant. `Scales` of a cell have a scale of their own, of `Bits` bits (0: only the
+// block has one, -1: in the words of the codes), and a minimum of `MinBits`; `Variants` of a cell have a bit that shifts all values.
+template <int Groups_, int Scales, int Bits, int MinBits = 0, int Variants = 0> struct Side {
+  static constexpr int kGroups = Groups_;
+
+  static bool fits(const Ints& i) {
+    const auto counts = [&](const Field& field, int bits, int per_cell) {
+      int width = 0;
+      for (const Plane& plane : field.plane) width += plane.bits;
+      return width == bits && (!bits || field.count * kCell == per_cell * i.block);
+    };
+    if (Bits < 0) return i.groups == Groups_ && i.decoder == kWords;
+    return i.groups == Groups_ && counts(i.scale, Bits, Scales) && counts(i.min, MinBits, Scales) &&
+           (i.delta ? counts(i.variant, 1, Variants) : !Variants);
+  }
+
+  // `Exact`: what the plain-torch decoder multiplies; else ready for products, see `Sides`.
+  template <bool Exact> static void read(const Format& f, const uint8_t* tile, F32 d, int dot_bias, Sides& out) {
+    const Ints& i = f.i;
+    const int cells = i.block / kCell;
+    if (!i.header_bytes) d = bits_to_float(element(i.d, tile, 0), i.d_bytes);
+    d = d * setf(f.f.unit);
+    F32 dmin = i.affine ? bits_to_float(element(i.dmin, tile, 0), i.d_bytes) : setf(0);
+    if (!Exact) d = d * setf(f.f.runtime_scale), dmin = dmin * setf(f.f.runtime_scale);
+    const F32 base = setf((float)(dot_bias - i.bias)), delta = setf((float)i.delta);
+    F32 scale = d * setf(f.f.scale_b), low = dmin * setf(f.f.min_b), offset = base;
+    const auto scale_of = [&](I32 stored) IQ_INLINE {
+      if (!i.scale_linear) return d * gatherf(f.f.scale_values, stored);
+      return d * fma(to_float(stored ^ set(i.scale_flip)), setf(f.f.scale_a), setf(f.f.scale_b));
+    };
+    const auto read_cell = [&](int c) IQ_INLINE {
+      IQ_UNROLL(4)
+      for (int g = 0; g < Groups_; ++g) {
+        if constexpr (Bits < 0) {
+          const I32 byte = WordsDecoder::scale_byte(tile, c);
+          scale = scale_of(shift_right(byte, 1));
+          offset = fma(to_float(byte & set(1)), delta, base);
+        } else {
+          if (Bits && g % (Groups_ / Scales) == 0)
+            scale = scale_of(known_element<(Bits > 0 ? Bits : 1)>(i.scale, tile, (c * Groups_ + g) / (Groups_ / Scales)));
+          if (MinBits && g % (Groups_ / Scales) == 0)
+            low = dmin * to_float(known_element<(MinBits ? MinBits : 1)>(i.min, tile, (c * Groups_ + g) / (Groups_ / Scales)));
+          if constexpr (Variants > 0) {
+            if (g % (Groups_ / Variants) == 0)
+              offset = fma(to_float(known_element<1>(i.variant, tile, (c * Groups_ + g) / (Groups_ / Variants))), delta, base);
+          }
+        }
+        const int at = kRows * (c * Groups_ + g);
+        storef(out.scale + at, scale);
+        if (Exact) {
+          storef(out.offset + at, offset);
+          storef(out.low + at, low);
+        } else {
+          storef(out.offset + at, scale * offset - low);
+        }
+      }
+    };
+    if (cells == 8) {
+      IQ_UNROLL(8)
+      for (int c = 0; c < 8; ++c) read_cell(c);
     } else {
-      if (i.scale.count && g % per_scale == 0)
-        scale = d * stored_value(element(i.scale, tile, g / per_scale), i.scale_flip, i.scale_linear, f.f.scale_a, f.f.scale_b,
-                                 f.f.scale_values);
-      if (i.min.count && g % per_scale == 0)
-        low = dmin * stored_value(element(i.min, tile, g / per_scale), i.min_flip, i.min_linear, f.f.min_a, f.f.min_b, f.f.min_values);
-      if (i.delta && g % per_variant == 0) offset = fma(to_float(element(i.variant, tile, g / per_variant)), delta, base);
-    }
-    storef(out.scale + kRows * g, scale);
-    if (Exact) {
-      storef(out.offset + kRows * g, offset);
-      storef(out.low + kRows * g, low);
-    } else {
-      storef(out.offset + kRows * g, i.affine ? scale * offset - low : scale * offset);
+      for (int c = 0; c < cells; ++c) read_cell(c);
     }
   }
-}
+};
 
 // -- one row of activations against packed weights ----------------------------------------------------------------
 
@@ -115,14 +148,14 @@ IQ_FN void finish(const Output& out, int64_t rows, int64_t m, int64_t group, F32
   if (out.dtype == kFloat16) {
     store_half(half, loadf(value));
   } else {
-    for (int r = 0; r < kRows; ++r) half[r] = to_bfloat16(value[r]);
+    store_bfloat16(half, loadf(value));
   }
   __builtin_memcpy((uint16_t*)out.data + at, half, count * sizeof(uint16_t));
 }
 
-template <class Decoder, int Groups> static void gemv(const Matrix& w, const Activations& x, const Output& out, int64_t g0, int64_t g1) {
+template <class Decoder, class Side> static void gemv(const Matrix& w, const Activations& x, const Output& out, int64_t g0, int64_t g1) {
   constexpr bool narrow = Decoder::kNarrow || !kSignedDot;
-  constexpr int per_group = 8 / Groups;
+  constexpr int per_group = 8 / Side::kGroups;
   const Format& f = *w.format;
   const int cells = f.i.block / kCell, cell_bytes = f.i.tile_bytes / cells;
   const Decoder decoder(f);
@@ -134,7 +167,7 @@ template <class Decoder, int Groups> static void gemv(const Matrix& w, const Act
     const int8_t* q = x.q;
     const float *scale = x.scale, *sums = x.sums;
     for (int64_t b = 0; b < w.blocks; ++b, tile += f.i.tile_bytes) {
-      sides<false>(f, tile, d, narrow ? 0 : 128, side);
+      Side::template read<false>(f, tile, d, narrow ? 0 : 128, side);
       const float *s = side.scale, *o = side.offset;
       for (int c = 0; c < cells; ++c, q += kCell) {
         const uint8_t* ahead = tile + c * cell_bytes + kPrefetch;
@@ -255,53 +288,62 @@ template <int M> IQ_FN void multiply_float(const float* panel, int count, const 
 // -- which code runs a format ------------------------------------------------------------------------------------------
 
 struct Family {
-  void (*expand)(const Format&, const uint8_t*, uint8_t*);
+  void (*expand)(const Format&, const uint8_t* tile, uint8_t* operand);
+  void (*sides)(const Format&, const uint8_t* tile, F32 d, int dot_bias, Sides&);
+  void (*exact_sides)(const Format&, const uint8_t* tile, F32 d, int dot_bias, Sides&);
   void (*gemv)(const Matrix&, const Activations&, const Output&, int64_t, int64_t);
   bool narrow;
 };
 
-// `Groups`: the numbers of groups per cell for which this decoder is compiled.
-template <class Decoder, int... Groups> static Family family_of(int groups) {
-  Family family = {nullptr, nullptr, Decoder::kNarrow || !kSignedDot};
-  ((groups == Groups ? (void)(family.gemv = gemv<Decoder, Groups>) : (void)0), ...);
-  if (family.gemv) family.expand = expand<Decoder>;
+// The first of `Sides` that fits; an empty family if none does.
+template <class Decoder, class... SideTypes> static Family family_of(const Ints& i) {
+  Family family = {};
+  ((!family.gemv && SideTypes::fits(i)
+        ? (void)(family = {expand<Decoder>, SideTypes::template read<false>, SideTypes::template read<true>, gemv<Decoder, SideTypes>,
+                           Decoder::kNarrow || !kSignedDot})
+        : (void)0),
+   ...);
   return family;
 }
 
 static Family find_family(const Ints& i) {
-  const int n = i.groups;
+  using None = Side<1, 1, 0>;  // d alone
   switch (i.decoder * 100 + i.code_width) {
-    case kPlain * 100 + 2: return family_of<PlainDecoder<2>, 2>(n);
-    case kPlain * 100 + 3: return family_of<PlainDecoder<3>, 2>(n);
-    case kPlain * 100 + 4: return family_of<PlainDecoder<4>, 1>(n);
-    case kPlain * 100 + 5: return family_of<PlainDecoder<5>, 1>(n);
-    case kPlain * 100 + 6: return family_of<PlainDecoder<6>, 1, 2>(n);
-    case kPlain * 100 + 8: return family_of<PlainDecoder<8>, 1>(n);
-    case kLookup * 100 + 2: return family_of<LookupDecoder<2>, 1, 2>(n);
-    case kLookup * 100 + 3: return family_of<LookupDecoder<3>, 1, 2>(n);
-    case kLookup * 100 + 4: return family_of<LookupDecoder<4>, 1, 2>(n);
-    case kLookup * 100 + 5: return family_of<LookupDecoder<5>, 1, 2>(n);
-    case kLookup * 100 + 6: return family_of<LookupDecoder<6>, 2>(n);
-    case kPairs * 100 + 5: return family_of<PairsDecoder, 1>(n);
-    case kWords * 100 + 16: return family_of<WordsDecoder, 1>(n);
+    case kPlain * 100 + 2: return family_of<PlainDecoder<2>, Side<2, 2, 4, 4>>(i);
+    case kPlain * 100 + 3: return family_of<PlainDecoder<3>, Side<2, 2, 6>>(i);
+    case kPlain * 100 + 4: return family_of<PlainDecoder<4>, None, Side<1, 1, 6, 6>>(i);
+    case kPlain * 100 + 5: return family_of<PlainDecoder<5>, None, Side<1, 1, 6, 6>>(i);
+    case kPlain * 100 + 6: return family_of<PlainDecoder<6>, None, Side<2, 2, 8>>(i);
+    case kPlain * 100 + 8: return family_of<PlainDecoder<8>, None>(i);
+    case kLookup * 100 + 2: return family_of<LookupDecoder<2>, Side<1, 1, 5, 0, 1>, Side<2, 2, 4, 0, 2>>(i);
+    case kLookup * 100 + 3: return family_of<LookupDecoder<3>, Side<1, 1, 5, 0, 1>, Side<2, 2, 5, 0, 2>>(i);
+    case kLookup * 100 + 4:
+      return family_of<LookupDecoder<4>, None, Side<1, 1, 6>, Side<1, 1, 7, 0, 1>, Side<2, 2, 6, 0, 2>>(i);
+    case kLookup * 100 + 5: return family_of<LookupDecoder<5>, Side<1, 1, 7, 0, 1>, Side<2, 2, 6, 0, 2>>(i);
+    case kLookup * 100 + 6: return family_of<LookupDecoder<6>, Side<2, 2, 8, 0, 2>>(i);
+    case kPairs * 100 + 5: return family_of<PairsDecoder, Side<1, 1, 6>>(i);
+    case kWords * 100 + 16: return family_of<WordsDecoder, Side<1, 1, -1>>(i);
     case kGrid * 100 + 8:
-      return i.vec == 4 ? family_of<GridDecoder<8, 4, kSignParity>, 1>(n) : family_of<GridDecoder<8, 8, kSignParity>, 1>(n);
+      return i.vec == 4 ? family_of<GridDecoder<8, 4, kSignParity>, Side<1, 1, 4>>(i)
+                        : family_of<GridDecoder<8, 8, kSignParity>, Side<1, 1, 4>>(i);
     case kGrid * 100 + 9:
-      return i.vec == 4 ? family_of<GridDecoder<9, 4, kSignBits>, 1>(n) : family_of<GridDecoder<9, 8, kSignParity>, 2>(n);
-    case kGrid * 100 + 10: return family_of<GridDecoder<10, 8, kSignBits>, 2>(n);
-    case kGrid * 100 + 11: return family_of<GridDecoder<11, 8, kNoSign>, 1, 4>(n);
-    case kTrellis * 100 + 13: return family_of<TrellisDecoder<13, 8, kNoSign>, 1>(n);
-    case kTrellis * 100 + 15: return family_of<TrellisDecoder<15, 4, kNoSign>, 1>(n);
+      return i.vec == 4 ? family_of<GridDecoder<9, 4, kSignBits>, Side<1, 1, 4>>(i)
+                        : family_of<GridDecoder<9, 8, kSignParity>, Side<2, 2, 4>>(i);
+    case kGrid * 100 + 10: return family_of<GridDecoder<10, 8, kSignBits>, Side<2, 2, 4>>(i);
+    case kGrid * 100 + 11: return family_of<GridDecoder<11, 8, kNoSign>, Side<1, 1, 3, 0, 1>, Side<4, 2, 3, 0, 4>>(i);
+    case kTrellis * 100 + 13: return family_of<TrellisDecoder<13, 8, kNoSign>, Side<1, 1, 4>>(i);
+    case kTrellis * 100 + 15: return family_of<TrellisDecoder<15, 4, kNoSign>, Side<1, 1, 7>>(i);
     case kTrellis * 100 + 16:
-      return i.sign ? family_of<TrellisDecoder<16, 8, kSignBits>, 1>(n) : family_of<TrellisDecoder<16, 8, kNoSign>, 1>(n);
+      return i.sign ? family_of<TrellisDecoder<16, 8, kSignBits>, Side<1, 1, 4>>(i)
+                    : family_of<TrellisDecoder<16, 8, kNoSign>, Side<1, 1, 4>>(i);
   }
-  return {nullptr, nullptr, false};
+  return {};
 }
 
 static bool accepts(const Ints& i) {
   const Family family = find_family(i);
   // operands of 128 and more would overflow the 16-bit sums of a kernel that was promised smaller ones
-  return family.expand && (i.narrow || !family.narrow || !kSignedDot);
+  return family.gemv && (i.narrow || !family.narrow || !kSignedDot);
 }
 
 // -- products ------------------------------------------------------------------------------------------------------------
@@ -325,7 +367,7 @@ static void linear_int8(const Matrix& w, const Activations& x, const Output& out
       __builtin_memset(acc, 0, (m1 - m0) * kRows * sizeof(float));
       const uint8_t* tile = w.tiles + g * w.blocks * f.i.tile_bytes;
       for (int64_t b = 0; b < w.blocks; ++b, tile += f.i.tile_bytes) {
-        sides<false>(f, tile, d, family.narrow ? 0 : 128, panel.side);
+        family.sides(f, tile, d, family.narrow ? 0 : 128, panel.side);
         family.expand(f, tile, panel.operand);
         run(panel, cells, x, m0, m1, b * f.i.block, acc);
       }
@@ -347,7 +389,7 @@ static void linear_float(const Matrix& w, const Activations& x, const Output& ou
       __builtin_memset(acc, 0, (m1 - m0) * kRows * sizeof(float));
       const uint8_t* tile = w.tiles + g * w.blocks * f.i.tile_bytes;
       for (int64_t b = 0; b < w.blocks; ++b, tile += f.i.tile_bytes) {
-        sides<true>(f, tile, d, 0, panel.side);
+        family.exact_sides(f, tile, d, 0, panel.side);
         family.expand(f, tile, panel.operand);
         float_panel(f, panel, weights);
         int64_t m = m0;
@@ -417,19 +459,18 @@ static void to_float(const void* x, DType dtype, float* out, int64_t count) {
 static void from_float(const float* x, DType dtype, void* out, int64_t count) {
   if (dtype == kFloat32) {
     __builtin_memcpy(out, x, count * sizeof(float));
-  } else if (dtype == kBFloat16) {
-    uint16_t* p = (uint16_t*)out;
-    for (int64_t i = 0; i < count; ++i) p[i] = to_bfloat16(x[i]);
-  } else {
-    int64_t i = 0;
-    for (; i + kRows <= count; i += kRows) store_half((uint16_t*)out + i, loadf(x + i));
-    if (i < count) {
-      IQ_ALIGNED float last[kRows] = {};
-      IQ_ALIGNED uint16_t half[kRows];
-      __builtin_memcpy(last, x + i, 4 * (count - i));
-      store_half(half, loadf(last));
-      __builtin_memcpy((uint16_t*)out + i, half, 2 * (count - i));
-    }
+    return;
+  }
+  const auto put = dtype == kFloat16 ? +[](uint16_t* p, const float* v) { store_half(p, loadf(v)); }
+                                     : +[](uint16_t* p, const float* v) { store_bfloat16(p, loadf(v)); };
+  int64_t i = 0;
+  for (; i + kRows <= count; i += kRows) put((uint16_t*)out + i, x + i);
+  if (i < count) {
+    IQ_ALIGNED float last[kRows] = {};
+    IQ_ALIGNED uint16_t half[kRows];
+    __builtin_memcpy(last, x + i, 4 * (count - i));
+    put(half, last);
+    __builtin_memcpy((uint16_t*)out + i, half, 2 * (count - i));
   }
 }
 
@@ -443,7 +484,7 @@ static void dequantize(const Matrix& w, DType dtype, void* out, int64_t g0, int6
     const int valid = w.rows - g * kRows < kRows ? (int)(w.rows - g * kRows) : kRows;
     const uint8_t* tile = w.tiles + g * w.blocks * f.i.tile_bytes;
     for (int64_t b = 0; b < w.blocks; ++b, tile += f.i.tile_bytes) {
-      sides<true>(f, tile, d, 0, panel.side);
+      family.exact_sides(f, tile, d, 0, panel.side);
       family.expand(f, tile, panel.operand);
       for (int r = 0; r < valid; ++r) {
         decode_row(f, panel, r, row);
@@ -463,7 +504,7 @@ static void gather_rows(const Matrix& w, DType dtype, const int64_t* ids, void* 
     const F32 d = header_d(w, g);
     const uint8_t* tile = w.tiles + g * w.blocks * f.i.tile_bytes;
     for (int64_t b = 0; b < w.blocks; ++b, tile += f.i.tile_bytes) {
-      sides<true>(f, tile, d, 0, panel.side);
+      family.exact_sides(f, tile, d, 0, panel.side);
       family.expand(f, tile, panel.operand);
       decode_row(f, panel, (int)(ids[i] % kRows), row);
       from_float(row, dtype, (uint8_t*)out + (i * w.k + b * f.i.block) * element_bytes(dtype), f.i.block);
@@ -487,7 +528,7 @@ static void transposed(const Matrix& w, const float* g, int64_t m, float* out, i
       for (int64_t n = 0; n < groups; ++n) {
         const uint8_t* tile = w.tiles + (n * w.blocks + b) * f.i.tile_bytes;
         const int valid = w.rows - n * kRows < kRows ? (int)(w.rows - n * kRows) : kRows;
-        sides<true>(f, tile, header_d(w, n), 0, panel.side);
+        family.exact_sides(f, tile, header_d(w, n), 0, panel.side);
         family.expand(f, tile, panel.operand);
         for (int r = 0; r < valid; ++r) decode_row(f, panel, r, weights + r * block);
         for (int64_t i = m0; i < m1; ++i) {
@@ -610,7 +651,7 @@ static void unpack(const Format& f, const uint8_t* tiles, int64_t row_bytes, int
 }
 
 #ifndef IQTORCH_TILED
-#define IQTORCH_TILED nullptr, nullptr, nullptr
+#define IQTORCH_TILED nullptr, nullptr, nullptr, nullptr
 #endif
 
 #define IQTORCH_KERNELS(isa)                                                                                                    \

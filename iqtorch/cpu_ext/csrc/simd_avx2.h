@@ -112,14 +112,8 @@ IQ_FN I32 load16(const uint8_t* p) {
 }
 IQ_FN I32 load32(const uint8_t* p) { return {{loadu(p, 0), loadu(p, 1)}}; }
 IQ_FN I32 set(int32_t c) { return {{_mm256_set1_epi32(c), _mm256_set1_epi32(c)}}; }
-IQ_FN I32 shift_right(I32 a, int n) {
-  __m128i c = _mm_cvtsi32_si128(n);
-  return {{_mm256_srl_epi32(a.v[0], c), _mm256_srl_epi32(a.v[1], c)}};
-}
-IQ_FN I32 shift_left(I32 a, int n) {
-  __m128i c = _mm_cvtsi32_si128(n);
-  return {{_mm256_sll_epi32(a.v[0], c), _mm256_sll_epi32(a.v[1], c)}};
-}
+IQ_FN I32 shift_right(I32 a, int n) { return {{_mm256_srli_epi32(a.v[0], n), _mm256_srli_epi32(a.v[1], n)}}; }
+IQ_FN I32 shift_left(I32 a, int n) { return {{_mm256_slli_epi32(a.v[0], n), _mm256_slli_epi32(a.v[1], n)}}; }
 IQ_FN I32 operator&(I32 a, I32 b) { return {{_mm256_and_si256(a.v[0], b.v[0]), _mm256_and_si256(a.v[1], b.v[1])}}; }
 IQ_FN I32 operator|(I32 a, I32 b) { return {{_mm256_or_si256(a.v[0], b.v[0]), _mm256_or_si256(a.v[1], b.v[1])}}; }
 IQ_FN I32 operator^(I32 a, I32 b) { return {{_mm256_xor_si256(a.v[0], b.v[0]), _mm256_xor_si256(a.v[1], b.v[1])}}; }
@@ -174,6 +168,17 @@ IQ_FN F32 from_half(I32 a) { return {{from_half1(a.v[0]), from_half1(a.v[1])}}; 
 IQ_FN void store_half(uint16_t* p, F32 a) {
   _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(a.v[0], _MM_FROUND_TO_NEAREST_INT));
   _mm_storeu_si128((__m128i*)(p + 8), _mm256_cvtps_ph(a.v[1], _MM_FROUND_TO_NEAREST_INT));
+}
+IQ_FN __m128i bfloat16_1(__m256 a) {
+  const __m256i u = _mm256_castps_si256(a), odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q));
+  const __m256i fixed = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc0), nan);
+  return _mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_packus_epi32(fixed, fixed), 0x08));
+}
+IQ_FN void store_bfloat16(uint16_t* p, F32 a) {
+  _mm_storeu_si128((__m128i*)p, bfloat16_1(a.v[0]));
+  _mm_storeu_si128((__m128i*)(p + 8), bfloat16_1(a.v[1]));
 }
 
 }}  // namespace iqtorch::IQTORCH_ISA

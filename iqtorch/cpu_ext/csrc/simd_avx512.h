@@ -67,8 +67,8 @@ IQ_FN I32 load8(const uint8_t* p) { return {_mm512_cvtepu8_epi32(_mm_loadu_si128
 IQ_FN I32 load16(const uint8_t* p) { return {_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p))}; }
 IQ_FN I32 load32(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
 IQ_FN I32 set(int32_t c) { return {_mm512_set1_epi32(c)}; }
-IQ_FN I32 shift_right(I32 a, int n) { return {_mm512_srl_epi32(a.v, _mm_cvtsi32_si128(n))}; }
-IQ_FN I32 shift_left(I32 a, int n) { return {_mm512_sll_epi32(a.v, _mm_cvtsi32_si128(n))}; }
+IQ_FN I32 shift_right(I32 a, int n) { return {_mm512_srli_epi32(a.v, (unsigned)n)}; }
+IQ_FN I32 shift_left(I32 a, int n) { return {_mm512_slli_epi32(a.v, (unsigned)n)}; }
 IQ_FN I32 operator&(I32 a, I32 b) { return {_mm512_and_si512(a.v, b.v)}; }
 IQ_FN I32 operator|(I32 a, I32 b) { return {_mm512_or_si512(a.v, b.v)}; }
 IQ_FN I32 operator^(I32 a, I32 b) { return {_mm512_xor_si512(a.v, b.v)}; }
@@ -94,5 +94,11 @@ IQ_FN F32 as_float(I32 a) { return {_mm512_castsi512_ps(a.v)}; }
 IQ_FN F32 gatherf(const float* base, I32 index) { return {_mm512_i32gather_ps(index.v, base, 4)}; }
 IQ_FN F32 from_half(I32 a) { return {_mm512_cvtph_ps(_mm512_cvtepi32_epi16(a.v))}; }
 IQ_FN void store_half(uint16_t* p, F32 a) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT)); }
+IQ_FN void store_bfloat16(uint16_t* p, F32 a) {
+  const __m512i u = _mm512_castps_si512(a.v), odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+  const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc0))));
+}
 
 }}  // namespace iqtorch::IQTORCH_ISA

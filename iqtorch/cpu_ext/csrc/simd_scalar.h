@@ -133,5 +133,11 @@ IQ_FN uint16_t float_to_half(float f) {
 }
 IQ_FN F32 from_half(I32 a) { F32 r; IQ_EACH(16) r.v[i] = half_to_float(a.v[i]); return r; }
 IQ_FN void store_half(uint16_t* p, F32 a) { IQ_EACH(16) p[i] = float_to_half(a.v[i]); }
+IQ_FN uint16_t float_to_bfloat16(float f) {
+  uint32_t u;
+  __builtin_memcpy(&u, &f, 4);
+  return (u & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : (uint16_t)((u + 0x7fff + (u >> 16 & 1)) >> 16);
+}
+IQ_FN void store_bfloat16(uint16_t* p, F32 a) { IQ_EACH(16) p[i] = float_to_bfloat16(a.v[i]); }
 
 }}  // namespace iqtorch::IQTORCH_ISA
