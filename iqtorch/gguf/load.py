@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..formats import Format, get_format
 from ..hf import adopt, transformers
-from ..linear import set_weight
+from ..linear import packed_parameter, set_weight
 from ..recipe import Recipe
 from ..tensor import IQTensor, repack_rows
 from .errors import GGUFArchitectureError, GGUFTensorError
@@ -73,7 +73,8 @@ def load_gguf(
     for binding in bindings:
         old = wanted[binding.name]
         value = _read(file, binding, old, dtype, device)
-        for module, name in places[id(old)]:
+        value = _parameter(value) if isinstance(old, nn.Parameter) else value
+        for module, name in places[id(old)]:  # tied places share the parameter
             _install(module, name, value)
         file.release(binding.tensors)
     _set_special_tokens(model, configuration)
@@ -167,15 +168,15 @@ def _plain_blocks(file: GGUFFile, info: TensorInfo) -> tuple[Tensor, Format]:
     return repack_rows(blocks, fmt, plain), plain
 
 
+def _parameter(value: Tensor) -> nn.Parameter:
+    return packed_parameter(value) if isinstance(value, IQTensor) else nn.Parameter(value, requires_grad=value.is_floating_point())
+
+
 def _install(module: nn.Module, name: str, value: Tensor) -> None:
     if isinstance(value, IQTensor):
         set_weight(module, name, value)
-    elif name in module._parameters:
-        module._parameters[name] = (
-            value if isinstance(value, nn.Parameter) else nn.Parameter(value, requires_grad=value.is_floating_point())
-        )
     else:
-        module._buffers[name] = value
+        (module._parameters if isinstance(value, nn.Parameter) else module._buffers)[name] = value  # type: ignore[assignment]
 
 
 def _set_special_tokens(model: nn.Module, config: Any) -> None:
