@@ -113,7 +113,7 @@ def search_affine(units: Units, fmt: Format, near: Nearest, effort: Effort) -> F
         determinant = cc * mm - cm * cm
         usable = determinant > 1e-6 * cc * mm
         d = torch.where(usable, divide(xc * mm - xm * cm, determinant), divide(xc, cc))
-        return d, torch.where(usable, divide(xc * cm - xm * cc, determinant), 0.0)
+        return d, torch.where(usable, divide(xc * cm - xm * cc, determinant), torch.where(cc == 0, divide(-xm, mm), 0.0))
 
     # share
     best_s, best_o = kept.optimum(positive)

@@ -19,12 +19,12 @@ Objective = Literal["model", "rmse"]
 Speed = Literal["fast", "default", "best"]
 
 EFFORTS = {
-    "fast": Effort(trials=8, keep=6, steps=12, shortlist=2, rounds=1, probes=8),
-    "default": Effort(trials=16, keep=8, steps=24, shortlist=3, rounds=2, probes=16),
-    "best": Effort(trials=32, keep=16, steps=48, shortlist=6, rounds=4, probes=64),
+    "fast": Effort(trials=5, keep=6, steps=12, shortlist=2, rounds=1, probes=8),
+    "default": Effort(trials=10, keep=8, steps=16, shortlist=3, rounds=1, probes=16),
+    "best": Effort(trials=24, keep=16, steps=48, shortlist=6, rounds=4, probes=64),
 }
 #: A trial scale of a trellis codebook costs as much as dozens for a table, and matters less: its values have no largest step.
-TRELLIS_TRIALS = {"fast": 2, "default": 4, "best": 8}
+TRELLIS_TRIALS = {"fast": 3, "default": 5, "best": 8}
 
 #: Weights encoded at a time: temporaries are a few dozen bytes per weight, and should stay in the cache of a CPU.
 CHUNK = {"cpu": 1 << 18, "gpu": 1 << 22}

@@ -119,12 +119,14 @@ def divide(a: Tensor, b: Tensor) -> Tensor:
 #: Useful range of trial scales by bits of code. Few levels clip large weights; many levels hardly do.
 SPANS = {
     True: {2: (0.35, 1.5), 3: (0.45, 1.3), 4: (0.55, 1.2), 5: (0.7, 1.15), 6: (0.8, 1.1), 7: (0.85, 1.1), 8: (0.9, 1.05)},
-    False: {5: (0.35, 2.2), 8: (0.6, 1.5)},
+    False: {5: (0.35, 2.0), 8: (0.7, 1.4)},
 }
 
 
 def trial_ratios(fmt: Format, trials: int) -> list[float]:
     """Trial scales, relative to that of `reference`."""
+    if fmt.d_kind == "e8m0":  # powers of two, often far from the best scale: a wide fan
+        return np.geomspace(0.125, 1.5, trials).tolist()
     low, high = SPANS[fmt.vec == 1][min(int(np.log2(fmt.codebook.entries)), 8)]
     return np.linspace(low, high, trials).tolist()
 
@@ -132,7 +134,7 @@ def trial_ratios(fmt: Format, trials: int) -> list[float]:
 def reference(fmt: Format) -> float:
     """The trial scale 1 makes this the largest weight of a group (single values), or its root mean square (vectors)."""
     book = fmt.codebook.values.astype(np.float64)
-    return float(np.abs(book).max() if fmt.vec == 1 else np.sqrt((book**2).mean()))
+    return float(np.abs(book).max() if fmt.vec == 1 else (book**4).mean() ** 0.25)
 
 
 def reach_ratios(grid: ScaleGrid, kind: str, steps: int) -> list[float]:
@@ -152,19 +154,23 @@ def propose(units: Units, fmt: Format, near: Nearest, effort: Effort) -> tuple[T
     """The best parabolas of each group: optimum scale, curvature, gain over zero (all `[keep, P]`) and variant."""
     x, w = units.x, units.w
     wx = w * x
-    start = x.abs().amax(1) if fmt.vec == 1 else divide(wx.mul(x).sum(1), w.sum(1)).sqrt()
+    start = x.abs().amax(1) if fmt.vec == 1 else divide((w * x**4).sum(1), w.sum(1)).sqrt().sqrt()
     start = start / reference(fmt)
+    ratios = trial_ratios(fmt, effort.trials)
     optimum, curvature, gain, kinds = [], [], [], []
     variants = 1 if getattr(near, "merged", False) else fmt.codebook.variants
     for variant in range(variants):
         for sign in (1, -1) if two_signs(fmt) else (1,):
-            for ratio in trial_ratios(fmt, effort.trials):
+            for ratio in ratios:
                 c = near.values(x, w, start * (sign * ratio), variant)
                 xc, cc = wx.mul(c).sum(1), c.square_().mul_(w).sum(1)
                 best = divide(xc, cc)
+                won = best * xc
+                if ratio != ratios[0]:  # a parabola is kept once, not for every trial scale that leads to the same codes
+                    won = torch.where((best == optimum[-1]) & (cc == curvature[-1]), -INF, won)
                 optimum.append(best)
                 curvature.append(cc)
-                gain.append(best * xc)
+                gain.append(won)
                 kinds.append(variant)
     keep = min(effort.keep, len(gain))
     top, index = torch.stack(gain, 1).topk(keep, 1)

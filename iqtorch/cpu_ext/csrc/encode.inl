@@ -187,7 +187,8 @@ template <int V> void Search::full_search_of(int queries, int variant) {
 template <int V> void Search::cell_search(int queries, int variant) {
   const Cells& cells = f.cells[variant];
   const int stride = (queries + 15) / 16 * 16, blocks = cells.cells / 16;
-  alignas(64) float lows[64];
+  alignas(64) float lows[32];
+  for (int block = 0; block < 32; ++block) lows[block] = kInfinity;
   for (int q = 0; q < queries; ++q) {
     F a[V], b[V];
     for (int i = 0; i < V; ++i) a[i] = set(query_a[i * stride + q]), b[i] = set(query_b[i * stride + q]);
@@ -203,11 +204,12 @@ template <int V> void Search::cell_search(int queries, int variant) {
     F best = set(kInfinity);
     I found = seti(0);
     for (int probe = 0; probe < f.i.probes && probe < cells.cells; ++probe) {
-      int block = 0;
-      for (int k = 1; k < blocks; ++k) block = lows[k] < lows[block] ? k : block;
-      int lane = 0;
-      while (scores[16 * block + lane] != lows[block]) ++lane;
-      const int cell = 16 * block + lane;
+      // `lows` holds the lowest score of each vector of cells: at most 32 of them, in two vectors.
+      const F low0 = load(lows), low1 = load(lows + 16);
+      const float low = lowest(min(low0, low1));
+      int block = first_equal(low0, low);
+      if (block == 16) block += first_equal(low1, low);
+      const int cell = 16 * block + first_equal(load(scores + 16 * block), low);
       scores[cell] = kInfinity;
       lows[block] = lowest(load(scores + 16 * block));
       for (int m = cells.first[cell]; m < cells.first[cell + 1]; ++m) {
@@ -293,8 +295,11 @@ void Search::propose(int g) {
     for (int j = 0; j < n; ++j) start = gx[j] > start ? gx[j] : -gx[j] > start ? -gx[j] : start;
   } else {
     F xx = set(0), ww = set(0);
-    for (int j = 0; j < n; j += 16) xx = fma(load(gw + j) * load(gx + j), load(gx + j), xx), ww = ww + load(gw + j);
-    start = __builtin_sqrtf(divide(sum(xx), sum(ww)));
+    for (int j = 0; j < n; j += 16) {
+      const F square = load(gx + j) * load(gx + j);
+      xx = fma(load(gw + j) * square, square, xx), ww = ww + load(gw + j);
+    }
+    start = __builtin_sqrtf(__builtin_sqrtf(divide(sum(xx), sum(ww))));
   }
   start /= f.reference;
   const int trials = f.trial_count * (f.i.two_signs ? 2 : 1);
@@ -309,6 +314,7 @@ void Search::propose(int g) {
   int32_t kinds[kMaxKeep];
   for (int variant = 0; variant < f.i.variants; ++variant) {
     find(trials, xs, ws, scales, variant);
+    float last_top = 0, last_won = -1;
     for (int t = 0; t < trials; ++t) {
       F xc = set(0), cc = set(0);
       for (int j = 0; j < n; j += 16) {
@@ -316,7 +322,9 @@ void Search::propose(int g) {
         xc = fma(load(gx + j), wc, xc), cc = fma(wc, c, cc);
       }
       const float sxc = sum(xc), scc = sum(cc), top = divide(sxc, scc), won = top * sxc;
-      if (kept == f.i.keep && !(won > best[kept - 1][2])) continue;
+      const bool repeated = top == last_top && won == last_won;  // the same codes as at the last trial scale
+      last_top = top, last_won = won;
+      if (repeated || (kept == f.i.keep && !(won > best[kept - 1][2]))) continue;
       int at = kept < f.i.keep ? kept++ : kept - 1;
       for (; at > 0 && won > best[at - 1][2]; --at) {
         for (int i = 0; i < 3; ++i) best[at][i] = best[at - 1][i];

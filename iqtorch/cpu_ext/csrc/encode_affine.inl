@@ -41,7 +41,7 @@ struct SharedFit {
     const double determinant = cc * mm - cm * cm;
     const bool usable = determinant > 1e-6 * cc * mm;
     d = usable ? divide(xc * mm - xm * cm, determinant) : divide(xc, cc);
-    dmin = usable ? divide(xc * cm - xm * cc, determinant) : 0.0f;
+    dmin = usable ? divide(xc * cm - xm * cc, determinant) : cc == 0 ? divide(-xm, mm) : 0.0f;
   }
 };
 
@@ -94,7 +94,7 @@ void Search::run_affine(const EncodeData& data, int64_t u) {
     }
   }
   for (int g = groups; g < padded; ++g) {
-    sxx[g] = sx[g] = 0, sw[g] = 1;
+    sxx[g] = sx[g] = sw[g] = 0;
     for (int k = 0; k < keep; ++k) sxc[k * padded + g] = sc[k * padded + g] = scc[k * padded + g] = best_s[k * padded + g] = 0;
   }
 
@@ -119,7 +119,7 @@ void Search::run_affine(const EncodeData& data, int64_t u) {
       F best = set(kInfinity), over;
       I found = seti(0);
       float t[16];
-      for (int i = 0; i < 16; ++i) t[i] = 1 / sw[g + i];
+      for (int i = 0; i < 16; ++i) t[i] = divide(1, sw[g + i]);
       over = load(t);
       for (int k = 0; k < keep; ++k) {
         const int at = k * padded + g;

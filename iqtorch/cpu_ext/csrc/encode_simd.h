@@ -37,6 +37,9 @@ IQ_FN void keep_lower(F a, I index, F& best, I& which) {
   best.v = _mm512_mask_mov_ps(best.v, m, a.v), which.v = _mm512_mask_mov_epi32(which.v, m, index.v);
 }
 
+IQ_FN float lowest(F a) { return _mm512_reduce_min_ps(a.v); }
+IQ_FN int first_equal(F a, float c) { return __builtin_ctz(_mm512_cmp_ps_mask(a.v, _mm512_set1_ps(c), _CMP_EQ_OQ) | 0x10000); }
+
 #elif defined(__AVX2__) && defined(__FMA__)
 
 struct F { __m256 v[2]; };
@@ -63,6 +66,17 @@ IQ_FN void keep_lower(F a, I index, F& best, I& which) {
     best.v[h] = _mm256_blendv_ps(best.v[h], a.v[h], m);
     which.v[h] = _mm256_blendv_epi8(which.v[h], index.v[h], _mm256_castps_si256(m));
   }
+}
+IQ_FN float lowest(F a) {
+  __m256 t = _mm256_min_ps(a.v[0], a.v[1]);
+  __m128 q = _mm_min_ps(_mm256_castps256_ps128(t), _mm256_extractf128_ps(t, 1));
+  q = _mm_min_ps(q, _mm_movehl_ps(q, q));
+  return _mm_cvtss_f32(_mm_min_ss(q, _mm_movehdup_ps(q)));
+}
+IQ_FN int first_equal(F a, float c) {
+  const __m256 b = _mm256_set1_ps(c);
+  const int low = _mm256_movemask_ps(_mm256_cmp_ps(a.v[0], b, _CMP_EQ_OQ)), high = _mm256_movemask_ps(_mm256_cmp_ps(a.v[1], b, _CMP_EQ_OQ));
+  return __builtin_ctz(low | high << 8 | 0x10000);
 }
 
 #else
@@ -91,6 +105,16 @@ IQ_FN void keep_lower(F a, I index, F& best, I& which) {
     best.v[i] = a.v[i] < best.v[i] ? a.v[i] : best.v[i];
   }
 }
+IQ_FN float lowest(F a) {
+  for (int step = 8; step; step /= 2)
+    for (int i = 0; i < step; ++i) a.v[i] = a.v[i + step] < a.v[i] ? a.v[i + step] : a.v[i];
+  return a.v[0];
+}
+IQ_FN int first_equal(F a, float c) {
+  int i = 0;
+  while (i < 16 && a.v[i] != c) ++i;
+  return i;
+}
 
 #endif
 
@@ -100,14 +124,6 @@ IQ_FN float sum(F a) {
   store(t, a);
   for (int step = 8; step; step /= 2)
     for (int i = 0; i < step; ++i) t[i] += t[i + step];
-  return t[0];
-}
-
-IQ_FN float lowest(F a) {
-  float t[16];
-  store(t, a);
-  for (int step = 8; step; step /= 2)
-    for (int i = 0; i < step; ++i) t[i] = t[i + step] < t[i] ? t[i + step] : t[i];
   return t[0];
 }
 
