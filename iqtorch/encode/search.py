@@ -157,7 +157,10 @@ def propose(units: Units, fmt: Format, near: Nearest, effort: Effort) -> tuple[T
     start = x.abs().amax(1) if fmt.vec == 1 else divide((w * x**4).sum(1), w.sum(1)).sqrt().sqrt()
     start = start / reference(fmt)
     ratios = trial_ratios(fmt, effort.trials)
-    optimum, curvature, gain, kinds = [], [], [], []
+    optimum: list[Tensor] = []
+    curvature: list[Tensor] = []
+    gain: list[Tensor] = []
+    kinds: list[int] = []
     variants = 1 if getattr(near, "merged", False) else fmt.codebook.variants
     for variant in range(variants):
         for sign in (1, -1) if two_signs(fmt) else (1,):
