@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -105,7 +106,8 @@ def _label(axes: Any, points: Sequence[tuple[str, float, float]], highlight: str
     """Names each point, at the nearest of some places around it where the name covers nothing."""
     renderer = axes.figure.canvas.get_renderer()
     unit = axes.figure.dpi / 72  # pixels per typographic point
-    obstacles = [axes.transData.transform((x, y)) for _, x, y in points]
+    dots = [axes.transData.transform((x, y)) for _, x, y in points]
+    obstacles = list(dots)
     for line in axes.lines:
         corners = line.get_transform().transform(line.get_xydata())
         for start, end in pairwise(corners):
@@ -113,20 +115,28 @@ def _label(axes: Any, points: Sequence[tuple[str, float, float]], highlight: str
             obstacles += [start + (end - start) * i / steps for i in range(steps + 1)]
     texts = list(axes.texts)
     boxes = [text.get_window_extent(renderer) for text in texts]
-    for name, x, y in points:
+    for (name, x, y), own in zip(points, dots, strict=True):
         color = _ACCENT if name == highlight else _INK
         text = axes.annotate(name, (x, y), xytext=(0, 0), textcoords="offset points", fontsize=9, color=color, va="center")
         for dx, dy, side in _PLACES:
             text.set_position((dx, dy))
             text.set_horizontalalignment(side)
             box = text.get_window_extent(renderer).padded(unit)
-            covered = any(box.overlaps(other) for other in boxes) or any(box.contains(*dot) for dot in obstacles)
-            if not covered and axes.bbox.x0 <= box.x0 and box.x1 <= axes.figure.bbox.x1:
+            leader = dx * dx + dy * dy > _NEAR**2
+            covers = any(box.overlaps(other) for other in boxes) or any(box.contains(*dot) for dot in obstacles)
+            inside = axes.bbox.x0 <= box.x0 and box.x1 <= axes.figure.bbox.x1
+            mistaken = not leader and any(_distance(box, dot) <= _distance(box, own) for dot in dots if dot is not own)
+            if inside and not covers and not mistaken:
                 break
-        if dx * dx + dy * dy > 12**2:
-            leader = axes.annotate("", (x, y), xytext=(dx, dy), textcoords="offset points", arrowprops=_LEADER)
-            leader.set_zorder(0)
+        if leader:
+            line = axes.annotate("", (x, y), xytext=(dx, dy), textcoords="offset points", arrowprops=_LEADER)
+            line.set_zorder(0)
         boxes.append(box)
+
+
+def _distance(box: Any, point: Sequence[float]) -> float:
+    """From a point to the nearest point of a box."""
+    return math.hypot(max(box.x0 - point[0], 0, point[0] - box.x1), max(box.y0 - point[1], 0, point[1] - box.y1))
 
 
 #: Offsets of a label in typographic points, with the side of it that faces the point: near places first.
@@ -135,4 +145,6 @@ _PLACES = [
     for reach in (1.0, 1.6, 2.4, 3.4, 4.6, 6.0)
     for dx, dy, side in ((9, 7, "left"), (-9, -7, "right"), (9, -7, "left"), (-9, 7, "right"), (0, 12, "center"), (0, -12, "center"))
 ]
+#: Labels farther than this get a line to their point.
+_NEAR = 12
 _LEADER = {"arrowstyle": "-", "color": "#b5b5b5", "linewidth": 0.6, "shrinkA": 1, "shrinkB": 3}
