@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .tensor import IQTensor, grouped_linear
+from .tensor import IQTensor
+from .tensor_ops import grouped_linear
 
 
 def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -47,7 +48,7 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
         x = module.post_expert_norm(x)
     weights = (top_k_weights.reshape(-1)[order] * (experts < module.num_experts)).unsqueeze(-1)
     back = torch.argsort(order)  # a gather and a sum: unlike index_add, the same result on every run
-    return (x * weights)[back].reshape(tokens, k, -1).sum(dim=1).to(hidden_states.dtype)
+    return (x * weights)[back].reshape(tokens, k, x.shape[-1]).sum(dim=1).to(hidden_states.dtype)
 
 
 def _grouped(x: Tensor, weight: Tensor, offsets: Tensor, transposed: bool) -> Tensor:

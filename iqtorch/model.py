@@ -25,6 +25,9 @@ M = TypeVar("M", bound=nn.Module)
 #: Attribute of a quantized model: parameter name -> why it was kept or got its format (read by `iqtorch.report`).
 NOTES = "_iqtorch_notes"
 
+#: How the notes begin on weights that the caller asked to keep.
+ASKED = ("skipped by the caller", "rule ", "no rule names it")
+
 #: Weights that the reference never quantizes: routers, position and token-type tables, small convolution-like projections.
 _NEVER = re.compile(
     r"(^|\.)(router|gate|shared_expert_gate|wpe|position_embeddings?|embed_positions?|token_type_embeddings?|relative_attention_bias"
@@ -171,6 +174,10 @@ def choose_format(site: Site, recipe: Recipe, facts: ModelFacts) -> Choice:
     return Choice(substitute, f"{reason}; substituted for {fmt.name}: rows of {k} are no multiple of {fmt.block_size}")
 
 
+def _matches(rules: Iterable[tuple[str, str | None]], name: str) -> bool:
+    return any(re.search(pattern, name) for pattern, _ in rules)
+
+
 def plan_formats(
     model: nn.Module, recipe: Recipe, skip: Iterable[str] = (), has_importance: bool = False
 ) -> tuple[list[tuple[Site, Choice]], dict[str, str]]:
@@ -185,10 +192,9 @@ def plan_formats(
     choices = []
     for site in sites:
         choice = choose_format(site, recipe, facts)
-        if any(re.search(pattern, site.name) for pattern, _ in skipped):
-            choice = Choice(None, "skipped by the caller")
-        notes[site.name] = choice.reason
-        choices.append((site, choice))
+        choices.append((site, Choice(None, ASKED[0]) if _matches(skipped, site.name) else choice))
+    notes.update({site.name: choice.reason for site, choice in choices})
+    notes.update({name: ASKED[0] for name in notes if _matches(skipped, name)})
     for pattern, _ in recipe.rules:
         if not any(re.search(pattern, site.name) for site in sites):
             logger.warning("rule %r matches no weight of this model", pattern)
@@ -251,6 +257,9 @@ def quantize_model(
         _install(model, site, weight)
     setattr(model, NOTES, {**getattr(model, NOTES, {}), **notes})
     adopt(model, chosen)
+    from .report import warn_if_kept  # which imports this module
+
+    warn_if_kept(model)
     return model
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 from torch import nn
 
-from .model import NOTES
+from .model import ASKED, NOTES
 from .tensor import IQTensor
 
 
@@ -100,3 +101,22 @@ def report(model: nn.Module) -> Report:
             stored, bpw = str(parameter.dtype).removeprefix("torch."), 8.0 * parameter.element_size()
         rows.append(Row(name, tuple(parameter.shape), stored, bpw, nbytes, notes.get(name, ""), isinstance(parameter, IQTensor)))
     return Report(tuple(rows))
+
+
+#: Share of the weights in matrices that must be packed, those apart that the caller asked to keep.
+EXPECTED = 0.99
+
+
+def warn_if_kept(model: nn.Module) -> None:
+    """Warns if more than one in a hundred weights in matrices was kept that nobody asked to keep."""
+    rows = [row for row in report(model).rows if len(row.shape) >= 2 and (row.packed or not row.reason.startswith(ASKED))]
+    kept = sorted((row for row in rows if not row.packed), key=_count, reverse=True)
+    total = max(1, sum(map(_count, rows)))
+    packed = 1 - sum(map(_count, kept)) / total
+    if packed < EXPECTED:
+        largest = "; ".join(f"{row.name} ({100 * _count(row) / total:.1f} %: {row.reason or 'not looked at'})" for row in kept[:3])
+        warnings.warn(
+            f"only {100 * packed:.1f} % of the weights in this model's matrices are packed. The largest that are kept: {largest}. "
+            "print(iqtorch.report(model)) lists them all; skip=[...] tells that this is wanted",
+            stacklevel=3,
+        )

@@ -20,6 +20,7 @@ from ..formats import get_format
 from ..linear import PACKED_CLASS, packed_parameter
 from ..model import NOTES, importance_table, is_conv1d, lookup_importance, plan_formats, replace_module
 from ..quantize import quantize
+from ..report import warn_if_kept
 from ..tensor import IQTensor
 from .config import METHOD, IQConfig, StoredTensor
 from .experts import use_packed_experts
@@ -206,6 +207,8 @@ class IQQuantizer(HfQuantizer):
         setattr(model, NOTES, self._notes)
         model._weight_conversions = []
         use_packed_experts(model)
+        if self.planned:
+            warn_if_kept(model)
         return model
 
     # -- saving -------------------------------------------------------------------------------------------------

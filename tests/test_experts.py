@@ -1,0 +1,218 @@
+"""Mixtures of experts: the grouped implementation, and every architecture of the installed transformers that has experts."""
+
+from __future__ import annotations
+
+import copy
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import iqtorch
+from iqtorch import IQTensor, Recipe
+from iqtorch.experts import experts_forward
+from iqtorch.model import plan_formats
+from iqtorch.tensor_ops import grouped_linear
+
+transformers = pytest.importorskip("transformers")
+
+from test_model import dequantized  # noqa: E402
+from tiny_models import tiny_model  # noqa: E402
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # noqa: E402
+
+IDS = torch.tensor([[5, 9, 12, 7, 3, 4], [8, 6, 4, 11, 10, 9]])
+
+
+@pytest.fixture(autouse=True)
+def plain_torch() -> object:
+    """Kernels may round activations (to bfloat16 in large batches); here the arithmetic around them is tested."""
+    iqtorch.set_backend("torch")
+    yield
+    iqtorch.set_backend(None)
+
+
+def expert_layer(gate: bool, bias: bool, transposed: bool, norm: bool, keep_down: bool = False) -> SimpleNamespace:
+    """What transformers hands to an experts implementation, with packed weights."""
+    torch.manual_seed(0)
+    e, h, i = 5, 64, 96
+    layer = SimpleNamespace(num_experts=e, has_gate=gate, has_bias=bias, is_transposed=transposed, has_post_expert_norm=norm)
+    layer.act_fn = nn.functional.silu
+    layer._apply_gate = lambda x: nn.functional.silu(x.chunk(2, -1)[0]) * x.chunk(2, -1)[1]
+    layer.post_expert_norm = nn.LayerNorm(h)
+    for name, n, k in (("gate_up_proj" if gate else "up_proj", 2 * i if gate else i, h), ("down_proj", h, i)):
+        weight = iqtorch.quantize(torch.randn(e, n, k) / k**0.5, "q8_0")
+        if keep_down and name == "down_proj":
+            weight = weight.dequantize()
+        setattr(layer, name, weight.mT if transposed else weight)
+        setattr(layer, f"{name}_bias", torch.randn(e, n))
+    return layer
+
+
+def one_by_one(layer: SimpleNamespace, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """The same with dequantized weights in float64, one token and expert at a time."""
+
+    def project(v: Tensor, name: str, expert: int) -> Tensor:
+        w = getattr(layer, name)
+        w = (w.dequantize() if isinstance(w, IQTensor) else w)[expert].double()
+        y = v @ (w if layer.is_transposed else w.T)
+        return y + getattr(layer, f"{name}_bias")[expert] if layer.has_bias else y
+
+    out = []
+    for token in range(len(x)):
+        total = torch.zeros(x.shape[-1], dtype=torch.float64)
+        for expert, weight in zip(index[token].tolist(), weights[token], strict=True):
+            if expert >= layer.num_experts:
+                continue
+            v = x[token].double()
+            v = layer._apply_gate(project(v, "gate_up_proj", expert)) if layer.has_gate else layer.act_fn(project(v, "up_proj", expert))
+            v = project(v, "down_proj", expert)
+            if layer.has_post_expert_norm:
+                v = layer.post_expert_norm(v.float()).double()
+            total = total + v * weight
+        out.append(total)
+    return torch.stack(out) if out else x.double()
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 40, 0])
+@pytest.mark.parametrize(
+    "flags",
+    [(True, False, False, False), (True, True, True, False), (False, False, False, False), (True, False, False, True),
+     (True, True, False, False, True), (True, True, True, False, True)],
+)  # fmt: skip
+def test_grouped_experts_equal_one_token_at_a_time(flags: tuple[bool, ...], tokens: int) -> None:
+    layer = expert_layer(*flags)
+    x = torch.randn(tokens, 64)
+    index = torch.rand(tokens, 6).argsort(1)[:, :2]  # expert 5 of 0..4: none
+    index[: tokens // 2, 0] = 3  # crowded
+    weights = torch.rand(tokens, 2)
+    got, want = experts_forward(layer, x, index, weights), one_by_one(layer, x, index, weights)
+    assert got.shape == x.shape and got.dtype == x.dtype
+    assert (got - want).norm() <= 1e-5 * want.norm()
+
+
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_grouped_experts_on_the_kernels_of_this_machine(tokens: int) -> None:
+    iqtorch.set_backend(None)
+    layer = expert_layer(True, True, True, False)
+    x, index, weights = torch.randn(tokens, 64), torch.rand(tokens, 5).argsort(1)[:, :2], torch.rand(tokens, 2)
+    got, want = experts_forward(layer, x, index, weights), one_by_one(layer, x, index, weights)
+    assert (got - want).norm() <= 0.02 * want.norm()
+
+
+def test_gradients_of_grouped_experts() -> None:
+    layer = expert_layer(True, True, False, False)
+    plain = copy.copy(layer)
+    plain.gate_up_proj, plain.down_proj = layer.gate_up_proj.dequantize(), layer.down_proj.dequantize()
+    index = torch.tensor([[0, 2], [2, 5], [4, 2], [3, 1]])
+    gradients = []
+    for one in (layer, plain):
+        torch.manual_seed(1)
+        x, weights = torch.randn(4, 64, requires_grad=True), torch.rand(4, 2).requires_grad_()
+        one.gate_up_proj_bias = one.gate_up_proj_bias.detach().clone().requires_grad_()
+        (experts_forward(one, x, index, weights) ** 2).sum().backward()
+        gradients.append((x.grad, weights.grad, one.gate_up_proj_bias.grad))
+    for got, want in zip(*gradients, strict=True):
+        assert want.norm() > 0 and (got - want).norm() <= 1e-5 * want.norm()
+
+
+def test_rows_past_the_last_expert_are_zero() -> None:
+    w = iqtorch.quantize(torch.randn(2, 8, 32), "q8_0")
+    y = grouped_linear(torch.randn(5, 32), w, torch.tensor([1, 3]))
+    assert y[:3].abs().sum() > 0 and torch.equal(y[3:], torch.zeros(2, 8))
+
+
+def run(model: nn.Module) -> Tensor:
+    kwargs = {"decoder_input_ids": IDS} if model.config.is_encoder_decoder else {}
+    with torch.no_grad():
+        out = model(input_ids=IDS, **kwargs)
+    return out.logits if hasattr(out, "logits") else out[0]
+
+
+#: Standard layout, transposed with biases, without gate, bmm.
+DEFAULT = ["qwen3_moe", "gpt_oss", "nemotron_h", "llama4_text"]
+SLOW = [
+    "switch_transformers", "afmoe", "aria_text", "axk1", "bailing_hybrid", "beam", "cohere2_moe", "deepseek_v2", "deepseek_v3",
+    "deepseek_v32", "dots3_note_text", "ernie4_5_moe", "exaone_moe", "flex_olmo", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa",
+    "granitemoe", "granitemoe_swa", "granitemoehybrid", "granitemoeshared", "hunyuan_v1_moe", "hy_v3", "inkling2_text",
+    "inkling_text", "jetmoe", "kimi_linear", "kolibri1", "laguna", "lfm2_moe", "mellum", "mimo_v2_flash", "minimax", "minimax_m2",
+    "minimax_m3_vl_text", "mistral4", "mistral_large4_text", "mixtral", "muse_spark_text", "olmoe", "openai_privacy_filter",
+    "phimoe", "qwen2_moe", "qwen3_5_moe_text", "qwen3_next", "qwen3_vl_moe_text", "qwen4_exp_text", "solar_open",
+]  # fmt: skip
+#: Auto class of the types that are no causal language model.
+AUTO = {
+    "switch_transformers": "AutoModelForSeq2SeqLM", "openai_privacy_filter": "AutoModelForTokenClassification",
+    "qwen3_vl_moe_text": "AutoModel", "mistral_large4_text": "AutoModel", "muse_spark_text": "AutoModel",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type", [*DEFAULT, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
+def test_every_architecture_with_experts(model_type: str, tmp_path: Path) -> None:
+    model = tiny_model(model_type, AUTO.get(model_type, "AutoModelForCausalLM"))
+    iqtorch.quantize_model(model, Recipe.pure("q8_0"), progress=False)
+    assert iqtorch.report(model).packed_fraction >= 0.99
+    got = run(model)
+    plain = dequantized(model)
+    if getattr(plain.config, "_experts_implementation", None) == "iqtorch":
+        plain.set_experts_implementation("eager")  # transformers' own loop over experts
+    want = run(plain)
+    assert (got - want).norm() <= 1e-4 * want.norm()
+    model.save_pretrained(tmp_path)
+    loaded, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values()), info
+    assert torch.equal(run(loaded), got)
+    if model.can_generate() and not model.config.is_encoder_decoder:
+        generated = loaded.generate(IDS, max_new_tokens=2, min_new_tokens=2, do_sample=False)
+        assert generated.shape == (2, 8)
+
+
+def expert_architectures() -> list[str]:
+    """Types whose modeling file has 3-D experts: it uses transformers' decorator, or classes named so."""
+    found = []
+    folder = Path(transformers.__file__).parent / "models"
+    for model_type, config in CONFIG_MAPPING.items():
+        file = folder / config.__module__.split(".")[-2] / f"modeling_{config.__module__.split('.')[-2]}.py"
+        if file.exists() and re.search(r"@use_experts_implementation|class \w*Experts\(", file.read_text()):
+            found.append(model_type)
+    return found
+
+
+#: Types whose default config is not a model that anybody has: odd rows (1407), or parts that are None.
+NOT_BUILDABLE = {"deepseek_v2"}
+
+
+@pytest.mark.slow
+def test_default_configs_of_all_architectures_with_experts_are_packed_to_99_percent() -> None:
+    """At their full size, on the meta device: what the recipe makes of every weight."""
+    seen, short = [], {}
+    for model_type in expert_architectures():
+        model = None
+        for auto in ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForSeq2SeqLM", "AutoModelForTokenClassification"):
+            try:
+                with torch.device("meta"):
+                    model = getattr(transformers, auto).from_config(CONFIG_MAPPING[model_type]())
+                break
+            except Exception:  # a config class of a part, or one that cannot be built from its defaults
+                continue
+        if model is None or model_type in NOT_BUILDABLE:
+            continue
+        choices, _ = plan_formats(model, Recipe.pure("iq2_kl"))
+        matrices = sum(p.numel() for p in model.parameters() if p.dim() > 1)
+        fraction = sum(site.weight.numel() for site, choice in choices if choice.format) / matrices
+        seen.append(model_type)
+        if fraction < 0.99:
+            short[model_type] = round(fraction, 4)
+    assert len(seen) >= 40 and not short, (len(seen), short)
+
+
+def test_a_model_that_is_not_packed_is_a_loud_warning() -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(64, 8)
+            self.experts = nn.ParameterList([nn.Parameter(torch.randn(8, 64)) for _ in range(3)])
+
+    with pytest.warns(UserWarning, match=r"only 25\.0 % .*experts\.0"):
+        iqtorch.quantize_model(Odd(), "q8_0", progress=False)
