@@ -204,6 +204,17 @@ def test_metadata(tmp_path: Path) -> None:
     assert {t.name for t in reader.tensors} == set(GGUFFile(path).tensors)
 
 
+def test_codes_that_other_programs_misread_are_not_written() -> None:
+    """Kernels of ik_llama.cpp take the code -128 of q8_0 for +128."""
+    fmt = get_format("q8_0")
+    assert fmt.codebook.values[0, fmt.unused_codes, 0].tolist() == [-128]
+    weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
+    for objective in ("model", "rmse"):
+        packed = iqtorch.quantize(weight, fmt, objective=objective)
+        assert 128 not in fmt.unpack(packed.to_blocks())["code"]
+        assert (packed.dequantize(torch.float32) - weight).norm() / weight.norm() < 0.006
+
+
 # -- files of others ---------------------------------------------------------------------------------------
 
 

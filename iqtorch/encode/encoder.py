@@ -52,6 +52,7 @@ def encode(weight: Tensor, fmt: Format, importance: Tensor | None, objective: Ob
         plain = get_format(fmt.plain)
         blocks = encode(weight, plain, importance, objective, speed)
         return fmt.pack(plain.unpack(blocks))
+    fmt = fmt.for_encoding
     rows, k = weight.shape
     weights = _error_weights(importance, k, weight.device)
     effort = EFFORTS[speed]

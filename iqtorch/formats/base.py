@@ -15,7 +15,7 @@ What differs between formats is where the bits lie. That is written once, as `Fi
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 
 import numpy as np
@@ -193,6 +193,7 @@ class Format:
         wire: extra bijection on the bytes of a block, if any.
         fallback: format to use when the row length is not a multiple of `block_size`.
         requires_importance: the reference refuses to quantize without importance.
+        unused_codes: codes that decode but that encoders leave out, because other programs' kernels get them wrong.
         runtime_scale: factor that matrix products apply to the decoded weight (DESIGN: `iq2_kt`, `iq3_kt`).
     """
 
@@ -214,6 +215,7 @@ class Format:
     wire: Wire | None = field(default=None, repr=False)
     fallback: str | None = None
     requires_importance: bool = False
+    unused_codes: tuple[int, ...] = ()
     runtime_scale: float = 1.0
 
     def __repr__(self) -> str:
@@ -243,6 +245,15 @@ class Format:
     def variant_size(self) -> int:
         """Weights that share one variant bit (`block_size` if there is none)."""
         return self.block_size if "variant" not in self.fields else self.block_size * self.interleave // self.fields["variant"].count
+
+    @cached_property
+    def for_encoding(self) -> Format:
+        """This record as encoders see it: `unused_codes` stand for the value of code 0, which comes first and is chosen instead."""
+        if not self.unused_codes:
+            return self
+        values = self.codebook.values.copy()
+        values[:, list(self.unused_codes)] = values[:, :1]
+        return replace(self, codebook=replace(self.codebook, build=lambda: values), unused_codes=())
 
     @property
     def affine(self) -> bool:

@@ -41,9 +41,11 @@ Q6_0 = Format(
     },
 )  # fmt: skip
 
+# ik_llama.cpp's kernels add 127 to the codes: -128 would come out as +128.
 Q8_0 = Format(
     "q8_0", 8, 32, 34, table(signed_bytes()),
     {"d": at(0, 2), "code": bits(32, codes8(2))},
+    unused_codes=(128,),
 )  # fmt: skip
 
 IQ4_NL = Format(
