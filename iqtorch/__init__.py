@@ -19,7 +19,8 @@ from .ops import kernel_info, set_activation_precision, set_backend
 from .quantize import quantize
 from .recipe import Recipe
 from .report import report
-from .tensor import IQTensor, set_fallback
+from .tensor import IQTensor
+from .tensor_ops import set_fallback
 
 __version__ = "0.1.0"
 
@@ -43,8 +44,10 @@ __all__ = [
 
 #: Loaded on first use: name -> module and attribute ("" = the module itself).
 _LAZY = {
+    "Calibration": ("calibration", "Calibration"),
     "IQConfig": ("hf", "IQConfig"),
     "Importance": ("importance", "Importance"),
+    "calibrate": ("calibration", "calibrate"),
     "collect_importance": ("importance", "collect_importance"),
     "cpu": ("cpu_ext", ""),
     "evaluate": ("evaluate", ""),
@@ -55,6 +58,8 @@ _LAZY = {
 if TYPE_CHECKING:
     from . import cpu_ext as cpu  # noqa: F401 (what iqtorch.cpu is)
     from . import evaluate as evaluate
+    from .calibration import Calibration as Calibration
+    from .calibration import calibrate as calibrate
     from .gguf import load_gguf as load_gguf
     from .gguf import save_gguf as save_gguf
     from .hf import IQConfig as IQConfig

@@ -375,7 +375,7 @@ def test_refusals_name_the_operation_and_the_remedy() -> None:
 
 def test_other_operations_run_on_a_dequantized_copy_and_say_so() -> None:
     w = packed()
-    iqtorch.tensor._warned.clear()
+    iqtorch.tensor_ops._warned.clear()
     with pytest.warns(UserWarning, match="aten::add.Tensor has no packed form"):
         assert torch.equal(w + 1, w.dequantize() + 1)
     iqtorch.set_fallback("error")
