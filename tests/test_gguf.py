@@ -268,6 +268,33 @@ def test_split_files(tmp_path: Path) -> None:
     assert_same_weights(load_gguf(tmp_path / "m-00002-of-00002.gguf"), model)
 
 
+def test_halves_of_mla(tmp_path: Path) -> None:
+    """Newer llama.cpp files hold `attn_kv_b` as two halves, the first transposed; ik_llama.cpp's hold both forms."""
+    model = pack(tiny("deepseek-v3"), {"mlp": "q8_0"})
+    save_gguf(model, tmp_path / "a.gguf")
+    file = GGUFFile(tmp_path / "a.gguf")
+    heads, nope, value = 4, 16, 16
+    for keep in (False, True):
+        sources = []
+        for name, info in file.tensors.items():
+            if not name.endswith("attn_kv_b.weight") or keep:
+                sources.append(TensorSource(name, info.shape, info.format or info.dtype, lambda name=name: file.data(name)))
+            if name.endswith("attn_kv_b.weight"):
+                k, v = file.data(name).view(heads, nope + value, -1).split([nope, value], 1)
+                sources.append(TensorSource.of(name.replace("kv_b", "k_b"), k.mT.contiguous()))
+                sources.append(TensorSource.of(name.replace("kv_b", "v_b"), v.contiguous()))
+        meta = {key: file.metadata[key] for key in file.metadata}
+        if not keep:  # such files say that there is one key-value head, of the joint size
+            meta |= {
+                "deepseek2.attention.head_count_kv": 1,
+                "deepseek2.attention.key_length_mla": 24,
+                "deepseek2.attention.value_length_mla": 16,
+            }
+            meta |= {"deepseek2.attention.key_length": 40, "deepseek2.attention.value_length": 32}
+        write_gguf(tmp_path / "b.gguf", meta, sources)
+        assert_same_weights(load_gguf(tmp_path / "b.gguf"), model)
+
+
 def test_missing_and_surplus_tensors_are_listed(tmp_path: Path) -> None:
     save_gguf(tiny("llama"), tmp_path / "a.gguf")
     dropped = rewrite(tmp_path / "a.gguf", tmp_path / "b.gguf", lambda name, _, s: None if "attn_q" in name else s)

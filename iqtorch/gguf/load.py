@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +20,7 @@ from ..tensor import IQTensor, repack_rows
 from .errors import GGUFArchitectureError, GGUFTensorError
 from .families import config_from_gguf, family_of_file
 from .reader import GGUFFile, TensorInfo
-from .tensors import Binding, bind, check_names, parameter_names
+from .tensors import Binding, bind, check_names, merge_heads, parameter_names, split_heads
 
 __all__ = ["load_gguf"]
 
@@ -65,7 +66,7 @@ def load_gguf(
         model: nn.Module = hf.AutoModelForCausalLM.from_config(configuration, dtype=dtype)
     wanted = parameter_names(model)
     text = configuration.get_text_config()
-    bindings = bind(wanted, str(file.metadata.get("general.architecture")), family, text)
+    bindings = split_heads(bind(wanted, str(file.metadata.get("general.architecture")), family, text), file.tensors, text)
     check_names(path, bindings, file.tensors)
     _check_shapes(file, bindings, wanted)
     device = _single_device(device_map)
@@ -122,6 +123,9 @@ def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
 
 def _stored_shape(file: GGUFFile, binding: Binding) -> tuple[int, ...]:
     shapes = [file.tensors[name].shape for name in binding.tensors]
+    if binding.absorbed:
+        k, v = (math.prod(shape) for shape in shapes)
+        return ((k + v) // shapes[1][-1], shapes[1][-1])
     if len(shapes) == 1:
         return shapes[0]
     return (*shapes[0][:-2], sum(shape[-2] for shape in shapes), shapes[0][-1])
@@ -139,6 +143,10 @@ def _check_shapes(file: GGUFFile, bindings: list[Binding], wanted: Mapping[str, 
 
 def _read(file: GGUFFile, binding: Binding, old: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
     infos = [file.tensors[name] for name in binding.tensors]
+    if binding.absorbed:
+        logger.warning("%s: %s is stored as two halves, one of them transposed: kept as %s, not packed", file.path, binding.name, old.dtype)
+        k, v = (_dequantized(file, info) for info in infos)
+        return merge_heads(k, v, binding.heads).reshape(old.shape).to(device, old.dtype)
     if all(info.format is None for info in infos):
         shape = tuple(old.shape)
         stored = binding.to_model([file.data(info.name) for info in infos], rows_at=max(len(infos[0].shape) - 2, 0))
@@ -157,6 +165,11 @@ def _read(file: GGUFFile, binding: Binding, old: Tensor, dtype: torch.dtype, dev
     if weight.packed.untyped_storage().data_ptr() == rows.untyped_storage().data_ptr():
         weight = IQTensor.from_blocks(rows.clone(), fmt[0], dtype)  # no weight may live in the mapped file
     return weight
+
+
+def _dequantized(file: GGUFFile, info: TensorInfo) -> Tensor:
+    data = file.data(info.name)
+    return data.float() if info.format is None else IQTensor.from_blocks(data, info.format, torch.float32).dequantize()
 
 
 def _plain_blocks(file: GGUFFile, info: TensorInfo) -> tuple[Tensor, Format]:

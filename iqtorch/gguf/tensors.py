@@ -18,7 +18,7 @@ from .errors import GGUFNameError
 from .families import ROPE_TENSORS, Family
 from .names import gguf_package
 
-__all__ = ["Binding", "bind", "check_names", "parameter_names"]
+__all__ = ["Binding", "bind", "check_names", "merge_heads", "parameter_names", "split_heads"]
 
 _SUFFIXES = (".weight", ".bias")
 _MERGED = re.compile(r"^(?P<prefix>.*\.)?layers\.(?P<layer>\d+)\..*experts\.gate_up_proj$")
@@ -34,12 +34,15 @@ class Binding:
         tensors: of the file; several are parts of its rows, one after the other.
         heads: rows are permuted within this many heads; 0 = not at all.
         shift: the file's values are larger by this.
+        absorbed: the tensors are `attn_k_b`, transposed within each head, and `attn_v_b`: the columns of one are the rows of the
+            other, so this parameter (MLA's `kv_b_proj`, a small one) cannot stay packed.
     """
 
     name: str
     tensors: tuple[str, ...]
     heads: int = 0
     shift: float = 0.0
+    absorbed: bool = False
 
     def to_model(self, parts: list[Tensor], rows_at: int) -> Tensor:
         """Rows (in dimension `rows_at`) as the model has them, from those of the tensors."""
@@ -109,6 +112,24 @@ def _tensor_names(name: str, table: Any) -> tuple[str, ...]:
     return (found + (suffix or ".weight"),)
 
 
+def split_heads(bindings: Iterable[Binding], present: Mapping[str, Any], config: Any) -> list[Binding]:
+    """Bindings for files that hold `attn_kv_b` of MLA only as its two halves, as newer llama.cpp writes them."""
+    out = []
+    for binding in bindings:
+        whole = binding.tensors[0]
+        halves = tuple(whole.replace("attn_kv_b", half) for half in ("attn_k_b", "attn_v_b"))
+        if whole.endswith("attn_kv_b.weight") and whole not in present and all(half in present for half in halves):
+            binding = Binding(binding.name, halves, heads=config.num_attention_heads, absorbed=True)
+        out.append(binding)
+    return out
+
+
+def merge_heads(k: Tensor, v: Tensor, heads: int) -> Tensor:
+    """`kv_b_proj` `[heads * (nope + value), lora]` from `attn_k_b` `[heads, lora, nope]` and `attn_v_b` `[heads, value, lora]`."""
+    lora = v.shape[-1]
+    return torch.cat([k.reshape(heads, lora, -1).mT, v.reshape(heads, -1, lora)], 1).reshape(-1, lora)
+
+
 def check_names(path: Any, bindings: Iterable[Binding], present: Mapping[str, Any]) -> None:
     """Refuses a file that lacks tensors or has some that no parameter takes.
 
@@ -117,7 +138,7 @@ def check_names(path: Any, bindings: Iterable[Binding], present: Mapping[str, An
     """
     wanted = {tensor for binding in bindings for tensor in binding.tensors}
     missing = sorted(wanted - set(present))
-    unused = sorted(name for name in set(present) - wanted if name not in ROPE_TENSORS and not name.endswith("attn_rot_embd.weight"))
+    unused = sorted(name for name in set(present) - wanted if not _derived(name, wanted))
     if missing or unused:
         said = [
             f"{len(names)} tensors {what}: {_listed(names)}"
@@ -125,6 +146,13 @@ def check_names(path: Any, bindings: Iterable[Binding], present: Mapping[str, An
             if names
         ]
         raise GGUFNameError(f"{path}: {'; '.join(said)}. Is this the file of another model or another configuration?")
+
+
+def _derived(name: str, wanted: set[str]) -> bool:
+    """Whether a tensor only repeats what others, or the metadata, say."""
+    if name in ROPE_TENSORS or name.endswith("attn_rot_embd.weight"):
+        return True
+    return any(name.endswith(f"{half}.weight") and name.replace(half, "attn_kv_b") in wanted for half in ("attn_k_b", "attn_v_b"))
 
 
 def _listed(names: list[str], most: int = 20) -> str:
