@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import importlib
 import logging
-from functools import lru_cache
 from typing import Any, Protocol, cast
 
 import torch
@@ -66,17 +65,23 @@ _forced: str | None = None
 _fallbacks: dict[tuple[str, str], str] = {}
 
 
-@lru_cache
+#: Backends imported so far: a dict, because torch.compile reads it but cannot trace an import or an `lru_cache`.
+_loaded: dict[str, Backend] = {}
+
+
 def get_backend(name: str) -> Backend:
     """A backend by name.
 
     Raises:
         KernelUnavailableError: no such backend, or its module cannot be imported here.
     """
+    if name in _loaded:
+        return _loaded[name]
     if name not in _MODULES:
         raise KernelUnavailableError(f"unknown backend {name!r}; known are {', '.join(_MODULES)}")
     try:
-        return cast(Backend, importlib.import_module(_MODULES[name]))
+        _loaded[name] = cast(Backend, importlib.import_module(_MODULES[name]))
+        return _loaded[name]
     except ImportError as error:
         raise KernelUnavailableError(f"backend {name!r} cannot be imported here: {error}") from error
 

@@ -102,7 +102,7 @@ def test_architecture(model_type: str, tmp_path: Path) -> None:
     # Position tables and patch convolutions are a large part of models as tiny as these.
     iqtorch.quantize_model(model, Recipe.pure("q8_0"), skip=["pos|patch|conv1d"], progress=False)
     kept = [row for row in iqtorch.report(model).rows if len(row.shape) >= 2 and not row.packed]
-    assert all(re.search(r"pos|patch|conv|norm|x_proj|dt_proj|A_log|token_type|mask|router|gate|relative", row.name) for row in kept), kept
+    assert all(re.search(r"pos|patch|conv|norm|x_proj|dt_proj|A_log|token|wpe|mask|router|gate|relative", row.name) for row in kept), kept
     assert sum(isinstance(p, IQTensor) for p in model.parameters()) > len(kept)
     got, want = run(model), run(dequantized(model))
     assert (got - want).norm() <= 1e-4 * want.norm()
