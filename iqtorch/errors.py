@@ -49,3 +49,7 @@ class MissingDependencyError(IQTorchError, ImportError):
 
 class CheckpointError(IQTorchError, ValueError):
     """A saved model that is damaged, incomplete, or of an unknown version."""
+
+
+class CalibrationError(IQTorchError, ValueError):
+    """Calibration that cannot be collected or read, or does not fit the model."""

@@ -6,17 +6,20 @@ import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from torch import Tensor, nn
 
-from .errors import ImportanceError
+from .errors import CalibrationError, ImportanceError
 from .formats import get_format
 from .hf import adopt
 from .linear import linear_from_conv1d, set_weight
-from .quantize import OBJECTIVES, Objective, check_finite, check_importance, check_weight, quantize
+from .quantize import OBJECTIVES, ROUNDINGS, Objective, Rounding, check_finite, check_importance, check_weight, quantize
 from .recipe import ModelFacts, Recipe, WeightFacts, layer_of, role_of
 from .tensor import IQTensor
+
+if TYPE_CHECKING:
+    from .calibration import Calibration
 
 logger = logging.getLogger("iqtorch")
 
@@ -206,6 +209,8 @@ def quantize_model(
     recipe: Recipe | str | Mapping[str, str | None],
     importance: Mapping[str, Tensor] | str | None = None,
     *,
+    calibration: Calibration | Iterable[Tensor | Mapping[str, Any]] | None = None,
+    rounding: Rounding = "nearest",
     objective: Objective = "model",
     skip: Iterable[str] = (),
     progress: bool = True,
@@ -222,6 +227,12 @@ def quantize_model(
             searched in parameter names, in order, where weights without a match are kept.
         importance: mean squared activation of each input column by parameter name (`[K]`, experts `[E, K]`), such as an
             `iqtorch.Importance`, or the path of an importance file. Weights without an entry get unit importance.
+        calibration: for `rounding="ldlq"`: batches of token ids `[B, T]` (or dictionaries of arguments), which are run through
+            layer by layer, so that each layer makes up for what packing changed before it; or an `iqtorch.Calibration`, for
+            models that cannot be run so. It takes the place of `importance` for the weights that it covers.
+        rounding: `"nearest"`, each weight for itself, or `"ldlq"`: with error feedback by the second moments of the calibration,
+            which lowers the divergence of a model by a quarter to a third at the same bits and takes several times as long. A
+            weight for which held-out activations say that it does not help is rounded to nearest (`iqtorch.report` tells).
         objective: as in `iqtorch.quantize`.
         skip: regular expressions, searched in parameter names: those weights are kept.
         progress: show a progress bar.
@@ -232,6 +243,7 @@ def quantize_model(
     Raises:
         UnknownFormatError, RecipeError: unknown format (with near matches) or unreadable rule.
         WeightError, ImportanceError: NaN or Inf in a weight, importance that does not fit; named.
+        CalibrationError: calibration is missing, without tokens, of another model or tokenizer, or not finite.
         All checks come before the first change, and weights are swapped only after the last one is packed: on any error the
         model is as it was.
     """
@@ -239,9 +251,15 @@ def quantize_model(
         raise TypeError(f"quantize_model needs an nn.Module, got {type(model).__name__}; iqtorch.quantize packs a single tensor")
     if objective not in OBJECTIVES:
         raise ValueError(f"objective must be one of {list(OBJECTIVES)}, got {objective!r}")
+    if rounding not in ROUNDINGS:
+        raise ValueError(f"rounding must be one of {list(ROUNDINGS)}, got {rounding!r}")
+    if (rounding == "nearest") != (calibration is None):
+        raise CalibrationError(
+            f"rounding={rounding!r} with calibration={calibration!r:.40}: pass rounding='ldlq' and calibration, or neither"
+        )
     chosen = Recipe.of(recipe)
     table = importance_table(importance)
-    choices, notes = plan_formats(model, chosen, skip, has_importance=bool(table))
+    choices, notes = plan_formats(model, chosen, skip, has_importance=bool(table) or calibration is not None)
     plan: list[tuple[Site, str, Tensor | None]] = []
     for site, choice in choices:
         if choice.format is not None:
@@ -249,11 +267,8 @@ def quantize_model(
             check_finite(site.matrix, site.name)
             plan.append((site, choice.format, check_importance(lookup_importance(table, site), site.matrix, site.name)))
 
-    packed: list[IQTensor] = []
-    for site, name, weights in _progress(plan, progress):
-        one = quantize(site.matrix, name, weights, objective, name=site.name)
-        packed.append(one)
-    for (site, _, _), weight in zip(plan, packed, strict=True):
+    packed = list(_progress(_packed(model, plan, calibration, objective, notes), plan, progress))
+    for site, weight in packed:
         _install(model, site, weight)
     setattr(model, NOTES, {**getattr(model, NOTES, {}), **notes})
     adopt(model, chosen)
@@ -261,6 +276,27 @@ def quantize_model(
 
     warn_if_kept(model)
     return model
+
+
+def _packed(
+    model: nn.Module,
+    plan: list[tuple[Site, str, Tensor | None]],
+    calibration: Calibration | Iterable[Tensor | Mapping[str, Any]] | None,
+    objective: Objective,
+    notes: dict[str, str],
+) -> Iterator[tuple[Site, IQTensor]]:
+    """Packs the weights of a plan: first those that calibration covers, then the others."""
+    sites = {site.name: site for site, _, _ in plan}
+    if calibration is not None:
+        from .calibration import Target, round_weights
+
+        targets = [Target(site.name, site.matrix, get_format(name)) for site, name, _ in plan]
+        for name, weight, note in round_weights(model, targets, calibration, objective):
+            notes[name] = f"{notes[name]}; {note}"
+            yield sites.pop(name), weight
+    for site, name, weights in plan:
+        if site.name in sites:
+            yield site, quantize(site.matrix, name, weights, objective, name=site.name)
 
 
 def _install(model: nn.Module, site: Site, weight: IQTensor) -> None:
@@ -307,14 +343,15 @@ def lookup_importance(table: Mapping[str, Tensor], site: Site) -> Tensor | None:
     return found if found is not None else table.get(site.name.removesuffix(".weight"))
 
 
-def _progress(plan: list[tuple[Site, str, Tensor | None]], show: bool) -> Iterator[tuple[Site, str, Tensor | None]]:
-    """The plan's items under a progress bar that counts weights."""
+def _progress(
+    packed: Iterator[tuple[Site, IQTensor]], plan: list[tuple[Site, str, Tensor | None]], show: bool
+) -> Iterator[tuple[Site, IQTensor]]:
+    """What is packed, under a progress bar that counts weights."""
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("quantizing"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
     with Progress(*columns, disable=not show, transient=True) as bar:
         task = bar.add_task("", total=sum(site.weight.numel() for site, _, _ in plan))
-        for item in plan:
-            bar.update(task, description=f"{item[0].name} {item[1]}")
-            yield item
-            bar.advance(task, item[0].weight.numel())
+        for site, weight in packed:
+            bar.update(task, advance=site.weight.numel(), description=f"{site.name} {weight.format.name}")
+            yield site, weight

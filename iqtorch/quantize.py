@@ -13,6 +13,8 @@ from .tensor import IQTensor
 
 Objective = Literal["model", "rmse"]
 OBJECTIVES = get_args(Objective)
+Rounding = Literal["nearest", "ldlq"]
+ROUNDINGS = get_args(Rounding)
 
 
 def quantize(

@@ -47,7 +47,12 @@ class Feedback:
 
 
 def encode_with_feedback(
-    weight: Tensor, fmt: Format, moments: Tensor, objective: Objective = "model", effort: Feedback = Feedback()
+    weight: Tensor,
+    fmt: Format,
+    moments: Tensor,
+    objective: Objective = "model",
+    effort: Feedback | None = None,
+    start: Tensor | None = None,
 ) -> Tensor:
     """Canonical bytes of a weight matrix, rounded with error feedback.
 
@@ -57,15 +62,20 @@ def encode_with_feedback(
         moments: `[K, K]` float32 or float64, symmetric: second moments of the layer's inputs.
         objective: as in `encode`, with the error measured by `moments`.
         effort: how hard to try.
+        start: canonical bytes whose scales and minima to start from; None = those of `encode`.
 
     Returns:
         uint8 `[R, row_bytes]` on the device of `weight`.
     """
     if fmt.plain is not None:
         plain = get_format(fmt.plain)
-        return fmt.pack(plain.unpack(encode_with_feedback(weight, plain, moments, objective, effort)))
+        start = None if start is None else plain.pack(fmt.unpack(start))
+        return fmt.pack(plain.unpack(encode_with_feedback(weight, plain, moments, objective, effort, start)))
+    fmt = fmt.for_encoding
+    effort = effort or Feedback()
     metric = Metric(moments.to(weight.device), fmt, effort.damping)
-    start = encode(weight, fmt, moments.diagonal().float(), "rmse")
+    if start is None:
+        start = encode(weight, fmt, moments.diagonal().float(), "rmse")
     step = ROWS["cpu" if weight.device.type == "cpu" else "gpu"]
     out = torch.empty_like(start)
     for i in range(0, len(weight), step):
@@ -179,7 +189,7 @@ class Rounding:
 
     def _round_group(self, x: Tensor, group: int) -> Tensor:
         """Rounds the columns `x` `[n, rows]` of a group with each candidate scale, keeps the best; returns what is fed back."""
-        fmt, n, rows, v = self.fmt, self.n, self.rows, self.fmt.vec
+        n, rows, v = self.n, self.rows, self.fmt.vec
         unit = int(self.unit_of[group])
         scale_rank, min_rank, kind = self._candidates(group, unit)
         candidates = len(scale_rank)

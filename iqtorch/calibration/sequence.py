@@ -1,0 +1,309 @@
+"""Rounding a model layer by layer, each layer seeing what the packed layers before it make of the text.
+
+Two copies of the hidden states run through the model side by side: `x`, what the original layers make of the text, and `y`, what
+the packed ones do. A layer that is handed y and not x should still give W x. The best weight for that, before rounding, is
+
+    W' = W (I + C (H + damping)^-1)        with  H = mean(y y^T),  C = mean((x - y) y^T)
+
+and W' is then rounded with H as the metric. (The asymmetric calibration of GPTAQ, arXiv 2504.02692.)
+
+Only one block of the model is copied at a time, and only its statistics are held; the model itself is not touched.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..encode import encode
+from ..encode.encoder import Objective
+from ..encode.feedback import Feedback, encode_with_feedback
+from ..errors import CalibrationError
+from ..formats import Format
+from ..tensor import IQTensor
+from .moments import HELD_OUT, SAMPLE, Batch, Calibration, add_products, calibrate, checked_batches, zero_products
+from .rounding import DAMPING, FEEDBACK, NEAREST, quantize_calibrated
+
+logger = logging.getLogger("iqtorch")
+
+
+@dataclass(frozen=True)
+class Target:
+    """A weight to be rounded: its parameter name, the matrix `[.., N, K]`, and the format."""
+
+    name: str
+    matrix: Tensor
+    format: Format
+
+
+@dataclass
+class _Block:
+    """A block of the model and, for each batch, the arguments it gets besides the hidden states."""
+
+    name: str
+    module: nn.Module
+    rest: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
+
+    def run(self, module: nn.Module, i: int, hidden: Tensor) -> Tensor:
+        args, kwargs = self.rest[i]
+        out = module(hidden, *args, **kwargs)
+        return out if isinstance(out, Tensor) else out[0]
+
+
+class _Enough(Exception):
+    """Everything that was wanted of a forward pass has been seen."""
+
+
+def quantize_in_sequence(
+    model: nn.Module, targets: Sequence[Target], batches: Iterable[Batch], objective: Objective = "model"
+) -> Iterator[tuple[str, IQTensor, str]]:
+    """Rounds the weights of a model with error feedback, in the order in which the text meets them.
+
+    Linear layers of the model's chain of blocks see the packed layers before them. Everything else that has inputs to be seen
+    (experts, the output layer) is rounded by the moments of the original model.
+
+    Args:
+        model: a model that is called with token ids; not changed.
+        targets: the weights, as `[N, K]` or `[E, N, K]`.
+        batches: int64 `[B, T]` token ids, or dictionaries of arguments.
+
+    Yields:
+        Name, packed weight and a note, for each target that saw any input.
+
+    Raises:
+        CalibrationError: no batches, token ids that the model does not have, or activations that are not finite.
+    """
+    with torch.no_grad():
+        texts = list(checked_batches(model, batches))
+        if not texts:
+            raise CalibrationError("no batches to calibrate with; pass token ids [B, T]")
+        chain = _find_chain(model)
+        linears = _linears(chain, targets)
+        others = [t for t in targets if t.name not in linears]
+        hidden, moments = _first_pass(model, chain, texts, [t.name for t in others])
+        for target in others:
+            if target.name in moments:
+                own = moments.for_weight(target.name, target.matrix.shape)
+                if own is not None:
+                    yield (target.name, *quantize_calibrated(target.matrix, target.format, own, objective))
+        full, packed = hidden, list(hidden)
+        for block in chain:
+            mine = {t.name: t for t in targets if t.name in linears and linears[t.name][0] is block}
+            twin = copy.deepcopy(block.module)
+            for names, calls in _stages(block, [(name, linears[name][1]) for name in mine], full[0]):
+                paths = [linears[name][1] for name in names]
+                seen = _Pairs()
+                for i in range(len(texts)):
+                    x = _inputs(block, block.module, paths[0], calls, i, full[i])
+                    seen.add(x, _inputs(block, twin, paths[0], calls, i, packed[i]))
+                statistics = seen.finish(names[0])
+                for name, path in zip(names, paths, strict=True):
+                    weight, note = statistics.round(mine[name].matrix, mine[name].format, objective)
+                    layer: Any = twin.get_submodule(path)
+                    decoded = weight.dequantize(torch.float32).to(layer.weight)
+                    layer.weight = nn.Parameter(decoded.T if decoded.shape != layer.weight.shape else decoded, requires_grad=False)
+                    yield name, weight, note
+            for i in range(len(texts)):
+                full[i] = block.run(block.module, i, full[i])
+                packed[i] = block.run(twin, i, packed[i])
+
+
+# -- the model as a chain of blocks ------------------------------------------------------------------------
+
+
+def _find_chain(model: nn.Module) -> list[_Block]:
+    """The blocks of the `nn.ModuleList` with the most parameters."""
+    lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
+    if not lists:
+        return []
+    name, blocks = max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+    return [_Block(f"{name}.{i}", block) for i, block in enumerate(blocks)]
+
+
+def _linears(chain: list[_Block], targets: Sequence[Target]) -> dict[str, tuple[_Block, str]]:
+    """Target -> its block and the path of its linear layer in there; experts, routed by token, are left out."""
+    found = {}
+    for target in targets:
+        path = target.name.removesuffix(".weight")
+        for block in chain:
+            inside = path.removeprefix(block.name + ".")
+            if inside != path and target.matrix.dim() == 2 and "expert" not in inside:
+                found[target.name] = (block, inside)
+    return found
+
+
+def _first_pass(model: nn.Module, chain: list[_Block], texts: list[Batch], others: list[str]) -> tuple[list[Tensor], Calibration]:
+    """Runs the whole model once: the hidden states that enter the chain, each block's other arguments, moments of other weights.
+
+    Raises:
+        CalibrationError: the blocks are no chain.
+    """
+    hidden: list[Tensor] = []
+    last: list[Any] = [None]
+
+    def enter(i: int) -> Any:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            kwargs = dict(kwargs)
+            x = args[0] if args else kwargs.pop("hidden_states", None)
+            if not isinstance(x, Tensor) or (i and x is not last[0]):
+                raise CalibrationError(
+                    f"block {chain[i].name!r} does not get the output of the block before it: this model cannot be rounded layer by "
+                    "layer; pass calibration=iqtorch.calibrate(model, batches)"
+                )
+            if i == 0:
+                hidden.append(x.detach())
+            chain[i].rest.append((args[1:], kwargs))
+
+        return hook
+
+    def leave(_: nn.Module, __: Any, out: Any) -> None:
+        last[0] = out if isinstance(out, Tensor) else out[0]
+
+    hooks = [block.module.register_forward_pre_hook(enter(i), with_kwargs=True) for i, block in enumerate(chain)]
+    hooks += [block.module.register_forward_hook(leave) for block in chain]
+    try:
+        with _without_cache(model):
+            moments = calibrate(model, texts, only=others)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return hidden, moments
+
+
+class _without_cache:
+    """Within the block, a transformers model keeps no keys and values: the same block runs more than once."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.config: Any = getattr(model, "config", None)
+        self.before = getattr(self.config, "use_cache", None)
+
+    def __enter__(self) -> None:
+        if self.before is not None:
+            self.config.use_cache = False
+
+    def __exit__(self, *_: object) -> None:
+        if self.before is not None:
+            self.config.use_cache = self.before
+
+
+def _stages(block: _Block, layers: list[tuple[str, str]], hidden: Tensor) -> list[tuple[list[str], int]]:
+    """The linear layers of a block in the order of their calls, those with the same input together, and calls per pass."""
+    calls: list[tuple[str, Tensor]] = []
+
+    def note(name: str) -> Any:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            calls.append((name, args[0] if args else kwargs["input"]))
+
+        return hook
+
+    hooks = [block.module.get_submodule(path).register_forward_pre_hook(note(name), with_kwargs=True) for name, path in layers]
+    try:
+        block.run(block.module, 0, hidden)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    inputs: dict[str, list[Tensor]] = {}
+    for name, x in calls:
+        inputs.setdefault(name, []).append(x)
+    stages: list[tuple[list[str], int]] = []
+    for name, own in inputs.items():
+        for names, _ in stages:
+            if len(own) == len(inputs[names[0]]) and all(a is b for a, b in zip(own, inputs[names[0]], strict=True)):
+                names.append(name)
+                break
+        else:
+            stages.append(([name], len(own)))
+    return stages
+
+
+def _inputs(block: _Block, module: nn.Module, path: str, calls: int, i: int, hidden: Tensor) -> Tensor:
+    """What a linear layer gets in batch `i`: float32 `[tokens, K]`."""
+    seen: list[Tensor] = []
+
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = args[0] if args else kwargs["input"]
+        seen.append(x.detach().reshape(-1, x.shape[-1]).float())
+        if len(seen) == calls:
+            raise _Enough
+
+    handle = module.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        block.run(module, i, hidden)
+    except _Enough:
+        pass
+    finally:
+        handle.remove()
+    return torch.cat(seen)
+
+
+# -- the statistics of one input -------------------------------------------------------------------------------
+
+
+class _Pairs:
+    """Sums over pairs of original inputs x and inputs y after packed layers."""
+
+    def __init__(self) -> None:
+        self.products: Tensor | None = None
+        self.cross: Tensor | None = None
+        self.count = 0
+        self.sample: list[tuple[Tensor, Tensor]] = []
+        self.stride = HELD_OUT
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        aside = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        aside[self.stride // 2 :: self.stride] = True
+        self.sample.append((x[aside], y[aside]))
+        if sum(len(a) for a, _ in self.sample) > SAMPLE:
+            self.sample = [(a[::2], b[::2]) for a, b in self.sample]
+            self.stride *= 2
+        x, y = x[~aside], y[~aside]
+        if self.products is None or self.cross is None:
+            self.products, self.cross = zero_products(y), zero_products(y)
+        add_products(self.products, y, y)
+        add_products(self.cross, x - y, y)
+        self.count += len(y)
+
+    def finish(self, name: str) -> _Statistics:
+        if self.products is None or self.cross is None or not self.count:
+            raise CalibrationError(f"{name!r} saw no activations; pass longer batches")
+        if not bool(torch.isfinite(self.products.diagonal()).all()):
+            raise CalibrationError(f"the inputs of {name!r} are not finite; look for NaN or Inf in the model, or use float32")
+        k = len(self.products)
+        damping = DAMPING * (1 + k / self.count)
+        moments = self.products / self.count
+        damped = moments.double() + torch.eye(k, dtype=torch.float64, device=moments.device) * damping * moments.diagonal().mean().clamp(
+            min=1e-30
+        )
+        correction = torch.linalg.solve(damped, (self.cross / self.count).double().T).T
+        x, y = (torch.cat(t) for t in zip(*self.sample, strict=True))
+        return _Statistics(moments.float(), correction.float(), damping, x, y)
+
+
+@dataclass(frozen=True)
+class _Statistics:
+    """Moments of y, what W is to be multiplied by (less the identity), damping, and pairs kept aside."""
+
+    moments: Tensor
+    correction: Tensor
+    damping: float
+    x: Tensor
+    y: Tensor
+
+    def round(self, weight: Tensor, fmt: Format, objective: Objective) -> tuple[IQTensor, str]:
+        """The best of: W' with feedback, and W to nearest, by the outputs for the pairs kept aside."""
+        device, dtype = weight.device, weight.dtype
+        weight = weight.float()
+        moments = self.moments.to(device)
+        wanted = weight + weight @ self.correction.to(device)
+        fed = encode_with_feedback(wanted, fmt, moments, objective, Feedback(damping=self.damping))
+        plain = encode(weight, fmt, moments.diagonal().contiguous(), objective)
+        x, y = self.x.to(device), self.y.to(device)
+        ours, theirs = ((weight @ x.T - (fmt.decode(b) * fmt.runtime_scale) @ y.T).square().sum() for b in (fed, plain))
+        blocks, note = (fed, FEEDBACK) if bool(ours <= theirs) else (plain, NEAREST)
+        return IQTensor.from_blocks(blocks, fmt, dtype if dtype != torch.float64 else torch.float32), note
