@@ -21,6 +21,7 @@ from iqtorch.gguf import (
     GGUFTensorError,
     GGUFTokenizerError,
     TensorSource,
+    custom_q,
     gguf_name,
     load_gguf,
     load_tokenizer,
@@ -400,6 +401,32 @@ def test_names() -> None:
     assert gguf_name("lm_head.weight") == "output.weight"
     assert gguf_name("model.nothing.weight") is None
     assert len({(family.arch, family.model_type) for family in FAMILIES}) == len(FAMILIES)
+
+
+def test_custom_q(caplog: pytest.LogCaptureFixture) -> None:
+    """The rules of ik_llama.cpp's tool choose the same weights here."""
+    model = tiny("qwen3-moe")
+    text = r"""
+        # the first match counts
+        blk\.[0-1]\.ffn_down_exps=q5_0, ffn_.*_exps = Q4_0
+        attn_v=iq4_nl_r4_typo
+    """
+    with pytest.raises(iqtorch.errors.RecipeError, match="attn_v=iq4_nl_r4_typo.*did you mean"):
+        custom_q(text, model)
+    rules = custom_q(text.replace("_r4_typo", "") + r"attn_q\.=bf16,ffn_gate_up_exps=q8_0", model)
+    assert "'ffn_gate_up_exps' matches no weight" in caplog.text
+    pack(model, iqtorch.Recipe.pure("q8_0").with_rules(rules))
+    found = {name: value.format.name for name, value in model.state_dict().items() if isinstance(value, IQTensor)}
+    assert "model.layers.0.self_attn.q_proj.weight" not in found
+    assert found["model.layers.0.self_attn.k_proj.weight"] == "q8_0"
+    assert found["model.layers.2.self_attn.v_proj.weight"] == "iq4_nl"
+    assert found["model.layers.1.mlp.experts.down_proj"] == "q5_0"
+    assert found["model.layers.2.mlp.experts.down_proj"] == "q4_0"
+    assert found["model.layers.0.mlp.experts.gate_up_proj"] == "q4_0"
+    for bad, message in (("attn_v", "must be REGEX=TYPE"), ("=q8_0", "must be REGEX=TYPE"), ("(=q8_0", "no regular expression")):
+        with pytest.raises(iqtorch.errors.RecipeError, match=message):
+            custom_q(bad, model)
+    assert custom_q("attn_k=iq4_ks_r4", ["model.layers.0.self_attn.k_proj.weight"])[0][1] == "iq4_ks"
 
 
 def test_every_family_is_tested() -> None:

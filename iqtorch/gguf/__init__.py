@@ -19,6 +19,7 @@ from .errors import (
 from .load import load_gguf
 from .names import gguf_name
 from .reader import GGUFFile, TensorInfo
+from .rules import custom_q
 from .save import save_gguf
 from .tokenizer import load_tokenizer
 from .writer import TensorSource, write_gguf
@@ -39,6 +40,7 @@ __all__ = [
     "GGUFVersionError",
     "TensorInfo",
     "TensorSource",
+    "custom_q",
     "gguf_name",
     "load_gguf",
     "load_tokenizer",
