@@ -33,6 +33,8 @@ __all__ = [
 
 #: Oldest NVIDIA architecture the kernels are compiled and checked for.
 _MIN_CAPABILITY = (8, 0)
+#: Words within one matrix are addressed in int32.
+_MAX_WEIGHTS = 1 << 33
 
 
 @lru_cache
@@ -60,8 +62,8 @@ def supports(fmt: Format, rows: int, k: int) -> str | None:
         return f"{fmt.name} merges {fmt.interleave} rows; kernels run its plain format {fmt.plain}"
     if rows <= 0:
         return f"the matrix has {rows} rows"
-    if rows >= 1 << 31 or k >= 1 << 31:
-        return f"rows and columns must be below 2^31, got [{rows}, {k}]"
+    if rows * k >= _MAX_WEIGHTS:
+        return f"one matrix may have 2^33 weights, [{rows}, {k}] has more (the number of experts is not bounded)"
     return None
 
 

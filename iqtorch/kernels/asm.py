@@ -16,12 +16,6 @@ TOP_BITS = tl.constexpr(-0x7F7F7F80)  # 0x80808080
 NIBBLE_BYTES = tl.constexpr(0x0F0F0F0F)
 TRELLIS_MASK = tl.constexpr(0x3F3F3F3F)
 
-_DOT_SIGNED = tl.constexpr("dp4a.s32.s32 $0, $1, $2, $3;")
-_DOT_UNSIGNED = tl.constexpr("dp4a.s32.u32 $0, $1, $2, $3;")
-_CODE_SIGNED = tl.constexpr("dp4a.u32.s32 $0, $1, $2, $3;")
-_CODE_UNSIGNED = tl.constexpr("dp4a.u32.u32 $0, $1, $2, $3;")
-
-
 @triton.jit
 def shift_right(a, n):
     """Logical shift of int32."""
@@ -56,13 +50,24 @@ def last_dimension(shape):
     return [1] * len(shape) + [4]
 
 
+@triton.constexpr_function
+def dot_text(w_signed, x_signed, start):
+    """PTX of a byte dot product, added to operand 3 or to nothing."""
+    kind = {True: "s32", False: "u32"}
+    return f"dp4a.{kind[bool(w_signed)]}.{kind[bool(x_signed)]} $0, $1, $2, {'0' if start else '$3'};"
+
+
+@triton.jit
+def dot4_first(w, x, W_SIGNED: tl.constexpr, X_SIGNED: tl.constexpr):
+    """Sum over four bytes of w * x (int32)."""
+    text: tl.constexpr = dot_text(W_SIGNED, X_SIGNED, True)
+    return tl.inline_asm_elementwise(text, "=r,r,r", [w, x], dtype=tl.int32, is_pure=True, pack=1)
+
+
 @triton.jit
 def dot4(w, x, acc, W_SIGNED: tl.constexpr, X_SIGNED: tl.constexpr):
     """acc + sum over four bytes of w * x (int32): dp4a. The twin is `bytes_of` and a sum, in the skeletons."""
-    if W_SIGNED:
-        text: tl.constexpr = _DOT_SIGNED if X_SIGNED else _DOT_UNSIGNED
-    else:
-        text: tl.constexpr = _CODE_SIGNED if X_SIGNED else _CODE_UNSIGNED
+    text: tl.constexpr = dot_text(W_SIGNED, X_SIGNED, False)
     return tl.inline_asm_elementwise(text, "=r,r,r,r", [w, x, acc], dtype=tl.int32, is_pure=True, pack=1)
 
 
@@ -89,7 +94,13 @@ def split4(a):
 
 
 @triton.jit
-def lane(ASM: tl.constexpr):
+def opaque(a):
+    """The int32 tensor itself; the compiler forgets how its elements are related."""
+    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [a], dtype=tl.int32, is_pure=True, pack=1)
+
+
+@triton.jit
+def lane():
     """Number of the thread in its warp, as a scalar that differs by thread: only for addresses of tables."""
     return tl.inline_asm_elementwise("mov.u32 $0, %laneid;", "=r", [], dtype=tl.int32, is_pure=True, pack=1)
 

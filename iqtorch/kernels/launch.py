@@ -57,6 +57,7 @@ def _power_of_two(n: int) -> int:
 @dataclass(frozen=True)
 class GemvTile:
     rows: int
+    passes: int
     runs: int
     warps: int
 
@@ -64,14 +65,14 @@ class GemvTile:
 def gemv_tile(rows: int, runs: int, programs: int, processors: int) -> GemvTile:
     """Tile of a vector product: `programs` of them run beside each other for other tokens.
 
-    A warp's 32 threads take neighbouring runs of the same rows. Eight rows per thread share one reading of the activations;
-    fewer where that would leave processors without work.
+    A warp's 32 threads take neighbouring runs of the same rows. Sixteen rows, in two passes of eight, share one reading and
+    rounding of the activations; fewer where that would leave processors without work.
     """
     warps = 4 if runs >= 128 else 2 if runs >= 64 else 1
-    tile_rows = 8
-    while tile_rows > 1 and -(-rows // tile_rows) * programs < 2 * processors:
+    tile_rows = 16
+    while tile_rows > 1 and -(-rows // tile_rows) * programs < 3 * processors:
         tile_rows //= 2
-    return GemvTile(tile_rows, min(_power_of_two(runs), 32 * warps), warps)
+    return GemvTile(min(tile_rows, 8), 2 if tile_rows == 16 else 1, min(_power_of_two(runs), 32 * warps), warps)
 
 
 @dataclass(frozen=True)
@@ -170,10 +171,10 @@ def _gemv(
     book, lut = plan.tables(x.device)
     experts = data.shape[0] if data.ndim > 1 else 1
     out = torch.empty((tokens, rows), dtype=x.dtype, device=x.device)
-    skeletons.gemv[(triton.cdiv(rows, tile.rows), triton.cdiv(tokens, group))](
+    skeletons.gemv[(triton.cdiv(rows, tile.rows * tile.passes), triton.cdiv(tokens, group))](
         x, data, book, lut, bias, ids, out, tokens, rows, runs, x.stride(0), data.shape[-1], experts, per_token,
-        S=s, MODE=mode, DIGITS=_digits(x.dtype, precision), TOKENS=group, ROWS=tile.rows, RUNS=tile.runs, EP=_power_of_two(experts),
-        ASM=facts.asm, num_warps=tile.warps,
+        S=s, MODE=mode, DIGITS=_digits(x.dtype, precision), TOKENS=group, ROWS=tile.rows, PASSES=tile.passes, RUNS=tile.runs, EP=_power_of_two(experts),
+        ASM=2 * facts.asm, num_warps=tile.warps,
     )  # fmt: skip
     return out
 
@@ -199,7 +200,7 @@ def _gemm(x: Tensor, data: Tensor, plan: Layout, rows: int, bias: Tensor | None,
     book, lut = plan.tables(x.device)
     skeletons.gemm[(triton.cdiv(rows, tile.rows), token_tiles, split)](
         xs, scale, data, book, lut, bias if split == 1 else None, offsets, parts, tokens, rows, runs, k_padded, data.shape[-1], experts,
-        S=s, GROUPED=offsets is not None, BN=tile.rows, BM=tile.tokens, SPLIT=split, EP=_power_of_two(experts), ASM=facts.asm,
+        S=s, GROUPED=offsets is not None, BN=tile.rows, BM=tile.tokens, SPLIT=split, EP=_power_of_two(experts), ASM=1 * facts.asm,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     if split > 1:
@@ -269,7 +270,7 @@ def _decode(data: Tensor, plan: Layout, rows: int, k: int, dtype: torch.dtype, c
         book, lut = plan.tables(data.device)
         skeletons.dequantize[(triton.cdiv(runs, tile_runs), triton.cdiv(count, tile_rows), matrices)](
             data, book, lut, ids, out, count, rows, runs, data.shape[-1],
-            S=s, ROWS=tile_rows, RUNS=tile_runs, ASM=facts.asm, num_warps=4, enable_fp_fusion=False,
+            S=s, ROWS=tile_rows, RUNS=tile_runs, ASM=2 * facts.asm, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
     return out.to(dtype)
 

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ..formats import Format
 from ..formats.base import Field, Parts, Run, bits_to_float
+from ..formats.layout import signed_bytes
 from ..formats.ik_trellis import MULTIPLIER, OFFSET, OFFSET_ALTERNATE
 
 #: Planes and matrices start at multiples of this, for 16-byte loads.
@@ -51,7 +52,8 @@ class Scheme:
         scale, minimum: planes of the scale (and variant), of the minimum; empty if there are none.
         group: weights per scale.
         scale_bits: bits of the scale alone; a variant bit lies above them.
-        scale_map, min_map: `(first, step)` of an arithmetic sequence of scale values, or None: look up.
+        scale_map, min_map: `(first, step)` of an arithmetic sequence of scale values, or None: look up in at most 32 values.
+        scale_wraps: stored scales are two's complement bytes.
         sign: `""`, `bits` (a plane), `word` (four times 7 bits and a scale in 32 bits) or `code` (above the code's bits).
         sign_plane, d_plane, dmin_plane, exponent_plane: plane indices, -1 if absent.
         d_kind: `f16`, `f32`, `e8m0`.
@@ -82,6 +84,7 @@ class Scheme:
     scale_bits: int
     scale_map: tuple[int, int] | None
     min_map: tuple[int, int] | None
+    scale_wraps: bool
     sign: str
     sign_plane: int
     d_plane: int
@@ -101,9 +104,6 @@ class Scheme:
     steps: tuple[int, ...]
     absolute: bool
     parity: bool
-
-    def __str__(self) -> str:
-        return f"{self.family}{self.code_bits}"
 
     @property
     def quads(self) -> int:
@@ -183,7 +183,7 @@ class Layout:
         self._wrap = vec == 1 and book.entries == 256 and bool(((line == 0) | (line == -256)).all())
         constant = vec == 1 and bool((line == line[0]).all())
         family = "trellis" if trellis else "direct" if constant or self._wrap else "table" if vec == 1 else "pairs" if vec == 2 else "grid"
-        run = 64 if fmt.block_size == 256 and vec != 4 and code_bits <= 3 * vec else 32
+        run = 64 if fmt.block_size == 256 and vec != 4 and not trellis and code_bits <= 3 * vec else 32
         sign = ""
         if "sign" in fields:
             sign = "bits" if not fmt.sign_parity else "word" if "scale" in fields and fmt.group_size == 32 else "code"
@@ -231,8 +231,9 @@ class Layout:
             minimum=made.get("min", ()),
             group=group,
             scale_bits=fields["scale"].width if "scale" in fields else 0,
-            scale_map=_sequence(fmt.scale_values),
+            scale_map=(0, 1) if fmt.scale_values == signed_bytes() else _sequence(fmt.scale_values),
             min_map=_sequence(fmt.min_values),
+            scale_wraps=fmt.scale_values == signed_bytes(),
             sign=sign,
             sign_plane=first(sign_plane),
             d_plane=first(d_plane),
@@ -368,8 +369,8 @@ class Layout:
     def tables(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """`(book, lut)` for the kernels (cached): the codebook, and float32 values of scales that are no sequence.
 
-        `book` is int32. `table`: the value of each entry as an integer, then the same as bytes in words (of the first
-        variant). `pairs`: both values as bytes, then as float16. `grid`: the values of each entry as bytes; then, for 7-bit
+        `book` is int32. `table`: the value of each entry as an integer, then the same as bytes in words, each word 32
+        times (of the first variant). `pairs`: both values as bytes, then as float16. `grid`: the values of each entry as bytes; then, for 7-bit
         signs, the byte masks of 128 sign patterns.
         """
         return _tables(self.fmt.name, device)
@@ -424,7 +425,7 @@ def _tables(name: str, device: torch.device) -> tuple[Tensor, Tensor]:
     book = np.zeros(4, np.int32)
     if s.family == "table":
         first = fmt.codebook.values[0, :, 0]
-        book = np.concatenate([first.astype(np.int32), first.view(np.int32)])
+        book = np.concatenate([first.astype(np.int32), first.view(np.int32).repeat(32)])
     elif s.family == "pairs":
         halves = values.astype(np.float16).view(np.int32)[:, 0]
         book = np.concatenate([np.ascontiguousarray(values).view(np.int16).astype(np.int32)[:, 0] & 0xFFFF, halves])
@@ -435,7 +436,7 @@ def _tables(name: str, device: torch.device) -> tuple[Tensor, Tensor]:
             signs = (pattern[:, None] >> np.arange(8)) & 1
             signs[:, 7] = signs[:, :7].sum(1) & 1
             book = np.concatenate([book, (signs * 255).astype(np.uint8).view(np.int32).reshape(-1)])
-    lut = np.zeros(4, np.float32)
-    if s.scale_map is None:
-        lut = np.asarray(fmt.scale_values, np.float32)
+    lut = np.zeros(32, np.float32)
+    if s.scale_map is None and fmt.scale_values is not None:
+        lut[: len(fmt.scale_values)] = fmt.scale_values
     return torch.from_numpy(book.copy()).to(device), torch.from_numpy(lut).to(device)

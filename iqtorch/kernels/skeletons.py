@@ -6,7 +6,8 @@
     combine     sums the parts of a split product, in a fixed order
     dequantize  weights, or rows of them by id
 
-Addresses are int64; every load and store is masked; nothing is read back by the host.
+Matrices, activations and results are addressed in int64, words within one matrix in int32 (`supports` bounds its size).
+Loads and stores are masked or clamped to their tensor; nothing is read back by the host.
 """
 
 # mypy: ignore-errors
@@ -16,8 +17,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .asm import LOW_BYTES, bytes_of, dot4, half_offset, halves, pack4, split4
-from .decode import halving, power_of_two, quads, row_exponent, row_scale, scales
+from .asm import LOW_BYTES, bytes_of, dot4, dot4_first, half_offset, halves, pack4, permute, split4
+from .decode import halving, power_of_two, prepare, prepare_scales, quads, row_exponent, row_scale, scales, trellis_states, trellis_word
 
 # -- which matrix --------------------------------------------------------------------------------------------
 
@@ -62,22 +63,46 @@ def digits(x, DIGITS: tl.constexpr, ASM: tl.constexpr):
 
 
 @triton.jit
-def digit_quads(q, i: tl.constexpr, ASM: tl.constexpr):
-    """Byte i of integers `[M, B, n]` as quads `[M, B, n / 4]`."""
-    a, b, c, d = split4(tl.reshape(q, (q.shape[0], q.shape[1], q.shape[2] // 4, 4)))
-    return pack4(a >> (8 * i), b >> (8 * i), c >> (8 * i), d >> (8 * i), ASM)
+def load_run(x, at, mask, FIRST: tl.constexpr, N: tl.constexpr, ASM: tl.constexpr):
+    """N activations from `at [M, B]` + FIRST as float32 `[M, B, N]`.
+
+    With eight at a time every thread reads its own run, and nothing has to be exchanged between threads.
+    """
+    if N == 8 or not ASM:
+        v = tl.load(x + at[:, :, None] + (FIRST + tl.arange(0, N))[None, None, :], mask=mask[:, :, None], other=0.0).to(tl.float32)
+    else:
+        half: tl.constexpr = halving(N)
+        v = tl.join(load_run(x, at, mask, FIRST, half, ASM), load_run(x, at, mask, FIRST + half, half, ASM))
+        v = tl.reshape(tl.permute(v, (0, 1, 3, 2)), (at.shape[0], at.shape[1], N))
+    return v
 
 
 @triton.jit
-def dot_run(w, x, acc, W_SIGNED: tl.constexpr, X_SIGNED: tl.constexpr, N: tl.constexpr):
-    """acc + sum over the last dimension (N quads) of byte dot products, as one chain."""
-    if N == 1:
-        acc = dot4(tl.reshape(w, acc.shape), tl.reshape(x, acc.shape), acc, W_SIGNED, X_SIGNED)
+def digit_quads(q, i: tl.constexpr, ASM: tl.constexpr):
+    """Byte i of integers `[M, B, n]` as quads `[M, B, n / 4]`."""
+    a, b, c, d = split4(tl.reshape(q, (q.shape[0], q.shape[1], q.shape[2] // 4, 4)))
+    if ASM:
+        pattern: tl.constexpr = ("0x0040", "0x0051", "0x0062")[i]
+        v = permute(permute(a, b, pattern), permute(c, d, pattern), "0x5410")
     else:
-        w0, w1 = tl.split(tl.reshape(w, acc.shape + (halving(N), 2)))
-        x0, x1 = tl.split(tl.reshape(x, acc.shape + (halving(N), 2)))
-        acc = dot_run(w0, x0, acc, W_SIGNED, X_SIGNED, halving(N))
-        acc = dot_run(w1, x1, acc, W_SIGNED, X_SIGNED, halving(N))
+        v = pack4(a >> (8 * i), b >> (8 * i), c >> (8 * i), d >> (8 * i), ASM)
+    return v
+
+
+@triton.jit
+def dot_run(w, x, acc, W_SIGNED: tl.constexpr, X_SIGNED: tl.constexpr, N: tl.constexpr, START: tl.constexpr):
+    """acc (nothing if START) + sum over the last dimension (N quads) of byte dot products, as one chain."""
+    shape: tl.constexpr = w.shape[:-1]
+    if N == 1:
+        if START:
+            acc = dot4_first(tl.reshape(w, shape), tl.reshape(x, shape), W_SIGNED, X_SIGNED)
+        else:
+            acc = dot4(tl.reshape(w, shape), tl.reshape(x, shape), acc, W_SIGNED, X_SIGNED)
+    else:
+        w0, w1 = tl.split(tl.reshape(w, shape + (halving(N), 2)))
+        x0, x1 = tl.split(tl.reshape(x, shape + (halving(N), 2)))
+        acc = dot_run(w0, x0, acc, W_SIGNED, X_SIGNED, halving(N), START)
+        acc = dot_run(w1, x1, acc, W_SIGNED, X_SIGNED, halving(N), False)
     return acc
 
 
@@ -89,8 +114,7 @@ def dot_digit(w, x, S: tl.constexpr, X_SIGNED: tl.constexpr, ASM: tl.constexpr):
     xb = tl.reshape(x, (x.shape[0], 1, x.shape[1], S.groups, per))
     if ASM:
         shape: tl.constexpr = (x.shape[0], w.shape[0], w.shape[1], S.groups, per)
-        zero = tl.zeros((x.shape[0], w.shape[0], w.shape[1], S.groups), tl.int32)
-        total = dot_run(tl.broadcast_to(wb, shape), tl.broadcast_to(xb, shape), zero, S.signed, X_SIGNED, per)
+        total = dot_run(tl.broadcast_to(wb, shape), tl.broadcast_to(xb, shape), 0, S.signed, X_SIGNED, per, True)
     else:
         total = tl.sum(tl.sum(bytes_of(wb, S.signed) * bytes_of(xb, X_SIGNED), axis=5), axis=4)
     return total
@@ -103,13 +127,124 @@ def sum_digit(x, S: tl.constexpr, X_SIGNED: tl.constexpr, ASM: tl.constexpr):
     x = tl.reshape(x, (x.shape[0], x.shape[1], S.groups, per))
     if ASM:
         ones = tl.full(x.shape, LOW_BYTES, tl.int32)
-        total = dot_run(ones, x, tl.zeros((x.shape[0], x.shape[1], S.groups), tl.int32), True, X_SIGNED, per)
+        total = dot_run(ones, x, 0, True, X_SIGNED, per, True)
     else:
         total = tl.sum(tl.sum(bytes_of(x, X_SIGNED), axis=4), axis=3)
     return total
 
 
 # -- few tokens ----------------------------------------------------------------------------------------------
+
+
+@triton.constexpr_function
+def by_splat(s, digits, asm):
+    """Trellis values that need no decoding: their byte sum is taken by the product itself (`splat_dot`)."""
+    return bool(asm) and s.family == "trellis" and not s.absolute and digits < 3
+
+
+@triton.constexpr_function
+def value_base(s, digits, asm):
+    """Constant that the integer product leaves out of every value."""
+    return -126 if by_splat(s, digits, asm) else s.base
+
+
+@triton.jit
+def splat_dot(state, x, S: tl.constexpr, X_SIGNED: tl.constexpr):
+    """`sum_k (byte sum of state_k) x_k` for generator states `[R, B, codes]` and quads `x [M, B, quads]`: `[M, R, B, groups]`.
+
+    A value is a sum of four bytes minus 126, so four equal bytes of x decode and multiply it in one dp4a.
+    """
+    codes: tl.constexpr = state.shape[2]
+    per: tl.constexpr = codes // S.groups
+    shape: tl.constexpr = (x.shape[0], state.shape[0], state.shape[1], S.groups, per)
+    words = tl.reshape(x, (x.shape[0], x.shape[1], codes, S.vec // 4))
+    state = tl.reshape(state, (1, state.shape[0], state.shape[1], S.groups, per))
+    total = 0
+    for i in tl.static_range(tl.constexpr(S.vec)):
+        if S.vec == 8:
+            lo, hi = tl.split(words)
+            word = lo if i < 4 else hi
+        else:
+            word = tl.reshape(words, (x.shape[0], x.shape[1], codes))
+        same = permute(word, word, ("0x0000", "0x1111", "0x2222", "0x3333")[i % 4])
+        same = tl.broadcast_to(tl.reshape(same, (x.shape[0], 1, x.shape[1], S.groups, per)), shape)
+        v = tl.broadcast_to(trellis_word(state, i, S), shape)
+        total = dot_run(v, same, total, False, X_SIGNED, per, i == 0)
+    return total
+
+
+@triton.jit
+def run_products(parts, sums, data, row, run, rows, runs, held, lut, S: tl.constexpr, DIGITS: tl.constexpr, ASM: tl.constexpr):
+    """Products of runs of weights and activations, float32 `[M, R, B]`, but for the steps of x and a `d` per row.
+
+    `parts` are the digits of x as quads, highest first, and `sums` their sums per scale (used if a constant is added to values).
+    """
+    splat: tl.constexpr = by_splat(S, DIGITS, ASM)
+    base: tl.constexpr = value_base(S, DIGITS, ASM)
+    scale, shift, low = scales(data, row, run, rows, runs, lut, S, ASM)
+    if splat:
+        w = trellis_states(data, row, run, rows, runs, S, ASM)
+    else:
+        w = quads(data, row, run, rows, runs, held, S, ASM)
+    offset = base
+    if S.shift != 0:
+        offset = shift[None, :, :, :] + base
+    value = 0
+    weighted = 0
+    total = 0
+    summed = 0
+    for i in tl.static_range(DIGITS):
+        if splat:
+            part = splat_dot(w, parts[i], S, i == 0)
+        else:
+            part = dot_digit(w, parts[i], S, i == 0, ASM)
+        if DIGITS == 3:
+            # 24 bits times 8 bits: beyond int32, so digits meet in float32
+            if base != 0 or S.shift != 0:
+                part += offset * sums[i][:, None, :, :]
+            if S.affine:
+                weighted = weighted * 256.0 + sums[i].to(tl.float32)[:, None, :, :]
+            value = value * 256.0 + part.to(tl.float32)
+        else:
+            total = (total << 8) + part
+            if base != 0 or S.shift != 0 or S.affine:
+                summed = (summed << 8) + sums[i][:, None, :, :]
+    if DIGITS < 3:
+        if base != 0 or S.shift != 0:
+            total += offset * summed
+        value = total.to(tl.float32)
+        if S.affine:
+            weighted = summed.to(tl.float32)
+    value *= scale[None, :, :, :]
+    if S.affine:
+        value -= low[None, :, :, :] * weighted
+    return tl.sum(value, axis=3)
+
+
+@triton.jit
+def all_digits(q, DIGITS: tl.constexpr, ASM: tl.constexpr):
+    """Quads of every digit, highest first, as a tuple."""
+    if DIGITS == 1:
+        parts = (digit_quads(q, 0, ASM),)
+    elif DIGITS == 2:
+        parts = (digit_quads(q, 1, ASM), digit_quads(q, 0, ASM))
+    else:
+        parts = (digit_quads(q, 2, ASM), digit_quads(q, 1, ASM), digit_quads(q, 0, ASM))
+    return parts
+
+
+@triton.jit
+def all_sums(parts, S: tl.constexpr, DIGITS: tl.constexpr, ASM: tl.constexpr):
+    """Sums per scale of every digit, as a tuple like `parts` (unused ones are the quads themselves)."""
+    sums = parts
+    if value_base(S, DIGITS, ASM) != 0 or S.needs_sum:
+        if DIGITS == 1:
+            sums = (sum_digit(parts[0], S, True, ASM),)
+        elif DIGITS == 2:
+            sums = (sum_digit(parts[0], S, True, ASM), sum_digit(parts[1], S, False, ASM))
+        else:
+            sums = (sum_digit(parts[0], S, True, ASM), sum_digit(parts[1], S, False, ASM), sum_digit(parts[2], S, False, ASM))
+    return sums
 
 
 @triton.jit(do_not_specialize=["tokens", "experts"])
@@ -133,18 +268,20 @@ def gemv(
     DIGITS: tl.constexpr,
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
+    PASSES: tl.constexpr,
     RUNS: tl.constexpr,
     EP: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    """y[t, n] = sum_k x[t, k] w[n, k] + bias[n] for TOKENS tokens and ROWS rows of a program.
+    """y[t, n] = sum_k x[t, k] w[n, k] + bias[n] for TOKENS tokens and PASSES (1 or 2) times ROWS rows of a program.
 
     MODE: `one` matrix; `sorted`: tokens sorted by expert, `ids` their cumulative ends; `ids`: the expert of each token.
     `per_token` output rows share one row of x (`ids` only).
     """
     token = tl.program_id(1).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
-    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
-    valid = True
+    n = tl.program_id(0) * (ROWS * PASSES) + tl.arange(0, ROWS)
+    row = tl.minimum(n, rows - 1)[:, None]
+    valid = tokens > 0
     if MODE == "sorted":
         expert = expert_of(ids, tl.program_id(1), experts, EP)
         valid = expert < experts
@@ -154,59 +291,36 @@ def gemv(
         valid = (expert >= 0) & (expert < experts)
         data += tl.where(valid, expert, 0) * matrix_bytes
     source = token // per_token
+    next_row = tl.minimum(n + ROWS, rows - 1)[:, None]
     acc = tl.zeros((TOKENS, ROWS, RUNS), tl.float32)
-    quad: tl.constexpr = S.run
+    next_acc = acc
+    held = prepare(book, S, ASM)
+    lut = prepare_scales(lut, S, ASM)
     for first in range(0, runs, RUNS):
         run = (first + tl.arange(0, RUNS))[None, :]
-        at = source[:, None, None] * x_stride + run[:, :, None] * quad + tl.arange(0, quad)[None, None, :]
-        inside = (token < tokens)[:, None, None] & (run < runs)[:, :, None]
-        q, step = digits(tl.load(x + at, mask=inside, other=0.0).to(tl.float32), DIGITS, ASM)
-        mask = (row < rows) & (run < runs)
-        w = quads(data, row, run, mask, rows, runs, book, S, ASM)
-        scale, shift, low = scales(data, row, run, mask, rows, runs, lut, S)
-        part = digit_quads(q, DIGITS - 1, ASM)
-        total = dot_digit(w, part, S, True, ASM)
-        if S.needs_sum:
-            summed = sum_digit(part, S, True, ASM)[:, None, :, :]
-            offset = S.base
-            if S.shift != 0:
-                offset = shift[None, :, :, :] + S.base
-        if DIGITS == 3:
-            # 24 bits times 8: beyond int32, so the digits meet in float32
-            if S.needs_sum:
-                total += offset * summed
-                weighted = summed.to(tl.float32)
-            value = total.to(tl.float32)
-            for i in tl.static_range(1, 3):
-                part = digit_quads(q, 2 - i, ASM)
-                total = dot_digit(w, part, S, False, ASM)
-                if S.needs_sum:
-                    summed = sum_digit(part, S, False, ASM)[:, None, :, :]
-                    total += offset * summed
-                    weighted = weighted * 256.0 + summed.to(tl.float32)
-                value = value * 256.0 + total.to(tl.float32)
-        else:
-            if DIGITS == 2:
-                part = digit_quads(q, 0, ASM)
-                total = (total << 8) + dot_digit(w, part, S, False, ASM)
-                if S.needs_sum:
-                    summed = (summed << 8) + sum_digit(part, S, False, ASM)[:, None, :, :]
-            if S.base != 0 or S.shift != 0:
-                total += offset * summed
-            value = total.to(tl.float32)
-            if S.affine:
-                weighted = summed.to(tl.float32)
-        value *= scale[None, :, :, :]
-        if S.affine:
-            value -= low[None, :, :, :] * weighted
-        acc += tl.sum(value, axis=3) * step[:, None, :]
+        inside = (token < tokens)[:, None] & (run < runs)
+        v = load_run(x, source[:, None] * x_stride + run * S.run, inside, 0, tl.constexpr(S.run), ASM)
+        q, step = digits(v, DIGITS, ASM)
+        parts = all_digits(q, DIGITS, ASM)
+        sums = all_sums(parts, S, DIGITS, ASM)
+        run = tl.minimum(run, runs - 1)  # its activations are zero
+        acc += run_products(parts, sums, data, row, run, rows, runs, held, lut, S, DIGITS, ASM) * step[:, None, :]
+        if PASSES == 2:
+            next_acc += run_products(parts, sums, data, next_row, run, rows, runs, held, lut, S, DIGITS, ASM) * step[:, None, :]
+    finish_rows(acc, y, bias, data, token, n, tokens, rows, runs, valid, S, ROWS)
+    if PASSES == 2:
+        finish_rows(next_acc, y, bias, data, token, n + ROWS, tokens, rows, runs, valid, S, ROWS)
+
+
+@triton.jit
+def finish_rows(acc, y, bias, data, token, n, tokens, rows, runs, valid, S: tl.constexpr, ROWS: tl.constexpr):
+    """Sums `acc [M, R, B]` over the runs and stores rows n."""
     out = tl.sum(acc, axis=2)
     if S.d_size == 0:
-        out *= tl.reshape(row_scale(data, row, row < rows, rows, runs, S), (1, ROWS))
+        out *= tl.reshape(row_scale(data, tl.minimum(n, rows - 1)[:, None], rows, runs, S), (1, ROWS))
     out *= S.factor
-    n = tl.reshape(row, (1, ROWS))
-    if MODE != "one":
-        out = tl.where(valid, out, 0.0)
+    out = tl.where(valid, out, 0.0)
+    n = n[None, :]
     if bias is not None:
         out += tl.load(bias + n, mask=n < rows, other=0.0).to(tl.float32)
     tl.store(y + token[:, None] * rows + n, out.to(y.dtype.element_ty), mask=(token < tokens)[:, None] & (n < rows))
@@ -249,10 +363,10 @@ def fragment_rows(n0, BN: tl.constexpr):
 
 
 @triton.jit
-def operand(data, row, run, mask, rows, runs, book, lut, exponent, S: tl.constexpr, BN: tl.constexpr, ASM: tl.constexpr):
+def operand(data, row, run, rows, runs, held, lut, exponent, S: tl.constexpr, BN: tl.constexpr, ASM: tl.constexpr):
     """float16 weights `[BN, 4 RUN]` of rows in fragment order, columns in the order of `stage`; without a `d` per row."""
-    q = quads(data, row, run, mask, rows, runs, book, S, ASM)
-    scale, shift, low = scales(data, row, run, mask, rows, runs, lut, S)
+    q = quads(data, row, run, rows, runs, held, S, ASM)
+    scale, shift, low = scales(data, row, run, rows, runs, lut, S, ASM)
     if S.d_size > 0:
         down = power_of_two(-exponent)[:, :, None]
         scale *= down
@@ -329,28 +443,30 @@ def gemm(
         data += expert.to(tl.int64) * matrix_bytes
     m = begin + m_tile * BM + tl.arange(0, BM)
     n0 = tl.program_id(0) * BN
-    row = fragment_rows(n0, BN).to(tl.int64)[:, None]
+    row = tl.minimum(fragment_rows(n0, BN), rows - 1)[:, None]
     exponent = tl.zeros((BN, 1), tl.int32)
     if S.d_size > 0:
-        exponent = row_exponent(data, row, row < rows, rows, runs, S)
+        exponent = row_exponent(data, row, rows, runs, S)
     steps_k = (runs + 3) // 4
     part = (steps_k + SPLIT - 1) // SPLIT
     first = tl.program_id(2) * part
     acc = tl.zeros((BN, BM), tl.float32)
+    held = prepare(book, S, ASM)
+    lut = prepare_scales(lut, S, ASM)
     column = tl.arange(0, 4 * S.run)
     source = m.to(tl.int64) * k_padded
     for i in range(first, tl.minimum(first + part, steps_k)):
-        run = (4 * i + tl.arange(0, 4))[None, :]
-        mask = (row < rows) & (run < runs)
-        w = operand(data, row, run, mask, rows, runs, book, lut, exponent, S, BN, ASM)
+        run = tl.minimum(4 * i + tl.arange(0, 4), runs - 1)[None, :]  # beyond, activations are zero
+        w = operand(data, row, run, rows, runs, held, lut, exponent, S, BN, ASM)
         xt = tl.load(xs + source[None, :] + (i * (4 * S.run) + column)[:, None], mask=(m < end)[None, :], other=0.0)
         acc = tl.dot(w, xt, acc)
     n = n0 + tl.arange(0, BN)
+    last_row = tl.minimum(n, rows - 1)
     up = tl.load(steps + m, mask=m < end, other=0.0)[None, :] * S.factor
     if S.d_size > 0:
-        up = up * power_of_two(row_exponent(data, n.to(tl.int64), n < rows, rows, runs, S))[:, None]
+        up = up * power_of_two(row_exponent(data, last_row, rows, runs, S))[:, None]
     else:
-        up = up * row_scale(data, n.to(tl.int64), n < rows, rows, runs, S)[:, None]
+        up = up * row_scale(data, last_row[:, None], rows, runs, S)
     out = acc * up
     if bias is not None:
         out += tl.load(bias + n, mask=n < rows, other=0.0).to(tl.float32)[:, None]
@@ -400,13 +516,17 @@ def dequantize(
     valid = index < count
     if ids is not None:
         row = tl.load(ids + index, mask=valid, other=0).to(tl.int64)
-    inside = valid & (row >= 0) & (row < rows)
-    mask = inside & (run < runs)
+    inside = (row >= 0) & (row < rows)
+    row = tl.minimum(tl.maximum(row, 0), rows - 1).to(tl.int32)
+    held = prepare(book, S, ASM)
+    lut = prepare_scales(lut, S, ASM)
+    column = run
+    run = tl.minimum(run, runs - 1)
     data += matrix * matrix_bytes
-    q = quads(data, row, run, mask, rows, runs, book, S, ASM)
-    scale, shift, low = scales(data, row, run, mask, rows, runs, lut, S)
+    q = quads(data, row, run, rows, runs, held, S, ASM)
+    scale, shift, low = scales(data, row, run, rows, runs, lut, S, ASM)
     if S.d_size == 0:
-        scale = scale * row_scale(data, row, inside, rows, runs, S)[:, :, None]
+        scale = scale * row_scale(data, row, rows, runs, S)[:, :, None]
     moved: tl.constexpr = (ROWS, RUNS, S.groups, S.quads // S.groups, 4)
     slots = (24 - 8 * tl.arange(0, 4))[None, None, None, None, :]
     q = tl.reshape(q, (ROWS, RUNS, S.groups, S.quads // S.groups, 1)) << slots
@@ -423,5 +543,6 @@ def dequantize(
     if S.factor != 1.0:
         w = w * S.factor
     w = tl.reshape(w, (ROWS, RUNS, S.run))
-    to = (matrix * count + index)[:, :, None] * runs * S.run + run[:, :, None] * S.run + tl.arange(0, S.run)[None, None, :]
-    tl.store(out + to, w.to(out.dtype.element_ty), mask=(valid & (run < runs))[:, :, None])
+    w = tl.where(inside[:, :, None], w, 0.0)
+    to = (matrix * count + index)[:, :, None] * runs * S.run + column[:, :, None] * S.run + tl.arange(0, S.run)[None, None, :]
+    tl.store(out + to, w.to(out.dtype.element_ty), mask=(valid & (column < runs))[:, :, None])
