@@ -46,6 +46,7 @@ __all__ = [
 _LAZY = {
     "Calibration": ("calibration", "Calibration"),
     "IQConfig": ("hf", "IQConfig"),
+    "merge_adapter": ("hf.adapters", "merge_adapter"),
     "Importance": ("importance", "Importance"),
     "calibrate": ("calibration", "calibrate"),
     "collect_importance": ("importance", "collect_importance"),
@@ -63,6 +64,7 @@ if TYPE_CHECKING:
     from .gguf import load_gguf as load_gguf
     from .gguf import save_gguf as save_gguf
     from .hf import IQConfig as IQConfig
+    from .hf.adapters import merge_adapter as merge_adapter
     from .importance import Importance as Importance
     from .importance import collect_importance as collect_importance
 

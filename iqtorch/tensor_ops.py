@@ -53,7 +53,7 @@ def fallback(func: Any, args: Any, kwargs: Any) -> Any:
     for i, spec in enumerate(func._schema.arguments):
         value = args[i] if i < len(args) else kwargs.get(spec.name)
         if spec.alias_info is not None and spec.alias_info.is_write and isinstance(value, IQTensor):
-            _refuse(name, "it would write into it: work on w.dequantize() and quantize the result again")
+            _refuse(name, "it would write into it: work on w.dequantize() and quantize the result again (an adapter: merge_adapter)")
     if _fallback_mode == "error":
         _refuse(name, "use w.dequantize(), or iqtorch.set_fallback('warn') to let it run on a dequantized copy")
     if _fallback_mode == "warn" and name not in _warned:
@@ -408,6 +408,14 @@ def _requires_grad_(self: Tensor, requires_grad: bool = True) -> Tensor:
 @function_handler(torch.Tensor.requires_grad.__set__)  # type: ignore[attr-defined]
 def _set_requires_grad(self: Tensor, value: bool) -> None:
     _requires_grad_(self, value)
+
+
+@function_handler(torch.Tensor.data.__set__)  # type: ignore[attr-defined]
+def _set_data(self: Tensor, value: Tensor) -> None:
+    if not isinstance(self, IQTensor) or not isinstance(value, IQTensor):
+        _refuse("x.data = a tensor of another kind", "replace the parameter: module.weight = torch.nn.Parameter(tensor)")
+    _plain(torch.Tensor.data.__set__, self, value)  # type: ignore[attr-defined]
+    vars(self).update({name: getattr(value, name) for name in ("packed", "format", "backend", "transposed")})
 
 
 @function_handler(torch.Tensor.share_memory_)

@@ -1,0 +1,204 @@
+"""Training adapters on packed weights: PEFT, gradients, checkpointing, Trainer, autocast, merging."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import iqtorch
+from iqtorch import IQTensor, Recipe
+from iqtorch.errors import UnsupportedOperationError
+
+transformers = pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+
+from test_model import dequantized, llama  # noqa: E402
+from tiny_models import tiny_model  # noqa: E402
+
+IDS = torch.arange(3, 27).reshape(2, 12)
+EMBEDDED = Path(iqtorch.__file__).parent / "data" / "tiny-llama"
+
+
+def packed(kind: str = "llama", recipe: str = "q8_0") -> nn.Module:
+    return iqtorch.quantize_model(tiny_model(kind), Recipe.pure(recipe), progress=False)
+
+
+def lora(model: nn.Module, **kwargs: object) -> nn.Module:
+    """The model with random (not zero) adapters, the same on every call."""
+    torch.manual_seed(0)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": "all-linear", **kwargs}))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.05)
+    return adapted
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    model.zero_grad()
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.fixture
+def plain_torch() -> object:
+    """Float32 arithmetic: kernels may round activations of large batches to bfloat16."""
+    iqtorch.set_backend("torch")
+    yield
+    iqtorch.set_backend(None)
+
+
+@pytest.mark.usefixtures("plain_torch")
+@pytest.mark.parametrize("kind", ["llama", "qwen3_moe"])
+def test_gradients_equal_those_of_the_dequantized_model(kind: str) -> None:
+    model = packed(kind)
+    target = ["q_proj", "v_proj", "o_proj"] if kind == "qwen3_moe" else "all-linear"  # below the experts: gradients pass through them
+    got, want = gradients(lora(model, target_modules=target)), gradients(lora(dequantized(model), target_modules=target))
+    assert got.keys() == want.keys() and len(got) > 10
+    for name in want:
+        assert (got[name] - want[name]).norm() <= 1e-4 * want[name].norm(), name
+
+
+def test_gradients_of_the_kernels_of_this_machine_and_of_checkpointing() -> None:
+    model = packed()
+    want = gradients(lora(dequantized(model)))
+    adapted = lora(model)
+    got = gradients(adapted)
+    adapted.enable_input_require_grads()
+    adapted.gradient_checkpointing_enable()
+    again = gradients(adapted.train())
+    for name in want:
+        assert (got[name] - want[name]).norm() <= 0.03 * want[name].norm(), name
+        assert torch.equal(got[name], again[name]), name
+
+
+def test_autocast_trains_in_bfloat16() -> None:
+    adapted = lora(packed())
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden = adapted.base_model.model.model.layers[0].self_attn.q_proj.get_base_layer()(torch.randn(2, 256))
+        assert hidden.dtype == torch.bfloat16
+        loss = adapted(input_ids=IDS, labels=IDS).loss
+    loss.backward()
+    exact = lora(packed())(input_ids=IDS, labels=IDS).loss
+    assert abs(loss.item() - exact.item()) <= 0.02 * exact.item()
+    assert all(torch.isfinite(p.grad).all() for p in adapted.parameters() if p.requires_grad)
+
+
+def test_lora_on_the_embedded_model_trains_saves_loads_and_turns_off(tmp_path: Path) -> None:
+    def base() -> nn.Module:
+        model = transformers.AutoModelForCausalLM.from_pretrained(EMBEDDED, dtype=torch.float32)
+        return iqtorch.quantize_model(model, "iq4_k", progress=False)
+
+    text = (EMBEDDED.parent / "heldout.txt").read_text()[:600]
+    ids = transformers.AutoTokenizer.from_pretrained(EMBEDDED)(text, return_tensors="pt").input_ids[:, :96]
+    torch.manual_seed(0)
+    model = peft.get_peft_model(base(), peft.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
+    blocks = {name: p.to_blocks() for name, p in model.named_parameters() if isinstance(p, IQTensor)}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
+    losses = []
+    for _ in range(6):
+        loss = model(input_ids=ids, labels=ids).loss
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[-1] < 0.8 * losses[0], losses
+    assert blocks and all(torch.equal(blocks[name], p.to_blocks()) for name, p in model.named_parameters() if name in blocks)
+
+    model.eval()
+    with torch.no_grad():
+        adapted = model(ids).logits
+        with model.disable_adapter():
+            assert torch.equal(model(ids).logits, base().eval()(ids).logits)
+        model.save_pretrained(tmp_path)
+        assert (tmp_path / "adapter_model.safetensors").stat().st_size < 1e6
+        assert torch.equal(peft.PeftModel.from_pretrained(base(), tmp_path).eval()(ids).logits, adapted)
+
+
+@pytest.mark.usefixtures("plain_torch")
+def test_merging_into_dequantized_or_requantized_weights() -> None:
+    with torch.no_grad():
+        want = lora(packed())(IDS).logits
+        plain = iqtorch.merge_adapter(lora(packed()), format=None)
+        assert type(plain) is transformers.LlamaForCausalLM and not hasattr(plain, "peft_config")
+        assert not isinstance(plain.model.layers[0].mlp.up_proj.weight, IQTensor) and isinstance(plain.lm_head.weight, IQTensor)
+        assert (plain(IDS).logits - want).norm() <= 1e-4 * want.norm()
+        again = iqtorch.merge_adapter(lora(packed()))
+        assert again.model.layers[0].mlp.up_proj.weight.format.name == "q8_0" and iqtorch.report(again).packed_fraction == 1
+        assert 0 < (again(IDS).logits - want).norm() <= 0.05 * want.norm()
+        other = iqtorch.merge_adapter(lora(packed()), format="q6_k")
+        assert other.model.layers[0].mlp.up_proj.weight.format.name == "q6_k"
+        assert not any("lora" in name for name, _ in other.named_modules())
+    with pytest.raises(UnsupportedOperationError, match="only LoRA on linear layers"):
+        iqtorch.merge_adapter(lora(packed(), use_dora=True))
+    with pytest.raises(UnsupportedOperationError, match="PeftModel"):
+        iqtorch.merge_adapter(packed())
+    tied = iqtorch.quantize_model(llama(tie_word_embeddings=True), "q8_0", progress=False)
+    with pytest.raises(UnsupportedOperationError, match="lm_head.*tied"):
+        iqtorch.merge_adapter(lora(tied, target_modules=["lm_head"]))
+    with pytest.raises(UnsupportedOperationError, match="merge_adapter"):
+        lora(packed()).merge_and_unload()  # PEFT adds in place
+
+
+def test_trainer(tmp_path: Path) -> None:
+    model = lora(packed())
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path), max_steps=3, per_device_train_batch_size=2, learning_rate=5e-3, use_cpu=True, report_to=[],
+        save_strategy="no", logging_steps=1, gradient_checkpointing=True, disable_tqdm=True,
+    )  # fmt: skip
+    data = [{"input_ids": row, "labels": row} for row in IDS.repeat(4, 1)]
+    trainer = transformers.Trainer(model=model, args=arguments, train_dataset=data)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) == 3 and losses[-1] < losses[0]
+
+
+def test_trainer_needs_an_adapter(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="purely quantized"):
+        transformers.Trainer(model=packed(), args=transformers.TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[]))
+
+
+def test_other_ways_to_adapt() -> None:
+    model = packed()
+    model.add_adapter(peft.LoraConfig(r=4, target_modules=["q_proj"]))
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    assert model.model.layers[0].self_attn.q_proj.lora_A["default"].weight.grad is not None
+    prepared = peft.prepare_model_for_kbit_training(packed())
+    assert any(isinstance(p, IQTensor) for p in prepared.parameters())
+    lora(packed(), use_dora=True)(input_ids=IDS, labels=IDS).loss.backward()  # needs the weight's norms, on a dequantized copy
+
+
+def test_what_cannot_be_trained_says_so(tmp_path: Path) -> None:
+    model = packed()
+    with pytest.raises(UnsupportedOperationError, match=r"train an adapter \(LoRA\)"):
+        model.requires_grad_(True)
+    with pytest.raises(UnsupportedOperationError, match="frozen"):
+        model.lm_head.weight.requires_grad_(True)
+    before = model.lm_head.weight.to_blocks()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)  # frozen weights have no gradient: nothing happens to them
+    optimizer.step()
+    assert torch.equal(model.lm_head.weight.to_blocks(), before)
+    with pytest.raises(ValueError, match="float"):
+        model.float()
+    lora(packed(), r=2).save_pretrained(tmp_path)
+    (tmp_path / "adapter_config.json").write_text((tmp_path / "adapter_config.json").read_text().replace('"r": 2', '"r": 3'))
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        peft.PeftModel.from_pretrained(packed(), tmp_path)
+
+
+def test_resizing_embeddings_and_tying_afterwards() -> None:
+    model = packed()
+    with pytest.raises(UnsupportedOperationError, match="replace the parameter"):
+        model.resize_token_embeddings(140)
+    old = model.get_input_embeddings().weight.dequantize()
+    model.get_input_embeddings().weight = nn.Parameter(old.clone())
+    model.resize_token_embeddings(140)
+    table = model.get_input_embeddings().weight
+    assert table.shape == (140, 256) and type(table) is nn.Parameter and torch.equal(table[:128].detach(), old)
+    assert model(IDS).logits.shape[-1] == 140
+    model = packed()
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    assert model.lm_head.weight is model.get_input_embeddings().weight and model(IDS).logits.shape[-1] == 128
