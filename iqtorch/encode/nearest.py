@@ -235,7 +235,7 @@ def _other_parity(book: np.ndarray, odd: np.ndarray, lookup: IntegerLookup) -> n
     return np.where(odd[best][:, :, None] == odd[None, None, :], np.inf, distance).argmin(-1).reshape(-1)
 
 
-def _partition(book: Tensor, cells: int, rounds: int = 12) -> tuple[Tensor, Tensor]:
+def _partition(book: Tensor, cells: int, rounds: int = 6) -> tuple[Tensor, Tensor]:
     """k-means with a fixed start: cell of each entry, and the centres."""
     centre = book[:: len(book) // cells][:cells].clone()
     label = torch.zeros(len(book), dtype=torch.int64)

@@ -1,0 +1,357 @@
+"""Encoders: error against the reference's golden encodings, difficult input, exactness of the searches, one answer everywhere."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from conftest import golden
+from torch import Tensor
+
+from iqtorch import cpu_ext
+from iqtorch.encode import compiled, encode
+from iqtorch.encode.encoder import EFFORTS, _encode_rows
+from iqtorch.encode.nearest import CellNearest, GridNearest, TableNearest, nearest
+from iqtorch.encode.search import ScaleGrid, StoredFloat
+from iqtorch.formats import Format, get_format, list_formats
+
+FORMATS = [get_format(name) for name in list_formats()]
+PLAIN = [fmt for fmt in FORMATS if fmt.plain is None]
+TRELLIS = [fmt for fmt in PLAIN if fmt.codebook.entries >= 4096]
+#: One format of each kind of search, for checks that do not depend on the tables.
+KINDS = [get_format(n) for n in ("iq4_k", "iq4_kss", "iq2_kl", "q4_k", "q4_1", "iq3_s", "iq2_xs", "iq1_m", "mxfp4", "iq1_kt")]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(params=["compiled", "torch"])
+def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both searches: the compiled one, and the one in torch that is its oracle."""
+    if request.param == "torch":
+        monkeypatch.setattr(compiled, "available", lambda device: False)
+    elif not compiled.available(CPU):
+        pytest.skip("this installation has no compiled encoder")
+    return str(request.param)
+
+
+def effective(fmt: Format, blocks: Tensor) -> Tensor:
+    return fmt.decode(blocks).double() * fmt.runtime_scale
+
+
+def errors(weight: Tensor, decoded: Tensor, importance: Tensor) -> Tensor:
+    """Relative weighted error of each row."""
+    weight, importance = weight.double(), importance.double()
+    return ((importance * (weight - decoded).square()).sum(1) / (importance * weight.square()).sum(1).clamp(min=1e-300)).sqrt()
+
+
+def total_error(fmt: Format, weight: Tensor, importance: Tensor, **options: str) -> float:
+    return float(errors(weight, effective(fmt, encode(weight, fmt, importance, **options)), importance).square().sum().sqrt())
+
+
+def sample(rows: int, k: int, seed: int = 1) -> tuple[Tensor, Tensor]:
+    """Student-t weights (of a size at which no float16 `d` is subnormal) and log-normal importance."""
+    rng = np.random.default_rng(seed)
+    return (
+        torch.from_numpy(rng.standard_t(5, (rows, k)).astype(np.float32)),
+        torch.from_numpy(np.exp(rng.normal(0, 1.5, k)).astype(np.float32)),
+    )
+
+
+# -- quality ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=lambda f: f.name)
+def test_error_against_the_reference(fmt: Format) -> None:
+    data = golden(fmt.name)
+    weight, importance = data["source"], data["importance"]
+    if not compiled.available(CPU) and fmt in TRELLIS:
+        pytest.skip("minutes in torch")
+    ours = errors(weight, effective(fmt, encode(weight, fmt, importance, "rmse")), importance)
+    reference = errors(weight, effective(fmt, data["blocks"]), importance)
+    # Gaussian, Student-t, few outliers, zeros, times 1e-6, constant, times 1e3, varying by block
+    ordinary = [0, 1, 2, 6, 7]
+    assert (ours[ordinary] <= 1.03 * reference[ordinary]).all(), (ours / reference)[ordinary]
+    assert ours[ordinary].square().sum() < reference[ordinary].square().sum() * (1.002 if fmt.name in ("q8_0", "mxfp4") else 1.0)
+    assert ours[4] <= 1.02 * reference[4]
+    assert ours[5] <= max(1.02 * float(reference[5]), 4e-3)
+    assert (effective(fmt, encode(weight, fmt, importance, "rmse"))[3] == 0).all()
+
+
+@pytest.mark.parametrize("fmt", PLAIN, ids=lambda f: f.name)
+def test_compiled_search_is_as_good_as_its_oracle(fmt: Format, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not compiled.available(CPU):
+        pytest.skip("this installation has no compiled encoder")
+    # cells of a trellis codebook are slow in torch
+    options, size = ({"speed": "fast"}, (1, 256)) if fmt in TRELLIS else ({}, (2, 512))
+    weight, importance = sample(*size)
+    found = total_error(fmt, weight, importance, objective="rmse", **options)
+    monkeypatch.setattr(compiled, "available", lambda device: False)
+    oracle = total_error(fmt, weight, importance, objective="rmse", **options)
+    assert found == pytest.approx(oracle, rel=3e-3)
+
+
+@pytest.mark.parametrize("fmt", KINDS, ids=lambda f: f.name)
+def test_more_effort_is_not_worse(fmt: Format) -> None:
+    weight, importance = sample(16, 512)
+    fast, default, best = (total_error(fmt, weight, importance, objective="rmse", speed=s) for s in ("fast", "default", "best"))
+    assert best <= default * 1.0005
+    assert default <= fast * 1.0005
+
+
+@pytest.mark.parametrize("fmt", PLAIN, ids=lambda f: f.name)
+def test_least_squares_and_its_undoing(fmt: Format) -> None:
+    """ "rmse" leaves q the projection of x (runtime_scale included); "model" makes it keep its inner product with x."""
+    weight, importance = sample(8, 512)
+    w = importance.double()
+    x = weight.double()
+
+    def kept(objective: str) -> tuple[Tensor, Tensor, Tensor]:
+        q = effective(fmt, encode(weight, fmt, importance, objective))
+        return (w * x * q).sum(1) / (w * x * x).sum(1), (w * x * q).sum(1) / (w * q * q).sum(1), errors(weight, q, importance)
+
+    inner, slope, least = kept("rmse")
+    if fmt.d_kind != "e8m0":  # powers of two cannot be fitted or raised a little
+        assert (inner < 1.0005).all()
+        torch.testing.assert_close(slope, torch.ones_like(slope), atol=3e-3, rtol=0)
+    inner, _, error = kept("model")
+    if fmt.d_kind != "e8m0":
+        torch.testing.assert_close(inner, torch.ones_like(inner), atol=1e-3, rtol=0)
+    assert (error >= least * 0.9999).all()
+
+
+# -- difficult input -------------------------------------------------------------------------------------------
+
+
+def difficult_rows(k: int) -> Tensor:
+    rng = torch.Generator().manual_seed(3)
+    noise = torch.randn(k, generator=rng)
+    outlier = torch.zeros(k)
+    outlier[k // 3] = -5.0
+    half_zero = noise.clone()
+    half_zero[: k // 2] = 0
+    rows = [torch.zeros(k), torch.full((k,), 0.37), torch.full((k,), -2.5), outlier, 1e-6 * noise, 1e-20 * noise, 1e-38 * noise]
+    rows += [torch.full((k,), 1e-45), 1e3 * noise, 1e30 * noise, noise / noise.abs().max() * 3.4e38, half_zero]
+    return torch.stack(rows)
+
+
+IMPORTANCES = {
+    "none": lambda k: None,
+    "zeros": torch.zeros,
+    "some zeros": lambda k: (torch.arange(k) % 3 == 0).float(),
+    "zero block": lambda k: (torch.arange(k) >= 256).float(),
+    "huge spread": lambda k: torch.logspace(-30, 30, k)[torch.randperm(k, generator=torch.Generator().manual_seed(1))],
+    "tiny": lambda k: torch.full((k,), 1e-40),
+    "one column": lambda k: (torch.arange(k) == 5).float() * 3e38,
+}
+
+
+@pytest.mark.parametrize("importance", IMPORTANCES.values(), ids=IMPORTANCES.keys())
+@pytest.mark.parametrize("fmt", PLAIN, ids=lambda f: f.name)
+def test_difficult_input(fmt: Format, importance: object) -> None:
+    check_difficult(fmt, importance(512))  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("fmt", [f for f in KINDS if f not in TRELLIS], ids=lambda f: f.name)
+def test_difficult_input_of_the_oracle(fmt: Format, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "available", lambda device: False)
+    for importance in ("none", "huge spread"):
+        check_difficult(fmt, IMPORTANCES[importance](512), "fast")
+
+
+def check_difficult(fmt: Format, importance: Tensor | None, speed: str = "default") -> None:
+    weight = difficult_rows(512)
+    for objective in ("rmse", "model"):
+        blocks = encode(weight, fmt, importance, objective, speed)
+        decoded = fmt.decode(blocks)
+        huge = weight.abs().amax(1) > 1e6  # beyond the range of a float16 `d`
+        assert torch.isfinite(decoded[~huge]).all()
+        assert not torch.isnan(decoded).any()
+        if fmt.d_kind == "f32":
+            assert torch.isfinite(decoded[:10]).all()
+        assert (decoded[0] == 0).all()
+    assert torch.equal(blocks, encode(weight, fmt, importance, "model", speed))
+
+
+def test_importance_chooses_what_is_kept() -> None:
+    """Columns without importance may be anything, the others must come out better than with equal importance."""
+    fmt = get_format("iq2_k")
+    weight, _ = sample(8, 512)
+    importance = (torch.arange(512) % 4 == 0).float()
+    with_it, without = (effective(fmt, encode(weight, fmt, i, "rmse")) for i in (importance, None))
+    assert errors(weight, with_it, importance).mean() < 0.7 * errors(weight, without, importance).mean()
+
+
+# -- one answer everywhere -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fmt", KINDS, ids=lambda f: f.name)
+def test_same_bytes_for_any_number_of_threads_and_rows(fmt: Format, engine: str) -> None:
+    if engine == "torch" and fmt in TRELLIS:
+        pytest.skip("minutes in torch; its parts are those of the other formats")
+    weight, importance = sample(21, 768)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = encode(weight, fmt, importance)
+        torch.set_num_threads(3)
+        three = encode(weight, fmt, importance)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(one, three)
+    assert torch.equal(one[:2], encode(weight[:2].clone(), fmt, importance))
+
+
+@pytest.mark.parametrize("fmt", KINDS, ids=lambda f: f.name)
+def test_instruction_sets_agree(fmt: Format) -> None:
+    if not compiled.available(CPU):
+        pytest.skip("this installation has no compiled encoder")
+    able = [isa for isa, state in cpu_ext.capabilities().items() if state == "available"]
+    weight, importance = sample(4, 512)
+    found: dict[str, Tensor] = {}
+    try:
+        for isa in able:
+            cpu_ext.select_isa(isa)
+            found[isa] = encode(weight, fmt, importance, "rmse")
+    finally:
+        cpu_ext.select_isa(None)
+    fused = [blocks for isa, blocks in found.items() if isa in ("avx2", "avx512", "amx")]
+    for blocks in fused[1:]:
+        assert torch.equal(blocks, fused[0])
+    scale = [errors(weight, effective(fmt, blocks), importance).square().sum().sqrt() for blocks in found.values()]
+    for error in scale[1:]:  # the portable version rounds multiply-adds twice
+        assert float(error) == pytest.approx(float(scale[0]), rel=2e-3)
+
+
+@pytest.mark.parametrize("fmt", PLAIN, ids=lambda f: f.name)
+def test_bytes_hold_what_the_search_found(fmt: Format) -> None:
+    """Parity bits and merged variants included: packing loses nothing."""
+    weight, importance = sample(3, 512)
+    effort = EFFORTS["fast"]
+    parts = _encode_rows(weight, fmt, importance, "rmse", effort)
+    blocks = fmt.pack(parts)
+    assert torch.equal(fmt.decode(blocks), fmt.weights(parts))
+    again = fmt.unpack(blocks)
+    assert set(again) == set(parts)
+    for name, values in parts.items():
+        assert torch.equal(again[name], values.to(torch.int32)), name
+
+
+@pytest.mark.parametrize("fmt", [f for f in FORMATS if f.plain], ids=lambda f: f.name)
+def test_interleaved_formats_hold_the_plain_integers(fmt: Format) -> None:
+    weight, importance = sample(8, 512)
+    plain = get_format(str(fmt.plain))
+    assert torch.equal(fmt.decode(encode(weight, fmt, importance)), plain.decode(encode(weight, plain, importance)))
+
+
+# -- exactness of the parts ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fmt", [f for f in PLAIN if f.vec == 1 and not f.code_parity], ids=lambda f: f.name)
+def test_nearest_single_values(fmt: Format) -> None:
+    near = nearest(fmt, CPU, 8)
+    x = torch.randn(64, fmt.group_size, generator=torch.Generator().manual_seed(0))
+    s = torch.linspace(-0.05, 0.05, 64)
+    s[10] = 0
+    for variant in range(fmt.codebook.variants):
+        book = torch.from_numpy(fmt.codebook.values[variant, :, 0].astype(np.float64))
+        code, value = near.codes(x, torch.ones_like(x), s, variant)
+        assert torch.equal(book[code.long()], value.double())
+        found = (x - s[:, None] * value).double().abs()
+        best = (x[..., None].double() - s[:, None, None].double() * book).abs().amin(-1)
+        torch.testing.assert_close(found, best, atol=1e-6, rtol=1e-5)
+
+
+def test_nearest_with_even_parity() -> None:
+    fmt = get_format("iq4_kss")
+    near = nearest(fmt, CPU, 8)
+    assert isinstance(near, TableNearest)
+    generator = torch.Generator().manual_seed(0)
+    x, w = torch.randn(4, 32, generator=generator), torch.rand(4, 32, generator=generator)
+    s = torch.tensor([0.02, -0.02, 0.01, 0.03])
+    even = torch.tensor([c for c in itertools.product(range(16), repeat=4) if sum(int(i).bit_count() for i in c) % 2 == 0])
+    for variant in range(2):
+        book = torch.from_numpy(fmt.codebook.values[variant, :, 0].astype(np.float32))
+        code, value = near.codes(x, w, s, variant)
+        assert torch.equal(book[code.long()], value)
+        for row, k in itertools.product(range(4), range(8)):
+            members = torch.tensor([2 * k, 2 * k + 16, 2 * k + 1, 2 * k + 17])  # FORMATS: the four weights of a word
+            assert sum(int(c).bit_count() for c in code[row, members]) % 2 == 0
+            error = (w[row, members] * (x[row, members] - s[row] * book[even]).square()).sum(1)
+            found = (w[row, members] * (x[row, members] - s[row] * value[row, members]).square()).sum()
+            assert float(found) == pytest.approx(float(error.min()), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["iq2_kl", "iq1_s", "iq1_m", "iq3_s"])
+def test_nearest_vectors(name: str) -> None:
+    fmt = get_format(name)
+    near = nearest(fmt, CPU, 8)
+    assert isinstance(near, GridNearest)
+    generator = torch.Generator().manual_seed(0)
+    x, w = torch.randn(16, fmt.group_size, generator=generator), torch.rand(16, fmt.group_size, generator=generator)
+    s = torch.linspace(0.01, 0.2, 16) * (-1 if name == "iq2_kl" else 1)
+    _, value = near.codes(x, w, s, 0)
+    book = near.books[0].double()
+    target = (x.abs() if "sign" in fmt.fields else x).double().unflatten(1, (-1, fmt.vec))
+    weights = w.double().unflatten(1, (-1, fmt.vec))
+    all_errors = (weights[..., None, :] * (target[..., None, :] - s.double()[:, None, None, None] * book).square()).sum(-1)
+    found = (w * (x - s[:, None] * value).square()).double().unflatten(1, (-1, fmt.vec)).sum(-1)
+    torch.testing.assert_close(found, all_errors.amin(-1), rtol=1e-4, atol=1e-6)
+
+
+def test_even_signs() -> None:
+    fmt = get_format("iq2_xxs")
+    weight, importance = sample(4, 512)
+    negative = fmt.decode(encode(weight, fmt, importance)) < 0
+    assert (negative.unflatten(1, (-1, 8)).sum(-1) % 2 == 0).all()
+    # signs are free to be right wherever the parity of a group of eight allows it
+    wrong = ((negative != (weight < 0)).unflatten(1, (-1, 8))).sum(-1)
+    odd = (weight < 0).unflatten(1, (-1, 8)).sum(-1) % 2
+    assert (wrong <= 1).all() and torch.equal(wrong, odd)
+
+
+def test_cells_come_close_to_the_full_search() -> None:
+    fmt = get_format("iq1_kt")
+    cells = nearest(fmt, CPU, 32)
+    assert isinstance(cells, CellNearest)
+    full = GridNearest(fmt, CPU)
+    generator = torch.Generator().manual_seed(0)
+    x, w = torch.randn(64, 32, generator=generator), torch.exp(1.5 * torch.randn(64, 32, generator=generator))
+    s = torch.full((64,), 1 / 37)
+
+    def error(value: Tensor) -> float:
+        return float((w * (x - s[:, None] * value).square()).sum().sqrt())
+
+    best = error(full.codes(x, w, s, 0)[1])
+    assert best <= error(cells.codes(x, w, s, 0)[1]) <= 1.03 * best
+
+
+@pytest.mark.parametrize("kind", ["f16", "f32", "e8m0"])
+def test_stored_floats_are_the_nearest(kind: str) -> None:
+    exponent = torch.tensor([0, -10, 8], dtype=torch.int32)
+    stored = StoredFloat(kind, exponent)
+    value = torch.tensor([0.013, 0.7, 1.9])
+    rounded = stored.round(value)
+    assert torch.equal(stored.round(rounded), rounded)
+    for step in (-1, 1):
+        other = StoredFloat(kind, exponent)
+        pattern = stored.bits(value) + step
+        from iqtorch.formats.base import bits_to_float
+
+        neighbour = torch.ldexp(bits_to_float(pattern, kind), -exponent)
+        if kind == "e8m0":  # nearest on the logarithmic scale
+            assert ((value / rounded).log().abs() <= (value / neighbour).log().abs() + 1e-6).all()
+        else:
+            assert ((value - rounded).abs() <= (value - neighbour).abs()).all()
+        assert torch.equal(other.bits(neighbour), pattern)
+
+
+def test_scale_grid_ranks_are_the_nearest() -> None:
+    for fmt in PLAIN:
+        grid = ScaleGrid(fmt.scale_values, 0.125, CPU)
+        ratio = torch.linspace(-20, 20, 1001)
+        rank = grid.rank(ratio)
+        best = (ratio[:, None] - grid.sorted).abs().amin(1)
+        torch.testing.assert_close((ratio - grid.value(rank)).abs(), best, atol=1e-5, rtol=0)
+        values = torch.tensor(fmt.scale_values or (1,), dtype=torch.float32) * 0.125
+        assert torch.equal(values[grid.stored[rank].long()], grid.value(rank))
