@@ -127,7 +127,7 @@ def empty_packed(count: int) -> Tensor:
     """
     if count < _HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(count, dtype=torch.uint8)
-    memory = mmap.mmap(-1, -(-count // _HUGE_PAGE) * _HUGE_PAGE)
+    memory = mmap.mmap(-1, -(-count // _HUGE_PAGE) * _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=torch.uint8, count=count)
 

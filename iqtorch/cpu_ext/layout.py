@@ -298,6 +298,10 @@ def layout(fmt: Format) -> Layout:
         own = described.get(name, [])
         if len(own) > MAX_PLANES:
             raise KernelUnavailableError(f"field {name} of {fmt.name} needs {len(own)} planes; the CPU kernels know {MAX_PLANES}")
-        ints += [fields[name].count if name in fields else 0] + [number for plane in own for number in plane] + [0] * (3 * (MAX_PLANES - len(own)))
+        ints += (
+            [fields[name].count if name in fields else 0]
+            + [number for plane in own for number in plane]
+            + [0] * (3 * (MAX_PLANES - len(own)))
+        )
     floats = [fmt.unit, fmt.runtime_scale, scale_a, scale_b, min_b, *_pad(fmt.scale_values)]
     return Layout(fmt, ROWS * fmt.block_bytes, tuple(parts), np.array(ints, np.int32), np.array(floats, np.float32), table)

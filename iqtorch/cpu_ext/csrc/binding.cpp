@@ -86,12 +86,8 @@ void multiply(const Matrix& w, const void* x, DType dtype, int64_t m, const floa
   Activations act{m, k, nullptr, nullptr, nullptr, nullptr, nullptr};
   const Output out{y, dtype, w.rows, bias};
   if (kern.linear_tiled && m >= kTiledRows) {
-    float* wide = scratch<float>(0, m * k);
     uint16_t* tiled = scratch<uint16_t>(1, kern.tiled_bytes(m, k) / 2);
-    parallel(m, m * k, [&](int64_t a, int64_t b) {
-      kern.to_float(static_cast<const char*>(x) + a * k * (dtype == kFloat32 ? 4 : 2), dtype, wide + a * k, (b - a) * k);
-    });
-    parallel(ceil_div(m, 32), m * k, [&](int64_t a, int64_t b) { kern.tile(wide, m, k, tiled, a, b); });
+    parallel(ceil_div(m, 32), m * k, [&](int64_t a, int64_t b) { kern.tile(x, dtype, m, k, tiled, a, b); });
     act.tiled = tiled;
     parallel(ceil_div(row_groups, 2), work, [&](int64_t a, int64_t b) {
       kern.linear_tiled(w, act, out, scratch<float>(6, kern.tiled_scratch()), 2 * a, std::min(2 * b, row_groups));

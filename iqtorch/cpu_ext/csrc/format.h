@@ -99,7 +99,7 @@ struct Kernels {
   // Matrix unit, or null: bytes of `tiled` for m rows, floats of scratch of each thread, preparation (rows in steps of 32), product.
   int64_t (*tiled_bytes)(int64_t m, int64_t k);
   int64_t (*tiled_scratch)();
-  void (*tile)(const float* x, int64_t m, int64_t k, uint16_t* tiled, int64_t step0, int64_t step1);
+  void (*tile)(const void* x, DType dtype, int64_t m, int64_t k, uint16_t* tiled, int64_t step0, int64_t step1);
   void (*linear_tiled)(const Matrix&, const Activations&, const Output&, float* scratch, int64_t g0, int64_t g1);
 };
 

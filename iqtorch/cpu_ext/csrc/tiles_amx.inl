@@ -16,15 +16,24 @@ static int64_t tiled_bytes(int64_t m, int64_t k) { return (m + kStepRows - 1) / 
 static int64_t tiled_scratch() { return kChunkPairs * (kChunkRows / kStepRows) * kResult + kPanelColumns * kStepRows / 2; }
 
 // [step of 32 rows][k / 32][2 tiles][16 rows][32]; rows past m are zero.
-static void tile_rows(const float* x, int64_t m, int64_t k, uint16_t* tiled, int64_t step0, int64_t step1) {
+static void tile_rows(const void* x, DType dtype, int64_t m, int64_t k, uint16_t* tiled, int64_t step0, int64_t step1) {
+  const int64_t size = element_bytes(dtype);
   for (int64_t s = step0; s < step1; ++s)
     for (int r = 0; r < kStepRows; ++r) {
       const int64_t row = s * kStepRows + r;
       uint16_t* p = tiled + s * kStepRows * k + r / 16 * kTile + r % 16 * 32;
-      const float* in = x + row * k;
-      for (int64_t c = 0; c < k / kCell; ++c, p += 2 * kTile, in += kCell) {
-        const __m512i both = row < m ? (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(in + 16), _mm512_loadu_ps(in)) : _mm512_setzero_si512();
-        _mm512_storeu_si512(p, both);
+      const uint8_t* in = (const uint8_t*)x + row * k * size;
+      for (int64_t c = 0; c < k / kCell; ++c, p += 2 * kTile, in += kCell * size) {
+        if (row >= m) {
+          _mm512_storeu_si512(p, _mm512_setzero_si512());
+        } else if (dtype == kBFloat16) {
+          _mm512_storeu_si512(p, _mm512_loadu_si512(in));
+        } else {
+          const bool wide = dtype == kFloat32;
+          const F32 low = wide ? loadf((const float*)in) : from_half(load16(in));
+          const F32 high = wide ? loadf((const float*)in + 16) : from_half(load16(in + 32));
+          _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(high.v, low.v));
+        }
       }
     }
 }

@@ -1,0 +1,403 @@
+"""The compiled CPU kernels: every format on every instruction set of this machine, against float64 products of decoded weights."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from iqtorch import cpu_ext
+from iqtorch.errors import BlockSizeError, KernelUnavailableError
+from iqtorch.formats import Format, get_format, list_formats
+from iqtorch.formats.base import float_to_bits
+
+PLAIN = [get_format(name) for name in list_formats() if get_format(name).interleave == 1]
+#: One of each kind of decoder, for checks that do not depend on the bits of a format.
+KINDS = [get_format(n) for n in ("iq2_kl", "iq2_k", "iq4_kss", "q4_k", "q8_0", "mxfp4", "iq1_m", "iq2_xxs", "iq3_s", "iq3_kt", "iq4_kt")]
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+UNAVAILABLE: str | None = cpu_ext.supports(get_format("iq2_kl"), 16, 256)
+
+pytestmark = pytest.mark.skipif(UNAVAILABLE is not None, reason=str(UNAVAILABLE))
+
+all_formats = pytest.mark.parametrize("fmt", PLAIN, ids=lambda f: f.name)
+kinds = pytest.mark.parametrize("fmt", KINDS, ids=lambda f: f.name)
+
+
+#: What this build contains; those that this CPU lacks are skipped with the reason.
+BUILT = [
+    isa
+    for isa, reason in (cpu_ext.capabilities() if UNAVAILABLE is None else {}).items()
+    if isa != "isa" and not reason.startswith("this build")
+]
+
+
+@pytest.fixture(params=BUILT)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    reason = cpu_ext.capabilities()[request.param]
+    if reason != "available":
+        pytest.skip(f"{request.param}: {reason}")
+    cpu_ext.select_isa(request.param)
+    yield request.param
+    cpu_ext.select_isa(None)
+
+
+def random_bytes(fmt: Format, rows: int, k: int, seed: int = 0) -> Tensor:
+    return torch.randint(0, 256, (rows, fmt.row_bytes(k)), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+def random_blocks(fmt: Format, rows: int, k: int, seed: int = 0) -> Tensor:
+    """Random bytes whose float scales are ordinary numbers, so that products are finite."""
+    parts = fmt.unpack(random_bytes(fmt, rows, k, seed))
+    generator = torch.Generator().manual_seed(seed + 1)
+    for name in {"d", "dmin"} & parts.keys():
+        value = torch.rand(parts[name].shape, generator=generator) * 0.01 + 0.001
+        if fmt.d_kind != "e8m0":
+            value = value * torch.where(torch.rand(value.shape, generator=generator) < 0.3, -1.0, 1.0)
+        parts[name] = float_to_bits(value, fmt.d_kind)
+    return fmt.pack(parts)
+
+
+def weights(fmt: Format, blocks: Tensor) -> Tensor:
+    return fmt.decode(blocks) * fmt.runtime_scale
+
+
+def activations(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def rounded_to_int8(x: Tensor) -> Tensor:
+    """What a product sees of float32 activations: multiples of a step per 32 values."""
+    cells = x.float().unflatten(-1, (-1, 32))
+    step = cells.abs().amax(-1, keepdim=True) / 127
+    inverse = torch.where(step > 0, 127 / cells.abs().amax(-1, keepdim=True), 0)
+    return ((cells * inverse).round().double() * step.double()).flatten(-2)
+
+
+def error(actual: Tensor, expected: Tensor) -> float:
+    """Relative root mean square error."""
+    return float((actual.double() - expected).norm() / expected.norm())
+
+
+# -- layout --------------------------------------------------------------------------------------------------
+
+
+@all_formats
+def test_layout_moves_every_bit_once(fmt: Format) -> None:
+    made = cpu_ext.layout(fmt)
+    source, target = set(), set()
+    for byte, shift, width, base, stride, at in made.moves.tolist():
+        assert shift + width <= 8 and at + width <= 8 * stride and base % stride == 0
+        source |= {(byte, shift + i) for i in range(width)}
+        target |= {(base + row * stride + (at + i) // 8, (at + i) % 8) for i in range(width) for row in range(16)}
+    assert len(source) == 8 * fmt.block_bytes
+    assert len(target) == 8 * made.tile_bytes == 8 * 16 * fmt.block_bytes
+
+
+@all_formats
+@pytest.mark.parametrize(("rows", "blocks"), [(1, 1), (16, 3), (37, 2)])
+def test_packing_is_exact_both_ways(fmt: Format, rows: int, blocks: int, isa: str) -> None:
+    k = blocks * fmt.block_size
+    canonical = random_bytes(fmt, rows, k)
+    assert torch.equal(cpu_ext.unpack(cpu_ext.pack(canonical, fmt), fmt, rows, k), canonical)
+
+
+@all_formats
+def test_packed_size(fmt: Format) -> None:
+    packed = cpu_ext.pack(random_bytes(fmt, 64, 1024), fmt)
+    assert packed.nbytes <= 1.03 * 64 * fmt.row_bytes(1024)
+
+
+def test_packing_keeps_experts_apart_and_reads_any_memory() -> None:
+    fmt = get_format("iq2_kl")
+    blocks = torch.stack([random_bytes(fmt, 20, 512, seed) for seed in range(3)])
+    strided = torch.empty(3, 20, fmt.row_bytes(512) + 5, dtype=torch.uint8)[..., 3:-2].copy_(blocks)
+    packed = cpu_ext.pack(strided, fmt)
+    assert packed.shape == (3, cpu_ext.layout(fmt).packed_bytes(20, 512))
+    assert torch.equal(cpu_ext.unpack(packed, fmt, 20, 512), blocks)
+
+
+def test_large_matrices_get_memory_of_their_own() -> None:
+    fmt = get_format("q8_0")
+    blocks = random_bytes(fmt, 2048, 1024)
+    packed = cpu_ext.pack(blocks, fmt)
+    assert packed.untyped_storage().nbytes() == packed.nbytes
+    clone = packed.clone()
+    del blocks
+    assert torch.equal(packed, clone)
+
+
+# -- decoding --------------------------------------------------------------------------------------------------
+
+
+@all_formats
+def test_dequantize_is_the_oracle_bit_for_bit(fmt: Format, isa: str) -> None:
+    for rows, seed in ((37, 0), (16, 1)):
+        blocks = random_bytes(fmt, rows, 512, seed)
+        packed = cpu_ext.pack(blocks, fmt)
+        expected = weights(fmt, blocks)
+        actual = cpu_ext.dequantize(packed, fmt, rows, 512, torch.float32)
+        same = (actual.view(torch.int32) == expected.view(torch.int32)) | (actual.isnan() & expected.isnan())
+        # a negated zero has no sign in an integer product
+        assert bool((same | ((actual == 0) & (expected == 0))).all())
+
+
+@kinds
+@pytest.mark.parametrize("dtype", FLOATS[1:])
+def test_dequantize_rounds_once(fmt: Format, dtype: torch.dtype, isa: str) -> None:
+    blocks = random_blocks(fmt, 19, 512)
+    actual = cpu_ext.dequantize(cpu_ext.pack(blocks, fmt), fmt, 19, 512, dtype)
+    assert torch.equal(actual, weights(fmt, blocks).to(dtype))
+
+
+@all_formats
+def test_embedding(fmt: Format, isa: str) -> None:
+    blocks = random_blocks(fmt, 37, 512)
+    packed = cpu_ext.pack(blocks, fmt)
+    ids = torch.tensor([[0, 36, 16], [15, 36, 1]])
+    for index in (ids, ids.int(), ids.mT):
+        for dtype in FLOATS:
+            actual = cpu_ext.embedding(index, packed, fmt, 37, 512, dtype)
+            assert torch.equal(actual, weights(fmt, blocks)[index.long()].to(dtype))
+
+
+def test_embedding_of_no_ids_and_of_wrong_ids() -> None:
+    fmt = get_format("iq4_ks")
+    packed = cpu_ext.pack(random_blocks(fmt, 20, 256), fmt)
+    assert cpu_ext.embedding(torch.empty(0, 3, dtype=torch.long), packed, fmt, 20, 256, torch.float32).shape == (0, 3, 256)
+    for wrong in (-1, 20):
+        with pytest.raises(IndexError, match=rf"id {wrong} .* 20 rows"):
+            cpu_ext.embedding(torch.tensor([3, wrong]), packed, fmt, 20, 256, torch.float32)
+
+
+# -- products --------------------------------------------------------------------------------------------------
+
+
+@all_formats
+def test_linear_in_float(fmt: Format, isa: str) -> None:
+    blocks = random_blocks(fmt, 49, 768)
+    packed, exact = cpu_ext.pack(blocks, fmt), weights(fmt, blocks).double()
+    for m in (1, 2, 3, 7, 8, 13, 16, 45):
+        x = activations(m, 768, seed=m)
+        # the matrix unit rounds weights and activations to bfloat16
+        bound = 3e-3 if isa == "amx" and m >= 16 else 2e-6
+        assert error(cpu_ext.linear(x, packed, fmt, 49, None, 0), x.double() @ exact.T) < bound
+
+
+@all_formats
+def test_linear_in_int8(fmt: Format, isa: str) -> None:
+    blocks = random_blocks(fmt, 49, 768)
+    packed, exact = cpu_ext.pack(blocks, fmt), weights(fmt, blocks).double()
+    for m in (1, 2, 3, 7, 8, 13, 45):
+        x = activations(m, 768, seed=m)
+        actual = cpu_ext.linear(x, packed, fmt, 49, None, 1)
+        if isa == "amx" and m >= 16:
+            assert error(actual, x.double() @ exact.T) < 3e-3
+        else:
+            assert error(actual, rounded_to_int8(x) @ exact.T) < 1e-5
+
+
+@kinds
+def test_error_of_int8_activations(fmt: Format) -> None:
+    """At most 1 % on Gaussian activations, and on heavy-tailed ones with outliers up to 6e4; 0.3 % in float."""
+    blocks = random_blocks(fmt, 256, 1024)
+    packed, exact = cpu_ext.pack(blocks, fmt), weights(fmt, blocks).double()
+    gaussian = activations(8, 1024)
+    heavy = gaussian / activations(8, 1024, seed=5).abs().clamp(min=0.05)
+    heavy[:, 17] = 6e4
+    for x in (gaussian, heavy, gaussian * 1e-20, gaussian * 1e20):
+        expected = x.double() @ exact.T
+        assert error(cpu_ext.linear(x, packed, fmt, 256, None, 1), expected) < 1e-2
+        assert error(cpu_ext.linear(x, packed, fmt, 256, None, 0), expected) < 3e-3
+
+
+def test_extreme_operands_do_not_saturate(isa: str) -> None:
+    """All weights and activations at their extremes: pairs of products are largest."""
+    for fmt in PLAIN:
+        parts = fmt.unpack(random_blocks(fmt, 16, 256))
+        extreme = int(fmt.codebook.values[0].astype(int).sum(-1).argmin() if fmt.vec > 1 else fmt.codebook.values[0, :, 0].argmin())
+        parts["code"].fill_(extreme)
+        blocks = fmt.pack(parts)
+        if not torch.equal(fmt.unpack(blocks)["code"], parts["code"]):
+            continue  # iq4_kss: codes of four neighbours depend on each other
+        x = torch.full((3, 256), 5.0)
+        x[1] = -5.0
+        exact = weights(fmt, blocks).double()
+        wrong = (cpu_ext.linear(x, cpu_ext.pack(blocks, fmt), fmt, 16, None, 1).double() - x.double() @ exact.T).abs()
+        assert bool((wrong <= 1e-5 * (x.double().abs() @ exact.abs().T)).all()), fmt.name
+
+
+@kinds
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_linear_dtypes_shapes_strides_and_bias(fmt: Format, dtype: torch.dtype, isa: str) -> None:
+    rows, k = 33, 256
+    blocks = random_blocks(fmt, rows, k)
+    packed, exact = cpu_ext.pack(blocks, fmt), weights(fmt, blocks).double()
+    bias = activations(rows, seed=3, dtype=dtype)
+    tolerance = {torch.float32: 3e-3, torch.bfloat16: 6e-3, torch.float16: 3e-3}[dtype]
+    for shape in ((k,), (1, k), (3, k), (2, 3, k), (2, 1, 5, k), (20, k)):
+        wide = activations(*shape[:-1], 2 * k, seed=1, dtype=dtype)
+        for x in (wide[..., :k], wide[..., ::2], wide[..., k:].contiguous()):
+            actual = cpu_ext.linear(x, packed, fmt, rows, bias, 0)
+            assert actual.dtype == dtype and actual.shape == (*shape[:-1], rows)
+            assert error(actual, x.double() @ exact.T + bias.double()) < tolerance
+    transposed = activations(k, 6, dtype=dtype).mT
+    assert error(cpu_ext.linear(transposed, packed, fmt, rows, None, 0), transposed.double() @ exact.T) < tolerance
+
+
+def test_linear_of_an_empty_batch() -> None:
+    fmt = get_format("iq2_kl")
+    packed = cpu_ext.pack(random_blocks(fmt, 20, 256), fmt)
+    for shape in ((0, 256), (2, 0, 256)):
+        for precision in (0, 1):
+            assert cpu_ext.linear(torch.empty(shape), packed, fmt, 20, None, precision).shape == (*shape[:-1], 20)
+
+
+def test_not_a_number_and_infinity_stay_in_their_row(isa: str) -> None:
+    fmt = get_format("iq4_ks")
+    packed = cpu_ext.pack(random_blocks(fmt, 20, 256), fmt)
+    for m in (1, 3, 20):
+        for precision in (0, 1):
+            for value in (float("nan"), float("inf")):
+                x = activations(m, 256)
+                x[m // 2, 100] = value
+                finite = cpu_ext.linear(x, packed, fmt, 20, None, precision).isfinite()
+                assert not finite[m // 2].any()
+                assert finite.sum() == 20 * (m - 1)
+
+
+@pytest.mark.parametrize("name", ["q4_0", "iq2_kl"])
+def test_zero_and_tiny_activations(name: str, isa: str) -> None:
+    fmt = get_format(name)
+    packed = cpu_ext.pack(random_blocks(fmt, 20, 256), fmt)
+    for m in (1, 5):
+        assert not cpu_ext.linear(torch.zeros(m, 256), packed, fmt, 20, None, 1).any()
+        assert cpu_ext.linear(torch.full((m, 256), 1e-42), packed, fmt, 20, None, 1).isfinite().all()
+
+
+@all_formats
+def test_transposed_product(fmt: Format, isa: str) -> None:
+    blocks = random_blocks(fmt, 37, 512)
+    packed, exact = cpu_ext.pack(blocks, fmt), weights(fmt, blocks).double()
+    for shape in ((37,), (5, 37), (2, 3, 37), (35, 37)):
+        g = activations(*shape)
+        assert error(cpu_ext.linear_transposed(g, packed, fmt, 512), g.double() @ exact) < 2e-6
+    half = activations(3, 74, dtype=torch.bfloat16)[:, ::2]
+    assert error(cpu_ext.linear_transposed(half, packed, fmt, 512), half.double() @ exact) < 4e-3
+    assert cpu_ext.linear_transposed(torch.empty(0, 37), packed, fmt, 512).shape == (0, 512)
+
+
+@kinds
+def test_grouped_linear(fmt: Format, isa: str) -> None:
+    blocks = torch.stack([random_blocks(fmt, 33, 256, seed) for seed in range(4)])
+    packed, exact = cpu_ext.pack(blocks, fmt), weights(fmt, blocks).double()
+    x = activations(29, 256)
+    offsets = torch.tensor([3, 3, 25, 26], dtype=torch.int32)  # the second expert gets nothing, three rows are nobody's
+    expected = torch.cat([x[a:b].double() @ w.T for a, b, w in zip([0, 3, 3, 25], offsets.tolist(), exact)])
+    actual = cpu_ext.grouped_linear(x, packed, offsets, fmt, 33, 0)
+    assert error(actual[:26], expected) < 3e-3
+    assert not actual[26:].any()
+
+
+@kinds
+def test_threads_do_not_change_a_bit(fmt: Format) -> None:
+    blocks = random_blocks(fmt, 200, 1024)
+    packed, before = cpu_ext.pack(blocks, fmt), torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(
+                [cpu_ext.linear(activations(m, 1024), packed, fmt, 200, None, p) for m in (1, 4, 70) for p in (0, 1)]
+                + [cpu_ext.linear_transposed(activations(9, 200), packed, fmt, 1024)]
+                + [cpu_ext.pack(blocks, fmt), cpu_ext.dequantize(packed, fmt, 200, 1024, torch.float32)]
+            )
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other))
+
+
+# -- operators and refusals --------------------------------------------------------------------------------------
+
+
+def test_operators_pass_opcheck() -> None:
+    fmt = get_format("iq2_kl")
+    packed = cpu_ext.pack(torch.stack([random_blocks(fmt, 33, 256, seed) for seed in range(2)]), fmt)
+    one, kind, ops = packed[0].contiguous(), fmt.ggml_type, torch.ops.iqtorch_cpu
+    for x in (activations(3, 256), activations(2, 5, 256, dtype=torch.bfloat16), activations(1, 512)[:, ::2]):
+        torch.library.opcheck(ops.linear.default, (x, one, kind, 33, activations(33), 1))
+        torch.library.opcheck(ops.linear.default, (x, one, kind, 33, None, 0))
+    torch.library.opcheck(ops.linear_transposed.default, (activations(2, 33), one, kind, 256))
+    torch.library.opcheck(ops.dequantize.default, (packed, kind, 33, 256, torch.float16))
+    torch.library.opcheck(ops.embedding.default, (torch.tensor([[1, 2]]), one, kind, 33, 256, torch.bfloat16))
+    torch.library.opcheck(ops.grouped_linear.default, (activations(5, 256), packed, torch.tensor([2, 5], dtype=torch.int32), kind, 33, 1))
+
+
+def test_operators_refuse_what_does_not_fit() -> None:
+    fmt = get_format("iq2_kl")
+    packed = cpu_ext.pack(random_blocks(fmt, 33, 256), fmt)
+    with pytest.raises(RuntimeError, match="33 x 512 weights has .* bytes"):
+        cpu_ext.linear(activations(2, 512), packed, fmt, 33, None, 1)
+    with pytest.raises(RuntimeError, match="multiple of 256"):
+        cpu_ext.linear(activations(2, 100), packed, fmt, 33, None, 1)
+    with pytest.raises(RuntimeError, match="float32, bfloat16 or float16"):
+        cpu_ext.linear(activations(2, 256).double(), packed, fmt, 33, None, 1)
+    with pytest.raises(RuntimeError, match="bias must have one number per row"):
+        cpu_ext.linear(activations(2, 256), packed, fmt, 33, activations(32), 1)
+    with pytest.raises(RuntimeError, match="offsets must not decrease"):
+        cpu_ext.grouped_linear(activations(5, 256), packed[None], torch.tensor([6], dtype=torch.int32), fmt, 33, 1)
+    with pytest.raises(BlockSizeError, match="at least one row"):
+        cpu_ext.pack(torch.empty(0, fmt.row_bytes(256), dtype=torch.uint8), fmt)
+    interleaved = get_format("iq2_k_r4")
+    assert "iq2_k" in str(cpu_ext.supports(interleaved, 16, 256))
+    with pytest.raises(KernelUnavailableError, match="iq2_k_r4"):
+        cpu_ext.pack(torch.zeros(4, interleaved.row_bytes(256), dtype=torch.uint8), interleaved)
+
+
+def test_every_plain_format_has_kernels() -> None:
+    assert [fmt.name for fmt in PLAIN if cpu_ext.supports(fmt, 5, 2 * fmt.block_size) is not None] == []
+
+
+def run_python(code: str, isa: str | None = None) -> str:
+    env = {**os.environ, **({} if isa is None else {"IQTORCH_ISA": isa})}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_forcing_an_instruction_set() -> None:
+    assert run_python("from iqtorch import cpu_ext; print(cpu_ext.capabilities()['isa'])", "scalar").strip() == "scalar"
+    code = (
+        "from iqtorch import cpu_ext, errors, formats\n"
+        "for call in (cpu_ext.capabilities, lambda: cpu_ext.supports(formats.get_format('iq2_kl'), 16, 256)):\n"
+        "    try: call()\n"
+        "    except errors.KernelUnavailableError as error: print(error)\n"
+    )
+    missing = next(isa for isa, reason in cpu_ext.capabilities().items() if isa != "isa" and reason != "available")
+    for forced in (missing, "sse9"):
+        first, second = run_python(code, forced).splitlines()
+        assert f"IQTORCH_ISA={forced}" in first
+        assert first == second
+
+
+def test_without_the_compiled_module_everything_runs_on_plain_torch() -> None:
+    code = (
+        "import importlib.util as u\n"
+        "find = u.find_spec\n"
+        "u.find_spec = lambda name, *a: None if name.endswith('cpu_ext._C') else find(name, *a)\n"
+        "import torch, iqtorch\n"
+        "from iqtorch import cpu_ext\n"
+        "w = iqtorch.quantize(torch.randn(32, 256), 'iq4_nl')\n"
+        "x = torch.randn(2, 256)\n"
+        "y, ref = torch.nn.functional.linear(x, w), x @ w.dequantize(torch.float32).T\n"
+        "assert (y - ref).norm() / ref.norm() < 0.02\n"
+        "print(w.backend, '|', cpu_ext.supports(w.format, 32, 256))\n"
+    )
+    backend, reason = run_python(code).split("|")
+    assert backend.strip() == "torch"
+    assert "without its compiled kernels" in reason
