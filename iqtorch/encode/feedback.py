@@ -75,7 +75,7 @@ def encode_with_feedback(
     effort = effort or Feedback()
     metric = Metric(moments.to(weight.device), fmt, effort.damping)
     if start is None:
-        start = encode(weight, fmt, moments.diagonal().float(), "rmse")
+        start = encode(weight, fmt, moments.diagonal().float().contiguous(), "rmse")
     step = ROWS["cpu" if weight.device.type == "cpu" else "gpu"]
     out = torch.empty_like(start)
     for i in range(0, len(weight), step):
@@ -278,7 +278,7 @@ class Rounding:
             gradient = [(pull[index] * b).sum(0) for b in direction]
             moves = _solve(gradient, [[(a[index] * b).sum(0) for b in direction] for a in seen])
             for name, move, b, hb in zip(names, moves, direction, seen, strict=True):
-                old = self.state[name][unit]
+                old = self.state[name][unit].clone()
                 new = self.stored.round(old + move)
                 self.state[name][unit] = new
                 pull.addcmul_(hb, new - old, value=-1)
