@@ -19,13 +19,10 @@ Objective = Literal["model", "rmse"]
 Speed = Literal["fast", "default", "best"]
 
 EFFORTS = {
-    "fast": Effort(trials=5, keep=6, steps=12, shortlist=2, rounds=1, probes=8),
+    "fast": Effort(trials=6, keep=6, steps=12, shortlist=2, rounds=1, probes=8),
     "default": Effort(trials=10, keep=8, steps=16, shortlist=3, rounds=1, probes=16),
     "best": Effort(trials=24, keep=16, steps=48, shortlist=6, rounds=4, probes=64),
 }
-#: A trial scale of a trellis codebook costs as much as dozens for a table, and matters less: its values have no largest step.
-TRELLIS_TRIALS = {"fast": 3, "default": 5, "best": 8}
-
 #: Weights encoded at a time: temporaries are a few dozen bytes per weight, and should stay in the cache of a CPU.
 CHUNK = {"cpu": 1 << 18, "gpu": 1 << 22}
 #: Least importance relative to the mean: columns without importance still choose their own best codes.
@@ -56,8 +53,8 @@ def encode(weight: Tensor, fmt: Format, importance: Tensor | None, objective: Ob
     rows, k = weight.shape
     weights = _error_weights(importance, k, weight.device)
     effort = EFFORTS[speed]
-    if fmt.codebook.entries >= 4096:
-        effort = replace(effort, trials=TRELLIS_TRIALS[speed])
+    if fmt.vec >= 4:  # vectors are slow to search and less sensitive to the scale
+        effort = replace(effort, trials=effort.trials // 2)
     out = torch.empty((rows, fmt.row_bytes(k)), dtype=torch.uint8, device=weight.device)
     step = max(1, CHUNK["cpu" if weight.device.type == "cpu" else "gpu"] // k)
     for i in range(0, rows, step):

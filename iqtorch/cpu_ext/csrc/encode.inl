@@ -108,13 +108,13 @@ struct Search {
   int32_t *best_rank, *best_min, *best_kind, *best_code;
   float* moved;  // affine: x plus the offset of its group
 
-  // Codes and values of `items` groups; item i is x[i], w[i] at scale s[i].
-  void find(int items, const float* const* xs, const float* const* ws, const float* s, int variant);
+  // Values (and codes) of `items` groups; item i is x[i], w[i] at scale s[i]. Trials do without codes, and so without parity.
+  void find(int items, const float* const* xs, const float* const* ws, const float* s, int variant, bool codes_too);
   void table(const float* x, const float* w, float s, int variant, float* value, int32_t* code);
   void parity(const float* x, const float* w, float s, int variant, float* value, int32_t* code);
-  void grid(int items, const float* const* xs, const float* const* ws, const float* s, int variant);
-  void full_search(int queries, int variant);
-  template <int V> void full_search_of(int queries, int variant);
+  void signs(const float* w, float low, uint8_t* minus);
+  template <int V> void grid(int items, const float* const* xs, const float* const* ws, const float* s, int variant);
+  template <int V> void full_search(int queries, int variant);
   template <int V> void cell_search(int queries, int variant);
 
   void propose(int g);
@@ -137,7 +137,7 @@ void Search::table(const float* x, const float* w, float s, int variant, float* 
     store(value + j, gather(values, cell));
     if (code) store(code + j, f.i.code_parity ? cell : gather(index, cell));
   }
-  if (f.i.code_parity) parity(x, w, s, variant, value, code);
+  if (code && f.i.code_parity) parity(x, w, s, variant, value, code);
 }
 
 // Words of codes with an odd count of ones: the code changes that costs least to change. `code` holds cells on entry.
@@ -162,7 +162,7 @@ void Search::parity(const float* x, const float* w, float s, int variant, float*
 }
 
 // Sixteen queries at a time against every entry: sum over the vector of (a + b c) c, with a = -2 w x and b = s w.
-template <int V> void Search::full_search_of(int queries, int variant) {
+template <int V> void Search::full_search(int queries, int variant) {
   const float* book = f.book + (size_t)variant * f.i.entries * V;
   const int stride = (queries + 15) / 16 * 16;
   for (int q = 0; q < queries; q += 16) {
@@ -226,55 +226,54 @@ template <int V> void Search::cell_search(int queries, int variant) {
   }
 }
 
-void Search::full_search(int queries, int variant) {
-  const bool by_cell = f.cells[0].cells > 0;
-  if (f.i.vec == 2) full_search_of<2>(queries, variant);
-  else if (f.i.vec == 4) by_cell ? cell_search<4>(queries, variant) : full_search_of<4>(queries, variant);
-  else by_cell ? cell_search<8>(queries, variant) : full_search_of<8>(queries, variant);
-}
-
-void Search::grid(int items, const float* const* xs, const float* const* ws, const float* s, int variant) {
-  const int v = f.i.vec, per = n / v, queries = items * per, stride = (queries + 15) / 16 * 16;
+template <int V> void Search::grid(int items, const float* const* xs, const float* const* ws, const float* s, int variant) {
+  const int per = n / V, queries = items * per, stride = (queries + 15) / 16 * 16;
   for (int it = 0; it < items; ++it) {
-    const float* x = xs[it];
     const float* w = ws[it];
-    const float scale = s[it] < 0 ? -s[it] : s[it], sign = s[it] < 0 ? -1.0f : 1.0f, low = f.smallest * scale;
-    uint8_t* minus = negative + it * n;
-    for (int j = 0; j < n; ++j) {
-      const float t = x[j] * sign;
-      minus[j] = f.i.signs != kUnsigned && t < 0;
-      target[j] = minus[j] ? -t : t;
-    }
-    if (f.i.signs == kEven)
-      for (int j = 0; j < n; j += 8) {
-        int odd = 0, cheapest = j;
-        float cost = kInfinity;
-        for (int k = j; k < j + 8; ++k) {
-          const float up = target[k] + low, down = low > target[k] ? low - target[k] : 0.0f;
-          const float change = w[k] * (up * up - down * down);
-          odd ^= minus[k];
-          if (change < cost) cost = change, cheapest = k;
-        }
-        if (odd) minus[cheapest] ^= 1, target[cheapest] = -target[cheapest];
+    const float scale = s[it] < 0 ? -s[it] : s[it], sign = s[it] < 0 ? -1.0f : 1.0f;
+    for (int j = 0; j < n; ++j) target[j] = xs[it][j] * sign;
+    if (f.i.signs != kUnsigned) signs(w, f.smallest * scale, negative + it * n);
+    for (int i = 0; i < V; ++i)
+      for (int q = 0; q < per; ++q) {
+        query_a[i * stride + it * per + q] = -2 * w[q * V + i] * target[q * V + i];
+        query_b[i * stride + it * per + q] = scale * w[q * V + i];
       }
-    for (int j = 0; j < n; ++j) {
-      query_a[(j % v) * stride + it * per + j / v] = -2 * w[j] * target[j];
-      query_b[(j % v) * stride + it * per + j / v] = scale * w[j];
-    }
   }
-  for (int q = queries; q < stride; ++q)
-    for (int i = 0; i < v; ++i) query_a[i * stride + q] = query_b[i * stride + q] = 0;
-  full_search(queries, variant);
+  for (int i = 0; i < V; ++i)
+    for (int q = queries; q < stride; ++q) query_a[i * stride + q] = query_b[i * stride + q] = 0;
+  f.cells[0].cells ? cell_search<V>(queries, variant) : full_search<V>(queries, variant);
+  const float* book = f.book + (size_t)variant * f.i.entries * V;
   for (int q = 0; q < queries; ++q) {
-    const float* c = f.book + ((size_t)variant * f.i.entries + query_code[q]) * v;
+    const float* c = book + (size_t)query_code[q] * V;
     code[q] = query_code[q];
-    for (int i = 0; i < v; ++i) value[q * v + i] = negative[q * v + i] ? -c[i] : c[i];
+    for (int i = 0; i < V; ++i) value[q * V + i] = c[i];
+  }
+  if (f.i.signs != kUnsigned)
+    for (int j = 0; j < items * n; ++j) value[j] = negative[j] ? -value[j] : value[j];
+}
+
+// Magnitudes in `target`, signs in `minus`; with even parity, of each eight the sign that costs least to turn is turned.
+void Search::signs(const float* w, float low, uint8_t* minus) {
+  for (int j = 0; j < n; ++j) minus[j] = target[j] < 0, target[j] = target[j] < 0 ? -target[j] : target[j];
+  if (f.i.signs != kEven) return;
+  for (int j = 0; j < n; j += 8) {
+    int odd = 0, cheapest = j;
+    float cost = kInfinity;
+    for (int k = j; k < j + 8; ++k) {
+      const float up = target[k] + low, down = low > target[k] ? low - target[k] : 0.0f;
+      const float change = w[k] * (up * up - down * down);
+      odd ^= minus[k];
+      if (change < cost) cost = change, cheapest = k;
+    }
+    if (odd) minus[cheapest] ^= 1, target[cheapest] = -target[cheapest];
   }
 }
 
-void Search::find(int items, const float* const* xs, const float* const* ws, const float* s, int variant) {
-  if (f.i.vec > 1) return grid(items, xs, ws, s, variant);
-  for (int i = 0; i < items; ++i) table(xs[i], ws[i], s[i], variant, value + i * n, code + i * n);
+void Search::find(int items, const float* const* xs, const float* const* ws, const float* s, int variant, bool codes_too) {
+  if (f.i.vec == 2) return grid<2>(items, xs, ws, s, variant);
+  if (f.i.vec == 4) return grid<4>(items, xs, ws, s, variant);
+  if (f.i.vec == 8) return grid<8>(items, xs, ws, s, variant);
+  for (int i = 0; i < items; ++i) table(xs[i], ws[i], s[i], variant, value + i * n, codes_too ? code + i * n : nullptr);
 }
 
 // -- one number per group: d * scale ---------------------------------------------------------------------------
@@ -313,7 +312,7 @@ void Search::propose(int g) {
   float best[kMaxKeep][3];
   int32_t kinds[kMaxKeep];
   for (int variant = 0; variant < f.i.variants; ++variant) {
-    find(trials, xs, ws, scales, variant);
+    find(trials, xs, ws, scales, variant, false);
     float last_top = 0, last_won = -1;
     for (int t = 0; t < trials; ++t) {
       F xc = set(0), cc = set(0);
@@ -321,7 +320,7 @@ void Search::propose(int g) {
         const F c = load(value + t * n + j), wc = load(gw + j) * c;
         xc = fma(load(gx + j), wc, xc), cc = fma(wc, c, cc);
       }
-      const float sxc = sum(xc), scc = sum(cc), top = divide(sxc, scc), won = top * sxc;
+      const float sxc = sum(xc), scc = sum(cc), top = scc == 0 ? 0.0f : sxc / scc, won = top * sxc;
       const bool repeated = top == last_top && won == last_won;  // the same codes as at the last trial scale
       last_top = top, last_won = won;
       if (repeated || (kept == f.i.keep && !(won > best[kept - 1][2]))) continue;
@@ -399,7 +398,7 @@ void Search::attempt(const float* s, const int32_t* rank, const int32_t* kinds, 
     int items = 0;
     for (int g = 0; g < groups; ++g)
       if (kinds[g] == variant) item_x[items] = from + g * n, item_w[items] = w + g * n, scales[items] = s[g], which[items++] = g;
-    if (items) find(items, item_x, item_w, scales, variant);
+    if (items) find(items, item_x, item_w, scales, variant, true);
     for (int it = 0; it < items; ++it) {
       const int g = which[it];
       const float error = squared_error(item_x[it], item_w[it], scales[it], value + it * n, n);

@@ -37,6 +37,12 @@ IQ_FN void keep_lower(F a, I index, F& best, I& which) {
   best.v = _mm512_mask_mov_ps(best.v, m, a.v), which.v = _mm512_mask_mov_epi32(which.v, m, index.v);
 }
 
+IQ_FN float sum(F a) {
+  const __m256 t = _mm256_add_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1));
+  __m128 q = _mm_add_ps(_mm256_castps256_ps128(t), _mm256_extractf128_ps(t, 1));
+  q = _mm_add_ps(q, _mm_movehl_ps(q, q));
+  return _mm_cvtss_f32(_mm_add_ss(q, _mm_movehdup_ps(q)));
+}
 IQ_FN float lowest(F a) { return _mm512_reduce_min_ps(a.v); }
 IQ_FN int first_equal(F a, float c) { return __builtin_ctz(_mm512_cmp_ps_mask(a.v, _mm512_set1_ps(c), _CMP_EQ_OQ) | 0x10000); }
 
@@ -67,8 +73,14 @@ IQ_FN void keep_lower(F a, I index, F& best, I& which) {
     which.v[h] = _mm256_blendv_epi8(which.v[h], index.v[h], _mm256_castps_si256(m));
   }
 }
+IQ_FN float sum(F a) {
+  const __m256 t = _mm256_add_ps(a.v[0], a.v[1]);
+  __m128 q = _mm_add_ps(_mm256_castps256_ps128(t), _mm256_extractf128_ps(t, 1));
+  q = _mm_add_ps(q, _mm_movehl_ps(q, q));
+  return _mm_cvtss_f32(_mm_add_ss(q, _mm_movehdup_ps(q)));
+}
 IQ_FN float lowest(F a) {
-  __m256 t = _mm256_min_ps(a.v[0], a.v[1]);
+  const __m256 t = _mm256_min_ps(a.v[0], a.v[1]);
   __m128 q = _mm_min_ps(_mm256_castps256_ps128(t), _mm256_extractf128_ps(t, 1));
   q = _mm_min_ps(q, _mm_movehl_ps(q, q));
   return _mm_cvtss_f32(_mm_min_ss(q, _mm_movehdup_ps(q)));
@@ -105,6 +117,11 @@ IQ_FN void keep_lower(F a, I index, F& best, I& which) {
     best.v[i] = a.v[i] < best.v[i] ? a.v[i] : best.v[i];
   }
 }
+IQ_FN float sum(F a) {
+  for (int step = 8; step; step /= 2)
+    for (int i = 0; i < step; ++i) a.v[i] += a.v[i + step];
+  return a.v[0];
+}
 IQ_FN float lowest(F a) {
   for (int step = 8; step; step /= 2)
     for (int i = 0; i < step; ++i) a.v[i] = a.v[i + step] < a.v[i] ? a.v[i + step] : a.v[i];
@@ -117,15 +134,6 @@ IQ_FN int first_equal(F a, float c) {
 }
 
 #endif
-
-// Sum of the lanes, always in the same order.
-IQ_FN float sum(F a) {
-  float t[16];
-  store(t, a);
-  for (int step = 8; step; step /= 2)
-    for (int i = 0; i < step; ++i) t[i] += t[i + step];
-  return t[0];
-}
 
 // The index of the lowest lane; among equal lanes the lowest index.
 IQ_FN int32_t index_of_lowest(F a, I which) {
