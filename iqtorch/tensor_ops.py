@@ -415,7 +415,7 @@ def _set_data(self: Tensor, value: Tensor) -> None:
     if not isinstance(self, IQTensor) or not isinstance(value, IQTensor):
         _refuse("x.data = a tensor of another kind", "replace the parameter: module.weight = torch.nn.Parameter(tensor)")
     _plain(torch.Tensor.data.__set__, self, value)  # type: ignore[attr-defined]
-    vars(self).update({name: getattr(value, name) for name in ("packed", "format", "backend", "transposed")})
+    vars(self).update(vars(value))
 
 
 @function_handler(torch.Tensor.share_memory_)

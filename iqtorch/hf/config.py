@@ -75,12 +75,8 @@ class StoredTensor:
             entry["dtype"] = str(self.dtype).removeprefix("torch.")
         return entry
 
-    def read(self, name: str, blocks: Tensor, model_dtype: torch.dtype) -> IQTensor:
-        """The packed weight, from its stored bytes.
-
-        Raises:
-            CheckpointError: bytes of another dtype or size than the entry says.
-        """
+    def check(self, name: str, blocks: Tensor) -> None:
+        """Raises CheckpointError for stored bytes of another dtype or size than the entry says."""
         fmt: Format = get_format(self.format)
         rows, k = (self.shape[-1], self.shape[-2]) if self.transposed else self.shape[-2:]
         wanted = (*self.shape[:-2], rows, fmt.row_bytes(k))
@@ -89,7 +85,6 @@ class StoredTensor:
                 f"{name!r} must be uint8 {list(wanted)} ({self.format} of shape {list(self.shape)}), "
                 f"the file has {blocks.dtype} {list(blocks.shape)}; the checkpoint is damaged or was edited"
             )
-        return IQTensor.from_blocks(blocks, fmt, self.dtype or model_dtype, transposed=self.transposed)
 
 
 def _unknown_version(version: object) -> CheckpointError:

@@ -16,7 +16,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 
 from ..errors import CheckpointError, IQTorchError, UnsupportedOperationError
-from ..formats import get_format
+from ..formats import Format, get_format
 from ..linear import PACKED_CLASS, packed_parameter
 from ..model import NOTES, importance_table, is_conv1d, lookup_importance, plan_formats, replace_module
 from ..quantize import quantize
@@ -130,6 +130,13 @@ class IQQuantizer(HfQuantizer):
                 )
             self.stored[found] = stored
 
+    def update_parallel_plan(self, model: Any, plan: dict[str, str]) -> None:
+        """Has the packed weights of a tensor-parallel plan split by blocks."""
+        if plan:
+            from .parallel import use_packed_styles
+
+            use_packed_styles(model, {**self.planned, **self.stored}, plan)
+
     # -- sizes, for device_map="auto" ---------------------------------------------------------------------------
 
     def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
@@ -172,24 +179,32 @@ class IQQuantizer(HfQuantizer):
             packed = quantize(
                 weight.mT if plan.transposed else weight, plan.format, plan.importance, self.quantization_config.objective, name=name
             )
+            return self._parameter(model, name, packed.to_blocks(), packed.format, packed.dtype, plan.view)
         except (IQTorchError, ValueError) as error:
             self.error = error
             return None
-        return self._finish(model, name, packed._swapped() if plan.view else packed)
 
     def read_weight(self, model: nn.Module, name: str, blocks: Tensor) -> nn.Parameter | None:
         """The packed parameter for the bytes of a packed checkpoint; None after an error, which is kept in `error`."""
         if self.error is not None:
             return None
+        stored = self.stored[name]
         try:
-            return self._finish(model, name, self.stored[name].read(name, blocks, self.dtype))
+            stored.check(name, blocks)
+            return self._parameter(model, name, blocks, get_format(stored.format), stored.dtype or self.dtype, stored.transposed)
         except IQTorchError as error:
             self.error = error
             return None
 
     @staticmethod
-    def _finish(model: nn.Module, name: str, packed: IQTensor) -> nn.Parameter:
-        parameter = packed_parameter(packed)
+    def _parameter(model: nn.Module, name: str, blocks: Tensor, fmt: Format, dtype: torch.dtype, transposed: bool) -> nn.Parameter:
+        path, _, attribute = name.rpartition(".")
+        module = model.get_submodule(path)
+        if hasattr(module, "_iqtorch_shards"):
+            from .parallel import local_part
+
+            blocks = local_part(module, attribute, blocks, fmt, transposed, name)
+        parameter = packed_parameter(IQTensor.from_blocks(blocks, fmt, dtype, transposed=transposed))
         parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers must not initialize it
         return parameter
 
@@ -215,6 +230,8 @@ class IQQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: Any, safe_serialization: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:
         """The state dict with canonical bytes for packed weights; fills in `quantization_config.tensors`."""
+        if any(hasattr(module, "_iqtorch_shards") for module in model.modules()):
+            raise UnsupportedOperationError("a packed model that is split over processes cannot be saved: save it before, from one process")
         tensors: dict[str, StoredTensor] = {}
         blocks: dict[int, Tensor] = {}  # tied weights share their bytes, so that they are saved once
         state: dict[str, Tensor] = {}

@@ -1,0 +1,113 @@
+"""Tensor parallelism: transformers' plans on packed weights, each process reading only its own rows or blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES, replace_layer_number_by_wildcard
+from transformers.distributed.tensor_parallel import TensorParallelLayer
+
+from ..errors import ShapeError
+from ..formats import Format
+
+#: Attributes of a module: names of its parameters that will be packed; `{name: (mesh, placements)}` of those that are split.
+PACKED, SHARDS = "_iqtorch_packed", "_iqtorch_shards"
+
+
+class PackedStyle(TensorParallelLayer):
+    """One of transformers' styles, for modules with packed weights.
+
+    transformers' own makes a `DTensor` of each parameter, which slices the stored bytes as if they were weights. Here a packed
+    parameter stays plain: where it would be split is written down, and `split_blocks` takes that part when it is read.
+    """
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def validate_param(self, module: nn.Module, param: str, mesh: Any, parameter_name: str | None = None) -> None:
+        self.inner.validate_param(module, param, mesh, parameter_name=parameter_name)
+
+    def shard_param(self, module: nn.Module, param: str, mesh: Any) -> None:
+        plain = module._parameters.get(param)
+        self.inner.shard_param(module, param, mesh)
+        if param in getattr(module, PACKED, ()):
+            placements = getattr(module._parameters[param], "placements", ())
+            module.__dict__.setdefault(SHARDS, {})[param] = (mesh, placements)
+            module._parameters[param] = plain
+            module._hf_quantized_needs_local_tp = True  # type: ignore[assignment]  # products of plain tensors, not of DTensors
+
+    def install_forward(self, module: nn.Module, mesh: Any) -> Any:
+        return self.inner.install_forward(module, mesh)
+
+
+def use_packed_styles(model: Any, names: Iterable[str], plan: dict[str, str]) -> None:
+    """Changes, in a plan with wildcards, the style of every weight among `names` to its `PackedStyle`.
+
+    Packed embeddings, and a head that is tied to one, stay whole in every process: a lookup costs nothing, and a table of a
+    part of the vocabulary would need its ids masked.
+    """
+    tied = set(model.all_tied_weights_keys) | set(model.all_tied_weights_keys.values())
+    split: set[str] = set()
+    whole: set[str] = set()
+    for name in names:
+        path, _, attribute = name.rpartition(".")
+        module = model.get_submodule(path)
+        module.__dict__.setdefault(PACKED, set()).add(attribute)
+        keys = {replace_layer_number_by_wildcard(name), replace_layer_number_by_wildcard(path)}
+        (whole if isinstance(module, nn.Embedding) or name in tied else split).update(keys)
+    for key, style in list(plan.items()):
+        if key in whole:
+            del plan[key]
+        elif key in split and not style.startswith("iqtorch_") and style != "moe_tp_experts":
+            ALL_PARALLEL_STYLES.register(f"iqtorch_{style}", PackedStyle(ALL_PARALLEL_STYLES[style]))
+            plan[key] = f"iqtorch_{style}"
+
+
+def local_part(module: nn.Module, attribute: str, blocks: Tensor, fmt: Format, transposed: bool, name: str) -> Tensor:
+    """This process's part of a weight's canonical bytes; all of them if the weight is not split.
+
+    Raises:
+        ShapeError: the plan cuts a row within a block.
+    """
+    mesh, placements = getattr(module, SHARDS, {}).get(attribute, (None, ()))
+    for axis, placement in enumerate(placements):
+        if not hasattr(placement, "dim"):
+            continue
+        # Dimension of the parameter -> dimension of the stored bytes: the last two are exchanged if it is transposed.
+        dim = placement.dim % blocks.ndim
+        if transposed and dim >= blocks.ndim - 2:
+            dim = 2 * blocks.ndim - 3 - dim
+        parts, rank = mesh.size(axis), mesh.get_local_rank(axis)
+        blocks = split_blocks(blocks, fmt, dim, parts, rank, getattr(placement, "split_factor", 1), name)
+    return blocks.contiguous()
+
+
+def split_blocks(blocks: Tensor, fmt: Format, dim: int, parts: int, rank: int, groups: int = 1, name: str = "weight") -> Tensor:
+    """Part `rank` of `parts` of canonical bytes uint8 `[.., N, row_bytes]`, along `dim`; rows keep their header.
+
+    Args:
+        groups: the dimension holds this many matrices one after the other (fused gate and up), each is split.
+
+    Raises:
+        ShapeError: a part would be empty or, along the last dimension, not of whole blocks.
+    """
+    last = dim == blocks.ndim - 1
+    size = fmt.row_length(blocks.shape[-1]) if last else blocks.shape[dim]
+    unit = fmt.block_size if last else 1
+    if size % (groups * parts * unit):
+        what = f"rows of {size} weights in blocks of {unit}" if last else f"{size} rows"
+        raise ShapeError(f"{name!r}: {what} cannot be split over {parts} processes ({fmt.name}); use fewer, or a format of smaller blocks")
+    if last:
+        header, body = blocks[..., : fmt.row_header_bytes], blocks[..., fmt.row_header_bytes :]
+        return torch.cat([header, _pick(body, dim, parts, rank, groups)], dim=-1)
+    return _pick(blocks, dim, parts, rank, groups)
+
+
+def _pick(x: Tensor, dim: int, parts: int, rank: int, groups: int) -> Tensor:
+    return torch.cat([group.chunk(parts, dim)[rank] for group in x.chunk(groups, dim)], dim)

@@ -1,0 +1,81 @@
+"""Several processes (gloo, CPU): tensor parallelism on packed weights, and adapters under FSDP2."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import iqtorch
+from iqtorch import IQTensor, Recipe, get_format
+from iqtorch.errors import ShapeError
+
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+
+from tiny_models import tiny_model
+
+from iqtorch.hf.parallel import split_blocks
+
+TESTS = Path(__file__).parent
+
+
+def spawn(processes: int, mode: str, checkpoint: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    done = subprocess.run(
+        [*command, str(TESTS / "distributed_worker.py"), mode, str(checkpoint)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr[-6000:]
+
+
+def save(kind: str, path: Path, **changes: object) -> Path:
+    model = tiny_model(kind, num_hidden_layers=1, hidden_size=1024, head_dim=256, intermediate_size=1024, **changes)
+    iqtorch.quantize_model(model, Recipe.pure("iq4_ks"), progress=False).save_pretrained(path)  # a format with row headers
+    return path
+
+
+def test_tensor_parallel_on_two_processes(tmp_path: Path) -> None:
+    spawn(2, "tensor_parallel", save("llama", tmp_path))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "processes"), [("llama", 4), ("mixtral", 2), ("mixtral", 4)])
+def test_tensor_parallel(kind: str, processes: int, tmp_path: Path) -> None:
+    spawn(processes, "tensor_parallel", save(kind, tmp_path, num_key_value_heads=4))
+
+
+@pytest.mark.slow
+def test_tensor_parallel_of_a_tied_model(tmp_path: Path) -> None:
+    spawn(2, "tensor_parallel", save("llama", tmp_path, tie_word_embeddings=True))
+
+
+def test_adapters_under_fsdp2_on_two_processes(tmp_path: Path) -> None:
+    spawn(2, "sharded_adapters", save("llama", tmp_path))
+
+
+@pytest.mark.parametrize("name", ["iq2_kl", "iq4_ks", "iq4_k", "q6_k", "q8_0"])
+def test_parts_of_blocks_are_parts_of_the_weights(name: str) -> None:
+    torch.manual_seed(0)
+    fmt = get_format(name)
+    k = 2 * fmt.block_size
+    for shape in ((8, k), (3, 8, k)):
+        whole = iqtorch.quantize(torch.randn(shape), name)
+        plain, blocks = whole.dequantize(), whole.to_blocks()
+        for dim, groups in ((len(shape) - 1, 1), (len(shape) - 2, 1), (len(shape) - 2, 2)):
+            for rank in range(2):
+                part = IQTensor.from_blocks(split_blocks(blocks, fmt, dim, 2, rank, groups).contiguous(), fmt, plain.dtype)
+                want = torch.cat([g.chunk(2, dim)[rank] for g in plain.chunk(groups, dim)], dim)
+                assert torch.equal(part.dequantize(), want)
+    with pytest.raises(ShapeError, match=f"rows of {k} weights.*3 processes"):
+        split_blocks(blocks, fmt, 2, 3, 0)
+    with pytest.raises(ShapeError, match="8 rows cannot be split over 3"):
+        split_blocks(blocks, fmt, 1, 3, 0)

@@ -1,0 +1,111 @@
+"""torch.compile, static caches, torch.export and AOTInductor on whole models with packed weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import iqtorch
+from iqtorch import IQTensor, Recipe
+
+transformers = pytest.importorskip("transformers")
+
+from tiny_models import tiny_model  # noqa: E402
+
+IDS = torch.arange(3, 11)[None]
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> object:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+    torch.use_deterministic_algorithms(False)
+
+
+def packed(kind: str, **changes: object) -> nn.Module:
+    return iqtorch.quantize_model(tiny_model(kind, **changes), Recipe.pure("q8_0"), progress=False)
+
+
+class Logits(nn.Module):
+    """Ids to logits, without a cache: one graph."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.model(ids, use_cache=False).logits
+
+
+@pytest.mark.parametrize(
+    "kind", ["llama", pytest.param("qwen3_moe", marks=pytest.mark.slow), pytest.param("gpt_oss", marks=pytest.mark.slow)]
+)
+def test_static_cache_generates_with_one_graph_for_the_prompt_and_one_for_all_tokens(kind: str) -> None:
+    model = packed(kind)
+    feed = {"min_new_tokens": 8, "max_new_tokens": 8, "do_sample": False}
+    want = model.generate(IDS, **feed)
+    counter = CompileCounterWithBackend("aot_eager")
+    model.forward = torch.compile(model.forward, fullgraph=True, backend=counter)
+    got = model.generate(IDS, cache_implementation="static", disable_compile=True, **feed)  # compiled by us, not by generate
+    assert torch.equal(got, want)
+    assert counter.frame_count == 2, "a graph was compiled again for a later token"
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3_moe"])
+def test_fullgraph_with_dynamic_length(kind: str) -> None:
+    model = Logits(packed(kind, num_hidden_layers=1))
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
+    with torch.no_grad():
+        for length in (3, 7, 8):
+            torch.testing.assert_close(compiled(IDS[:, :length]), model(IDS[:, :length]), rtol=1e-4, atol=1e-4)
+    # The first shape of several makes a second graph, as it does for the plain model; no later length does.
+    assert counter.frame_count == 2
+
+
+def test_compiled_training_step() -> None:
+    model = Logits(packed("llama", num_hidden_layers=1))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    gradients = []
+    for run in (model, compiled):
+        model.model.model.norm.weight.grad = None
+        run(IDS).square().mean().backward()
+        gradients.append(model.model.model.norm.weight.grad)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-6)
+
+
+def test_export_holds_packed_weights_and_saves(tmp_path: Path) -> None:
+    model = Logits(packed("llama", num_hidden_layers=1)).eval()
+    lengths = {1: torch.export.Dim("length", min=2, max=32)}
+    with torch.no_grad():
+        program = torch.export.export(model, (IDS,), dynamic_shapes=(lengths,))
+        torch.export.save(program, tmp_path / "model.pt2")
+        loaded = torch.export.load(tmp_path / "model.pt2").module()
+        for length in (2, 8):
+            assert torch.equal(loaded(IDS[:, :length]), model(IDS[:, :length]))
+    size = sum(p.numel() * 4 for p in model.parameters() if isinstance(p, IQTensor))
+    assert (tmp_path / "model.pt2").stat().st_size < size / 2  # 8.5 bits of 32, and the graph
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["llama", "qwen3_moe"])
+def test_inductor(kind: str) -> None:
+    model = Logits(packed(kind, num_hidden_layers=1)).eval()
+    with torch.no_grad():
+        got, want = torch.compile(model, fullgraph=True)(IDS), model(IDS)
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_aot_inductor_runs_a_packed_model(tmp_path: Path) -> None:
+    model = Logits(packed("llama", num_hidden_layers=1)).eval()
+    with torch.no_grad():
+        program = torch.export.export(model, (IDS,))
+        package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+        got, want = torch._inductor.aoti_load_package(package)(IDS), model(IDS)
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
