@@ -16,6 +16,7 @@ TOP_BITS = tl.constexpr(-0x7F7F7F80)  # 0x80808080
 NIBBLE_BYTES = tl.constexpr(0x0F0F0F0F)
 TRELLIS_MASK = tl.constexpr(0x3F3F3F3F)
 
+
 @triton.jit
 def shift_right(a, n):
     """Logical shift of int32."""
@@ -75,9 +76,7 @@ def dot4(w, x, acc, W_SIGNED: tl.constexpr, X_SIGNED: tl.constexpr):
 def pack4(a, b, c, d, ASM: tl.constexpr):
     """The low bytes of four int32 in one."""
     if ASM:
-        text: tl.constexpr = (
-            "{.reg .b32 lo, hi; prmt.b32 lo, $1, $2, 0x0040; prmt.b32 hi, $3, $4, 0x0040; prmt.b32 $0, lo, hi, 0x5410;}"
-        )
+        text: tl.constexpr = "{.reg .b32 lo, hi; prmt.b32 lo, $1, $2, 0x0040; prmt.b32 hi, $3, $4, 0x0040; prmt.b32 $0, lo, hi, 0x5410;}"
         v = tl.inline_asm_elementwise(text, "=r,r,r,r,r", [a, b, c, d], dtype=tl.int32, is_pure=True, pack=1)
     else:
         v = (a & 255) | (b & 255) << 8 | (c & 255) << 16 | d << 24
@@ -87,7 +86,7 @@ def pack4(a, b, c, d, ASM: tl.constexpr):
 @triton.jit
 def split4(a):
     """`[..., 4]` -> four `[...]`."""
-    even, odd = tl.split(tl.reshape(a, a.shape[:-1] + (2, 2)))
+    even, odd = tl.split(tl.reshape(a, (*a.shape[:-1], 2, 2)))
     a0, a2 = tl.split(even)
     a1, a3 = tl.split(odd)
     return a0, a1, a2, a3
@@ -158,6 +157,16 @@ def byte_sum(v, ASM: tl.constexpr):
     else:
         total = shift_right(v * LOW_BYTES, 24) - 126
     return total
+
+
+@triton.jit
+def magnitude(v, ASM: tl.constexpr):
+    """Absolute value of int32."""
+    if ASM:
+        v = tl.inline_asm_elementwise("abs.s32 $0, $1;", "=r,r", [v], dtype=tl.int32, is_pure=True, pack=1)
+    else:
+        v = tl.abs(v)
+    return v
 
 
 @triton.jit

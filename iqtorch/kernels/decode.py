@@ -22,6 +22,7 @@ from .asm import (
     choose,
     from_lane,
     lane,
+    magnitude,
     negate_bytes,
     opaque,
     pack4,
@@ -376,7 +377,7 @@ def trellis_value(state, i: tl.constexpr, S: tl.constexpr, ASM: tl.constexpr):
     """The i-th value of a code."""
     v = byte_sum(trellis_word(state, i, S), ASM)
     if S.absolute:
-        v = tl.abs(v)
+        v = magnitude(v, ASM)
     return v
 
 
@@ -427,7 +428,7 @@ def raw_scale(data, row, run, rows, runs, S: tl.constexpr, PLANES: tl.constexpr,
     n: tl.constexpr = S.groups
     if S.parity:
         w = load_words(data, row, run, rows, runs, S, S.code[0][0], ASM)
-        lo, hi = tl.split(tl.permute(tl.reshape(w, (w.shape[0], w.shape[1], 2, 2)), (0, 1, 3, 2)))
+        lo, _hi = tl.split(tl.permute(tl.reshape(w, (w.shape[0], w.shape[1], 2, 2)), (0, 1, 3, 2)))
         # the multiplication gathers bits 0, 8, 16, 24 in bits 24 .. 27
         low, high = tl.split(shift_right((lo & LOW_BYTES) * 0x01020408, 24) & 15)
         raw = (low | high << 4)[:, :, None]

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import BlockSizeError, UnsupportedOperationError
 from ..formats import Format, format_by_ggml_type
 from . import skeletons
-from .layout import Layout, layout
+from .layout import Layout, Scheme, layout
 from .library import INTERPRETED
 
 #: Products with up to this many tokens use `gemv`.
@@ -62,17 +62,19 @@ class GemvTile:
     warps: int
 
 
-def gemv_tile(rows: int, runs: int, programs: int, processors: int) -> GemvTile:
+def gemv_tile(rows: int, runs: int, programs: int, processors: int, s: Scheme) -> GemvTile:
     """Tile of a vector product: `programs` of them run beside each other for other tokens.
 
-    A warp's 32 threads take neighbouring runs of the same rows. Sixteen rows, in two passes of eight, share one reading and
-    rounding of the activations; fewer where that would leave processors without work.
+    A warp's 32 threads take neighbouring runs of the same rows. Sixteen rows (eight for grids, whose look-ups take more
+    registers), in two passes, share one reading and rounding of the activations; fewer where processors would be left idle.
     """
     warps = 4 if runs >= 128 else 2 if runs >= 64 else 1
-    tile_rows = 16
+    most = 8 if s.family == "grid" else 16
+    tile_rows = most
     while tile_rows > 1 and -(-rows // tile_rows) * programs < 3 * processors:
         tile_rows //= 2
-    return GemvTile(min(tile_rows, 8), 2 if tile_rows == 16 else 1, min(_power_of_two(runs), 32 * warps), warps)
+    passes = 2 if tile_rows == most else 1
+    return GemvTile(tile_rows // passes, passes, min(_power_of_two(runs), 32 * warps), warps)
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,9 @@ def _prepare(x: Tensor, data: Tensor, format: int, rows: int, what: str = "activ
     if x.device != data.device:
         raise UnsupportedOperationError(f"{what} are on {x.device}, the packed weight is on {data.device}; move one with .to(device)")
     if not x.is_floating_point():
-        raise UnsupportedOperationError(f"{what} must be float32, bfloat16, float16 or float64, got {x.dtype}; convert them with .to(dtype)")
+        raise UnsupportedOperationError(
+            f"{what} must be float32, bfloat16, float16 or float64, got {x.dtype}; convert them with .to(dtype)"
+        )
     fmt = format_by_ggml_type(format)
     k = x.shape[-1]
     plan = layout(fmt)
@@ -167,7 +171,7 @@ def _gemv(
     if mode == "ids" and ids is not None:
         tokens, per_token = ids.numel(), ids.numel() // x.shape[0]
     group = _power_of_two(tokens) if mode == "one" else 1
-    tile = gemv_tile(rows, runs, -(-tokens // group), facts.processors)
+    tile = gemv_tile(rows, runs, -(-tokens // group), facts.processors, s)
     book, lut = plan.tables(x.device)
     experts = data.shape[0] if data.ndim > 1 else 1
     out = torch.empty((tokens, rows), dtype=x.dtype, device=x.device)
@@ -295,7 +299,7 @@ def embedding(ids: Tensor, data: Tensor, format: int, rows: int, k: int, dtype: 
 
 
 def grouped_linear(x: Tensor, data: Tensor, offsets: Tensor, format: int, rows: int, precision: int) -> Tensor:
-    fmt, plan, k = _prepare(x, data, format, rows)
+    _fmt, plan, k = _prepare(x, data, format, rows)
     flat = _rows_of(x, k)
     tokens, experts = flat.shape[0], data.shape[0]
     if tokens == 0:
@@ -309,7 +313,7 @@ def grouped_linear(x: Tensor, data: Tensor, offsets: Tensor, format: int, rows: 
 
 
 def routed_linear(x: Tensor, data: Tensor, ids: Tensor, format: int, rows: int, precision: int) -> Tensor:
-    fmt, plan, k = _prepare(x, data, format, rows)
+    _fmt, plan, k = _prepare(x, data, format, rows)
     flat = _rows_of(x, k)
     if ids.numel() == 0 or flat.shape[0] == 0:
         return x.new_empty((*ids.shape, rows))

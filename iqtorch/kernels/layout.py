@@ -24,8 +24,8 @@ from torch import Tensor
 
 from ..formats import Format
 from ..formats.base import Field, Parts, Run, bits_to_float
-from ..formats.layout import signed_bytes
 from ..formats.ik_trellis import MULTIPLIER, OFFSET, OFFSET_ALTERNATE
+from ..formats.layout import signed_bytes
 
 #: Planes and matrices start at multiples of this, for 16-byte loads.
 ALIGN = 16
@@ -254,7 +254,7 @@ class Layout:
             absolute=trellis and bool((values >= 0).all()),
             parity=bool(fmt.code_parity),
         )
-        if trellis and self.scheme.variant_entries and OFFSET_ALTERNATE - OFFSET != book.entries:
+        if trellis and self.scheme.variant_entries and book.entries != OFFSET_ALTERNATE - OFFSET:
             raise ValueError(f"{fmt.name}: a variant of the generator must start `entries` = {book.entries} later")
 
     # -- sizes -----------------------------------------------------------------------------------------------

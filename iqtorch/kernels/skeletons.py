@@ -42,8 +42,7 @@ def larger(a, b):
 
 @triton.jit
 def digits(x, DIGITS: tl.constexpr, ASM: tl.constexpr):
-    """float32 `[M, B, n]` -> the signed integers `round(x / step)`, in their low 8 DIGITS bits, and `step [M, B]`, one per run.
-    """
+    """float32 `[M, B, n]` -> the signed integers `round(x / step)`, in their low 8 DIGITS bits, and `step [M, B]`, one per run."""
     top: tl.constexpr = 127.0 if DIGITS == 1 else 32767.0 if DIGITS == 2 else 8388544.0
     if ASM:
         largest = tl.reduce(tl.abs(x), 2, larger)
@@ -99,8 +98,8 @@ def dot_run(w, x, acc, W_SIGNED: tl.constexpr, X_SIGNED: tl.constexpr, N: tl.con
         else:
             acc = dot4(tl.reshape(w, shape), tl.reshape(x, shape), acc, W_SIGNED, X_SIGNED)
     else:
-        w0, w1 = tl.split(tl.reshape(w, shape + (halving(N), 2)))
-        x0, x1 = tl.split(tl.reshape(x, shape + (halving(N), 2)))
+        w0, w1 = tl.split(tl.reshape(w, (*shape, halving(N), 2)))
+        x0, x1 = tl.split(tl.reshape(x, (*shape, halving(N), 2)))
         acc = dot_run(w0, x0, acc, W_SIGNED, X_SIGNED, halving(N), START)
         acc = dot_run(w1, x1, acc, W_SIGNED, X_SIGNED, halving(N), False)
     return acc

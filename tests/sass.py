@@ -1,0 +1,96 @@
+"""Compiles the Triton kernels for GPUs that are not there, and counts instructions of the result."""
+
+from __future__ import annotations
+
+import collections
+import os
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from iqtorch.formats import get_format
+from iqtorch.kernels import skeletons
+from iqtorch.kernels.layout import layout
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+#: Integer arguments that a launch never specialises on.
+FREE = {"tokens", "experts", "count"}
+INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,6})\*/\s+(.*?);")
+
+
+def compile_kernel(kernel: Any, constants: dict[str, Any], pointers: dict[str, str], arch: int | str, warps: int, **options: Any) -> Any:
+    """A kernel for `arch` (80, 90, 100 or a name such as `gfx942`); integers other than FREE are multiples of 16."""
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    signature, attributes = {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        signature[name] = "constexpr" if name in constants else pointers.get(name, "i32")
+        if name not in constants and name not in FREE:
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    target = GPUTarget("hip", arch, 64) if isinstance(arch, str) else GPUTarget("cuda", arch, 32)
+    return triton.compile(source, target=target, options={"num_warps": warps, "num_stages": 3, "enable_fp_fusion": True, **options})
+
+
+def gemv(
+    name: str, arch: int | str = 90, digits: int = 1, asm: int = 2, rows: int = 8, passes: int = 2, dtype: str = "*bf16"
+) -> tuple[Any, float]:
+    """The vector kernel for one token and long rows, and the weights per thread and step of its loop."""
+    s = layout(get_format(name)).scheme
+    constants = {
+        "S": s, "MODE": "one", "DIGITS": digits, "TOKENS": 1, "ROWS": rows, "PASSES": passes, "RUNS": 128, "EP": 1, "ASM": asm,
+        "bias": None, "ids": None, "per_token": 1,
+    }  # fmt: skip
+    pointers = {"x": dtype, "data": "*u8", "book": "*i32", "lut": "*fp32", "y": dtype}
+    return compile_kernel(skeletons.gemv, constants, pointers, arch, 4), rows * passes * s.run
+
+
+def gemm(name: str, arch: int | str = 90, tokens: int = 16, asm: int = 1, grouped: bool = False) -> tuple[Any, float]:
+    """The matrix kernel, and the weights per thread and step of its loop."""
+    s = layout(get_format(name)).scheme
+    rows, warps = (128, 8) if tokens == 128 else (64, 4)
+    constants = {"S": s, "GROUPED": grouped, "BN": rows, "BM": tokens, "SPLIT": 1, "EP": 8 if grouped else 1, "ASM": asm, "bias": None}
+    if not grouped:
+        constants["offsets"] = None
+    pointers = {"xs": "*fp16", "steps": "*fp32", "data": "*u8", "book": "*i32", "lut": "*fp32", "y": "*bf16", "offsets": "*i32"}
+    return compile_kernel(skeletons.gemm, constants, pointers, arch, warps), rows * 4 * s.run / (32 * warps)
+
+
+def dequantize(name: str, arch: int | str = 90, asm: int = 2) -> Any:
+    constants = {"S": layout(get_format(name)).scheme, "ROWS": 4, "RUNS": 32, "ASM": asm, "ids": None}
+    pointers = {"data": "*u8", "book": "*i32", "lut": "*fp32", "out": "*bf16"}
+    return compile_kernel(skeletons.dequantize, constants, pointers, arch, 4, enable_fp_fusion=False)
+
+
+def _cuobjdump(kernel: Any, *options: str) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin", delete=False) as file:
+        file.write(kernel.asm["cubin"])
+    try:
+        return subprocess.run([TOOLS / "cuobjdump", *options, file.name], capture_output=True, text=True, check=True).stdout
+    finally:
+        os.unlink(file.name)
+
+
+def resources(kernel: Any) -> dict[str, int]:
+    """Registers, spilled bytes (stack) and so on, as the assembler reports them."""
+    line = _cuobjdump(kernel, "-res-usage")
+    return {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", line)}
+
+
+def loop(kernel: Any) -> collections.Counter[str]:
+    """Instructions of the longest innermost loop, by name up to the first dot."""
+    listing = [(int(m[1], 16), m[2].strip()) for m in map(INSTRUCTION.match, _cuobjdump(kernel, "-sass").splitlines()) if m]
+    backward = []
+    for address, text in listing:
+        target = re.search(r"0x([0-9a-f]+)", text) if "BRA" in text else None
+        if target and int(target[1], 16) < address - 64:
+            backward.append((int(target[1], 16), address))
+    inner = [a for a in backward if not any(a != b and b[0] >= a[0] and b[1] <= a[1] for b in backward)]
+    low, high = max(inner, key=lambda pair: pair[1] - pair[0])
+    names = [re.sub(r"^@!?U?P[T0-9]+\s+", "", text).split()[0] for address, text in listing if low <= address <= high]
+    return collections.Counter(name.split(".")[0] for name in names if not name.startswith("NOP"))

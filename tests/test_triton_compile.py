@@ -1,0 +1,127 @@
+"""The Triton kernels compiled for GPUs that need not be there: they build, do not spill, and stay within their instructions."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import golden
+
+from iqtorch.formats import get_format, list_formats
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+
+import sass
+
+from iqtorch.kernels import launch
+from iqtorch.kernels.layout import layout
+
+FORMATS = [n for n in list_formats() if get_format(n).interleave == 1]
+ARCHES = [80, 90, 100, "gfx942"]
+
+#: Instructions per weight of the vector kernel's loop on sm_90 for one token and int8 activations, everything included.
+LIMITS = {
+    "iq2_kl": 2.6,
+    "iq2_kt": 4.2,
+    **dict.fromkeys(["iq4_k", "iq4_ks", "iq4_kss", "iq4_nl", "iq4_xs", "mxfp4", "q4_0", "q4_1", "q4_k"], 3.6),
+    # beyond the general limit of 6: 64-entry tables by byte permutes, magnitudes of the generator
+    "iq6_k": 7.7,
+    "iq3_kt": 8.0,
+}
+
+
+def check_sass(kernel: object, weights: float, limit: float) -> None:
+    counts = sass.loop(kernel)
+    assert sum(counts.values()) / weights <= limit, f"{sum(counts.values()) / weights:.2f} > {limit}: {counts.most_common(12)}"
+
+
+@pytest.mark.parametrize("arch", ARCHES)
+def test_every_kernel_compiles(arch: int | str) -> None:
+    asm = not isinstance(arch, str)
+    for kernel in (
+        sass.gemv("iq2_kl", arch, asm=2 * asm)[0],
+        sass.gemm("iq2_kl", arch, asm=1 * asm)[0],
+        sass.dequantize("iq2_kl", arch, 2 * asm),
+    ):
+        assert "cubin" in kernel.asm if asm else "hsaco" in kernel.asm
+
+
+def test_vector_kernel_of_iq2_kl() -> None:
+    kernel, weights = sass.gemv("iq2_kl")
+    check_sass(kernel, weights, LIMITS["iq2_kl"])
+    counts = sass.loop(kernel)
+    # the steps of the activations change threads, nothing else may: no weights pass through shared memory
+    assert counts["BAR"] <= 8 and counts["STS"] + counts["STSM"] <= 8, counts
+    assert counts["SHFL"] / weights == 0.5, "one look-up per pair"
+    assert sass.resources(kernel)["STACK"] == 0
+
+
+def test_matrix_kernel_keeps_weights_in_registers() -> None:
+    for name in ("iq2_kl", "iq4_k"):
+        kernel, weights = sass.gemm(name)
+        counts = sass.loop(kernel)
+        assert counts["HGMMA"] > 0 and counts["STS"] == counts["STSM"] == 0, counts
+        assert sass.resources(kernel)["STACK"] == 0
+        check_sass(kernel, weights, 7.0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FORMATS)
+def test_instructions_of_every_vector_kernel(name: str) -> None:
+    tile = launch.gemv_tile(8192, 8192 // layout(get_format(name)).scheme.run, 1, 132, layout(get_format(name)).scheme)
+    kernel, weights = sass.gemv(name, rows=tile.rows, passes=tile.passes)
+    check_sass(kernel, weights, LIMITS.get(name, 6.0))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHES)
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_compiles_everywhere(name: str, arch: int | str) -> None:
+    asm = not isinstance(arch, str)
+    s = layout(get_format(name)).scheme
+    tile = launch.gemv_tile(8192, 8192 // s.run, 1, 132, s)
+    for digits in (1, 2, 3):
+        sass.gemv(name, arch, digits, 2 * asm, tile.rows, tile.passes)
+    for tokens in (16, 128):
+        kernel, _ = sass.gemm(name, arch, tokens, asm=1 * asm)
+        if arch == 90:
+            counts = sass.loop(kernel)
+            assert counts["HGMMA"] > 0, "no tensor-core instruction of this architecture"
+    sass.gemm(name, arch, 16, asm=1 * asm, grouped=True)
+    sass.dequantize(name, arch, 2 * asm)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_layout_is_loss_free_and_small(name: str) -> None:
+    fmt, files = get_format(name), golden(name)
+    plan = layout(fmt)
+    for key in ("blocks", "blocks_random"):
+        blocks = files[key]
+        experts = torch.stack([blocks, blocks.flip(0)])
+        packed = plan.pack(experts)
+        assert packed.shape == (2, plan.packed_bytes(blocks.shape[0], 512)) and packed.dtype == torch.uint8
+        assert torch.equal(plan.unpack(packed, blocks.shape[0], 512), experts)
+    assert plan.packed_bytes(4096, 4096) <= 1.03 * 4096 * fmt.row_bytes(4096)
+
+
+def test_importing_iqtorch_imports_no_triton() -> None:
+    code = "import sys, iqtorch, iqtorch.kernels; assert 'triton' not in sys.modules; print(iqtorch.kernels.supports(iqtorch.get_format('iq2_kl'), 8, 256))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+    assert done.returncode == 0, done.stderr
+    assert "no CUDA or ROCm device" in done.stdout
+
+
+def test_choice_of_tiles() -> None:
+    s = layout(get_format("iq2_kl")).scheme
+    big, small = launch.gemv_tile(8192, 128, 1, 132, s), launch.gemv_tile(256, 16, 1, 132, s)
+    assert (big.rows * big.passes, big.warps) == (16, 4)
+    assert small.rows * small.passes == 1 and small.runs == 16 and small.warps == 1
+    one = launch.gemm_tile(8192, 16, 32, 132)
+    assert one.tokens == 16 and one.split == 3
+    assert launch.gemm_tile(8192, 1000, 32, 132).split == 1
+    assert launch.gemm_tile(64, 5, 3, 132).split == 1

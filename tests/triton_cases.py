@@ -1,0 +1,247 @@
+"""Tests of the Triton kernels' values; `test_triton_interpreter.py` runs them in a process with TRITON_INTERPRET=1."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from conftest import golden
+from torch import Tensor
+
+from iqtorch.errors import BlockSizeError, UnsupportedOperationError
+from iqtorch.formats import Format, get_format, list_formats
+
+launch = pytest.importorskip("iqtorch.kernels.launch")
+kernels = pytest.importorskip("iqtorch.kernels")
+OPS = torch.ops.iqtorch_triton
+
+FORMATS = [n for n in list_formats() if get_format(n).interleave == 1]
+EPS = {torch.float32: 2.0**-23, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
+#: One format of every family and scale layout, for tests that need not see all.
+SOME = ["iq2_kl", "iq3_k", "iq4_kss", "q4_k", "iq2_xxs", "iq4_kt", "mxfp4"]
+
+
+def matrix(name: str, rows: int = 0) -> tuple[Format, Tensor, Tensor, Tensor]:
+    """Format, canonical bytes (encoded and random), packed bytes, float32 weights with the runtime scale."""
+    fmt, files = get_format(name), golden(name)
+    blocks = torch.cat([files["blocks"], files["blocks_random"]])
+    if rows:
+        blocks = blocks.repeat(-(-rows // blocks.shape[0]), 1)[:rows]
+    return fmt, blocks, kernels.pack(blocks, fmt), fmt.decode(blocks) * fmt.runtime_scale
+
+
+def magnitude(fmt: Format, blocks: Tensor) -> Tensor:
+    """Bound of the terms a weight is made of: |scale * value| + |minimum|, float64."""
+    parts = fmt.unpack(blocks)
+    w = fmt.weights(parts).double().abs() * fmt.runtime_scale
+    low = fmt.scales(parts)[1]
+    if low is not None:
+        low = low.double().abs()
+        w = w + 2 * low.repeat_interleave(w.shape[1] // low.shape[1], 1)
+    return w
+
+
+def check(y: Tensor, x: Tensor, w: Tensor, size: Tensor, digits: int, run: int, bias: Tensor | None = None) -> None:
+    """`y` against the float64 product, within the error of rounding x to `digits` int8 digits (0: float16 operands).
+
+    Errors: half a step of x per element; float16 operands: three roundings of a weight; float32 accumulation; the result's.
+    """
+    exact = x.double() @ w.double().T
+    if digits:
+        top = {1: 127, 2: 32767, 3: 8388544}[digits]
+        step = x.double().abs().unflatten(1, (-1, run)).amax(-1) / top
+        error = 0.505 * step.repeat_interleave(run, 1) @ w.double().abs().T
+    else:
+        error = x.double().abs() @ size.T * 1.5 * 2.0**-10
+    error += x.double().abs() @ size.T * 2.0**-20 + 1e-30
+    if bias is not None:
+        exact = exact + bias.double()
+    error += EPS[y.dtype] * exact.abs()
+    # random bytes hold weights whose products are beyond float16: those must be infinite, nothing else may be
+    inside = exact.abs() + error < torch.finfo(y.dtype).max
+    assert torch.isfinite(y[inside]).all() and inside.double().mean() > 0.5
+    assert ((y.double() - exact).abs() <= error)[inside].all(), ((y.double() - exact).abs() / error)[inside].max()
+
+
+def activations(tokens: int, k: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    return torch.randn(tokens, k, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_dequantize_is_exact(name: str) -> None:
+    fmt, _blocks, packed, w = matrix(name)
+    rows, k = w.shape
+    both = torch.stack([packed, packed])
+    assert torch.equal(kernels.dequantize(both, fmt, rows, k, torch.float32), torch.stack([w, w]))
+    # (the interpreter truncates bfloat16, so the rounding of a result is seen in float16)
+    assert torch.equal(kernels.dequantize(packed, fmt, rows, k, torch.float16), w.half())
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_linear(name: str) -> None:
+    fmt, blocks, packed, w = matrix(name)
+    rows, k = w.shape
+    run, size = launch.layout(fmt).scheme.run, magnitude(fmt, blocks)
+    for tokens, dtype, precision in (
+        (1, torch.float32, 0),
+        (2, torch.bfloat16, 0),
+        (3, torch.float16, 1),
+        (7, torch.bfloat16, 1),
+        (7, torch.float32, 1),
+        (17, torch.float16, 0),
+    ):
+        x = activations(tokens, k, dtype, tokens)
+        y = OPS.linear(x, packed, fmt.ggml_type, rows, None, precision)
+        assert y.dtype == dtype and y.shape == (tokens, rows)
+        exact = dtype == torch.float32 and tokens > launch.GEMV_TOKENS
+        digits = 3 if exact else 0 if tokens > launch.GEMV_TOKENS else launch._digits(dtype, precision)
+        check(y, x, w, size, digits, run)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_ptx_equals_its_twin(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels as compiled for NVIDIA cards, on a model of the assembly, give the bits of the plain kernels."""
+    import ptx_model
+
+    fmt, _, packed, w = matrix(name)
+    rows, k = w.shape
+
+    def results() -> list[Tensor]:
+        out = [kernels.dequantize(packed, fmt, rows, k, torch.float32)]
+        for tokens, dtype, precision in ((1, torch.bfloat16, 1), (2, torch.float16, 0), (1, torch.float32, 0), (5, torch.float16, 0)):
+            out.append(OPS.linear(activations(tokens, k, dtype), packed, fmt.ggml_type, rows, None, precision))
+        return out
+
+    plain = results()
+    ptx_model.install(monkeypatch)
+    monkeypatch.setattr(launch, "device_facts", lambda device: launch.Device(1, True))
+    for a, b in zip(plain, results(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("rows", [1, 37, 70])
+@pytest.mark.parametrize("tokens", [1, 4, 5, 33])
+def test_odd_shapes(rows: int, tokens: int) -> None:
+    for name in ("iq2_kl", "q5_1"):
+        fmt, blocks, _, _ = matrix(name, rows)
+        # 32-weight blocks: rows that fill no whole tile
+        blocks = blocks[:, : fmt.row_bytes(96)] if fmt.block_size == 32 else blocks
+        packed, w = kernels.pack(blocks, fmt), fmt.decode(blocks)
+        bias = activations(1, rows, torch.float32)[0]
+        x = activations(tokens, w.shape[1], torch.bfloat16)
+        y = OPS.linear(x, packed, fmt.ggml_type, rows, bias, 0)
+        digits = 2 if tokens <= launch.GEMV_TOKENS else 0
+        check(y, x, w, magnitude(fmt, blocks), digits, launch.layout(fmt).scheme.run, bias)
+
+
+def test_strided_three_dimensional_and_empty_activations() -> None:
+    fmt, _, packed, w = matrix("iq2_kl")
+    x = activations(12, 2 * w.shape[1], torch.float32).reshape(2, 6, -1)[:, ::3, ::2]
+    y = OPS.linear(x, packed, fmt.ggml_type, w.shape[0], None, 0)
+    assert torch.allclose(y.double(), x.double() @ w.double().T, rtol=1e-5, atol=1e-5 * float(w.abs().max()))
+    assert OPS.linear(x[:0], packed, fmt.ggml_type, w.shape[0], None, 0).shape == (0, 2, w.shape[0])
+    wide = OPS.linear(x.double(), packed, fmt.ggml_type, w.shape[0], None, 0)
+    assert wide.dtype == torch.float64 and torch.allclose(wide, x.double() @ w.double().T)
+
+
+def test_split_sum_is_the_whole_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    fmt, blocks, packed, w = matrix("iq4_k")
+    x, bias = activations(6, w.shape[1], torch.float16), activations(1, w.shape[0], torch.float16)[0]
+    tile = launch.gemm_tile
+    monkeypatch.setattr(launch, "gemm_tile", lambda *a: dataclasses.replace(tile(*a), split=3))
+    y = OPS.linear(x, packed, fmt.ggml_type, w.shape[0], bias, 0)
+    check(y, x, w, magnitude(fmt, blocks), 0, 32, bias)
+    assert torch.equal(y, OPS.linear(x, packed, fmt.ggml_type, w.shape[0], bias, 0))
+
+
+def test_large_products_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    fmt, _, packed, w = matrix("iq3_s")
+    rows, k = w.shape
+    monkeypatch.setattr(launch, "LARGE_SLICE", 5 * k)
+    x = activations(9, k, torch.float32)
+    y = OPS.linear(x, packed, fmt.ggml_type, rows, x[0, :rows], 0)
+    assert torch.allclose(y, x @ w.T + x[0, :rows], rtol=1e-4, atol=1e-4 * float(w.abs().max()))
+    back = OPS.linear_transposed(y, packed, fmt.ggml_type, k)
+    assert torch.allclose(back, y @ w, rtol=1e-4, atol=1e-5 * float((y @ w).abs().max()))
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_embedding_and_transposed(name: str) -> None:
+    fmt, _, packed, w = matrix(name)
+    rows, k = w.shape
+    ids = torch.tensor([[0, rows - 1, 3], [2, 2, 1]])
+    assert torch.equal(kernels.embedding(ids, packed, fmt, rows, k, torch.float16), w[ids].half())
+    assert kernels.embedding(ids[:0], packed, fmt, rows, k, torch.float32).shape == (0, 3, k)
+    with pytest.raises(IndexError, match=f"0 .. {rows - 1}"):
+        kernels.embedding(torch.tensor([rows]), packed, fmt, rows, k, torch.float32)
+    g = activations(2, rows, torch.float32)
+    back = kernels.linear_transposed(g, packed, fmt, k)
+    exact = g.double() @ w.double()
+    assert ((back.double() - exact).abs() <= 1e-5 * (g.double().abs() @ w.double().abs()) + 1e-30).all()
+
+
+@pytest.mark.parametrize("name", ["iq2_kl", "q4_k", "iq2_kt"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_experts(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    fmt, blocks, _, w = matrix(name)
+    experts = torch.stack([blocks, blocks.flip(0), blocks.roll(1, 0)])
+    packed = kernels.pack(experts, fmt)
+    weights = torch.stack([w, w.flip(0), w.roll(1, 0)])
+    rows, k = w.shape
+    ends = torch.tensor([2, 2, 9], dtype=torch.int32)
+    x = activations(11, k, dtype)
+    sizes = [magnitude(fmt, b) for b in experts]
+    for limit in (64, 0):  # vector kernel, then matrix kernel
+        monkeypatch.setattr(launch, "GEMV_TOKENS", limit)
+        y = kernels.grouped_linear(x, packed, ends, fmt, rows, 1)
+        assert (y[9:] == 0).all()
+        for e, part in ((0, slice(0, 2)), (2, slice(2, 9))):
+            digits = 0 if limit == 0 and dtype != torch.float32 else 1
+            check(y[part], x[part], weights[e], sizes[e], digits, launch.layout(fmt).scheme.run)
+    ids = torch.tensor([[0, 2], [1, 1], [2, 3]])
+    routed = kernels.routed_linear(x[:3], packed, ids, fmt, rows, 1)
+    assert routed.shape == (3, 2, rows) and (routed[2, 1] == 0).all()
+    for t, s in ((0, 0), (0, 1), (1, 0), (1, 1), (2, 0)):
+        e = int(ids[t, s])
+        check(routed[t, s][None], x[t][None], weights[e], sizes[e], 1, launch.layout(fmt).scheme.run)
+
+
+def test_non_finite_and_huge_activations() -> None:
+    fmt, _, packed, w = matrix("iq4_k")
+    rows, k = w.shape
+    for tokens in (1, 6):
+        x = activations(tokens, k, torch.float16)
+        x[0, 5] = 6e4
+        assert torch.isfinite(OPS.linear(x.float().bfloat16(), packed, fmt.ggml_type, rows, None, 1)).all()
+        x[0, 7] = float("nan")
+        y = OPS.linear(x, packed, fmt.ggml_type, rows, None, 0)
+        assert y[0].isnan().all() and torch.isfinite(y[1:]).all()
+
+
+def test_refusals() -> None:
+    fmt, _, packed, w = matrix("iq2_kl")
+    with pytest.raises(BlockSizeError, match="bytes on the GPU"):
+        OPS.linear(torch.zeros(1, 2 * w.shape[1]), packed, fmt.ggml_type, w.shape[0], None, 0)
+    with pytest.raises(UnsupportedOperationError, match="float32, bfloat16"):
+        OPS.linear(torch.zeros(1, w.shape[1], dtype=torch.int32), packed, fmt.ggml_type, w.shape[0], None, 0)
+    with pytest.raises(UnsupportedOperationError, match="meta"):
+        launch.linear(torch.zeros(1, w.shape[1], device="meta"), packed, fmt.ggml_type, w.shape[0], None, 0)
+    assert "merges 4 rows" in str(kernels.supports(get_format("iq4_k_r4"), 4, 256))
+
+
+@pytest.mark.parametrize("operator", ["linear", "linear_transposed", "dequantize", "embedding", "grouped_linear", "routed_linear"])
+def test_opcheck(operator: str) -> None:
+    fmt, _, packed, w = matrix("iq2_kl")
+    rows, k, kind = *w.shape, fmt.ggml_type
+    x, experts = activations(3, k, torch.float32), packed[None]
+    arguments: dict[str, tuple[Any, ...]] = {
+        "linear": (x, packed, kind, rows, x[0, :rows].clone(), 1),
+        "linear_transposed": (x[:, :rows].clone(), packed, kind, k),
+        "dequantize": (packed, kind, rows, k, torch.bfloat16),
+        "embedding": (torch.tensor([1, 0]), packed, kind, rows, k, torch.float32),
+        "grouped_linear": (x, experts, torch.tensor([3], dtype=torch.int32), kind, rows, 1),
+        "routed_linear": (x, experts, torch.zeros(3, 2, dtype=torch.int64), kind, rows, 1),
+    }
+    torch.library.opcheck(getattr(OPS, operator).default, arguments[operator])
