@@ -10,6 +10,8 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
+from torch import Tensor, nn
+
 from .errors import RecipeError, UnknownFormatError
 from .formats import get_format
 
@@ -215,6 +217,18 @@ class Recipe:
     def pure(cls, name: str) -> Recipe:
         """One format everywhere (rows that do not fit take the format's fallback)."""
         return cls(get_format(name).name, mix=pure_mix)
+
+    @classmethod
+    def fit(
+        cls, model: nn.Module, target_bpw: float, batches: Iterable[Tensor], importance: Mapping[str, Tensor] | str | None = None
+    ) -> Recipe:
+        """The best formats for a model of at most `target_bpw` bits per packed weight, by measured sensitivities.
+
+        `iqtorch.fit.fit` has more choices and also returns what it measured and predicts; arguments and errors as there.
+        """
+        from .fit import fit
+
+        return fit(model, target_bpw, batches, importance).recipe
 
     @classmethod
     def of(cls, value: Recipe | str | Mapping[str, str | None]) -> Recipe:

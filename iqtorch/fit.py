@@ -1,0 +1,230 @@
+"""`fit`: the best format for each weight of a model under a limit on its size, from measured sensitivities.
+
+What a format costs a model is measured, not assumed: one weight at a time is replaced by its quantized self in a probe format, and
+the divergence of the model's predictions is what this weight's error costs. Divergence grows in proportion to the squared error,
+and the errors of different weights add up, so the cost of every other format follows from its squared error on a sample of rows.
+The formats are then chosen by the largest fall of divergence per bit until the size is used up.
+"""
+
+from __future__ import annotations
+
+import heapq
+import logging
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .errors import RecipeError
+from .formats import Format, get_format
+from .model import Site, find_sites, importance_table, lookup_importance
+from .quantize import Objective, check_importance, quantize
+from .recipe import Recipe
+
+__all__ = ["Fit", "fit"]
+
+logger = logging.getLogger("iqtorch")
+
+#: Formats chosen from: those of 2 to 8 bits whose encoding is fast.
+CANDIDATES = ("iq2_ks", "iq2_k", "iq2_kl", "iq3_ks", "iq3_k", "iq4_ks", "iq4_k", "iq5_ks", "iq5_k", "iq6_k", "q8_0")
+#: Experts of an array that the sample of rows is taken from.
+SAMPLED_EXPERTS = 4
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A recipe made for one model.
+
+    Attributes:
+        recipe: an exact rule for each weight; weights without one are kept.
+        bits_per_weight: of all weights that are packed, row headers included.
+        predicted_kl: expected mean KL divergence from the original model, in nats per token, on text like the batches.
+        formats: parameter name -> format.
+        sensitivity: parameter name -> mean KL divergence measured with this weight alone in the probe format.
+    """
+
+    recipe: Recipe
+    bits_per_weight: float
+    predicted_kl: float
+    formats: dict[str, str]
+    sensitivity: dict[str, float]
+
+    def __str__(self) -> str:
+        return (
+            f"{len(self.formats)} weights, {self.bits_per_weight:.3f} bits per weight, predicted KL divergence {self.predicted_kl:.5f} nats"
+        )
+
+
+@dataclass(frozen=True)
+class _Option:
+    """A format for a weight: bits it takes, divergence it is expected to cost."""
+
+    format: str
+    bits: int
+    cost: float
+
+
+def fit(
+    model: nn.Module,
+    target_bpw: float,
+    batches: Iterable[Tensor],
+    importance: Mapping[str, Tensor] | str | None = None,
+    *,
+    formats: Sequence[str] = CANDIDATES,
+    probe: str | None = None,
+    objective: Objective = "model",
+    skip: Sequence[str] = (),
+    rows: int = 64,
+) -> Fit:
+    """A recipe for a model, of at most `target_bpw` bits per packed weight.
+
+    It takes one pass over the batches per weight, and keeps their original predictions in memory (`tokens * vocabulary`
+    float32): some thousands of tokens are enough. The model is unchanged afterwards.
+
+    Args:
+        model: with floating-point weights, on any device.
+        target_bpw: bits per weight, row headers included, over all weights that are packed.
+        batches: int64 `[B, T]` token ids.
+        importance: as in `quantize_model`.
+        formats: names to choose from.
+        probe: format of the measurement; default: the candidate nearest to the target.
+        objective: as in `quantize_model`.
+        skip: regular expressions, searched in parameter names: those weights are kept, and not counted.
+        rows: rows of each weight on which the errors of the formats are compared.
+
+    Raises:
+        RecipeError: no batches, or not even the smallest formats reach the target.
+        UnknownFormatError, ImportanceError: as in `quantize_model`.
+    """
+    candidates = sorted({get_format(name) for name in formats}, key=lambda f: f.bits_per_weight())
+    chosen = get_format(probe) if probe else min(candidates, key=lambda f: abs(f.bits_per_weight() - target_bpw))
+    table = importance_table(importance)
+    kept = [re.compile(pattern) for pattern in skip]
+    sites = [s for s in find_sites(model)[0] if s.matrix.shape[-1] % 32 == 0 and not any(pattern.search(s.name) for pattern in kept)]
+    reference = _Reference(model, list(batches))
+    options: dict[str, list[_Option]] = {}
+    sensitivity: dict[str, float] = {}
+    for site in sites:
+        weights = check_importance(lookup_importance(table, site), site.matrix, site.name)
+        allowed = _fitting(candidates, site.matrix.shape[-1])
+        measured = _fitting([chosen], site.matrix.shape[-1])[0]
+        sensitivity[site.name] = reference.divergence(
+            site, quantize(site.matrix, measured, weights, objective, name=site.name).dequantize()
+        )
+        errors = {f: _error(site.matrix, f, weights, objective, rows) for f in {measured, *allowed}}
+        ratio = sensitivity[site.name] / max(errors[measured], 1e-30)
+        options[site.name] = _hull([_Option(f.name, _bits(f, site.matrix.shape), ratio * errors[f]) for f in allowed])
+        logger.info("%s: KL %.3g in %s", site.name, sensitivity[site.name], measured.name)
+    count = sum(site.matrix.numel() for site in sites)
+    found = _allocate(options, target_bpw * count)
+    names = {name: option.format for name, option in found.items()}
+    recipe = Recipe(None, tuple((f"^{re.escape(name)}$", fmt) for name, fmt in names.items()))
+    bits = sum(option.bits for option in found.values())
+    result = Fit(recipe, bits / count, sum(option.cost for option in found.values()), names, sensitivity)
+    if result.bits_per_weight > target_bpw:
+        raise RecipeError(
+            f"the smallest formats take {result.bits_per_weight:.3f} bits per weight, the target is {target_bpw}; allow smaller ones"
+        )
+    logger.info("%s", result)
+    return result
+
+
+class _Reference:
+    """The predictions of the unchanged model on the batches."""
+
+    def __init__(self, model: nn.Module, batches: list[Tensor]) -> None:
+        if not batches:
+            raise RecipeError("fit needs batches of token ids [B, T]; iqtorch.data.calibration_text() is a text to start with")
+        self.model = model
+        device = next(model.parameters()).device
+        self.batches = [batch.to(device) for batch in batches]
+        self.log_probs = [self._predict(batch).cpu() for batch in self.batches]
+
+    def _predict(self, batch: Tensor) -> Tensor:
+        training = self.model.training
+        try:
+            with torch.no_grad():
+                out = self.model.eval()(batch)
+        finally:
+            self.model.train(training)
+        return torch.log_softmax(getattr(out, "logits", out).float(), -1)
+
+    def divergence(self, site: Site, value: Tensor) -> float:
+        """Mean KL divergence with another value `[.., N, K]` in place of a weight."""
+        original = site.weight.detach().clone()
+        try:
+            with torch.no_grad():
+                site.weight.copy_(value.mT if site.transposed else value)
+            total = tokens = 0.0
+            for batch, base in zip(self.batches, self.log_probs, strict=True):
+                base = base.to(batch.device)
+                total += float((base.exp() * (base - self._predict(batch))).sum())
+                tokens += batch.numel()
+        finally:
+            with torch.no_grad():
+                site.weight.copy_(original)
+        return max(total / tokens, 0.0)
+
+
+def _fitting(formats: Sequence[Format], k: int) -> list[Format]:
+    """The formats that hold rows of `k` weights, each replaced by its fallback where it does not."""
+    return list(dict.fromkeys(f if k % f.block_size == 0 else get_format(f.fallback or "q8_0") for f in formats))
+
+
+def _bits(fmt: Format, shape: torch.Size) -> int:
+    return 8 * fmt.row_bytes(shape[-1]) * (shape.numel() // shape[-1])
+
+
+def _error(matrix: Tensor, fmt: Format, importance: Tensor | None, objective: Objective, rows: int) -> float:
+    """Importance-weighted squared error on evenly spaced rows, relative to their weighted squares."""
+    experts = matrix if matrix.ndim == 3 else matrix[None]
+    weights = None if importance is None else importance.reshape(-1, matrix.shape[-1]).expand(len(experts), -1)
+    picked = torch.linspace(0, len(experts) - 1, min(SAMPLED_EXPERTS, len(experts))).long().unique().tolist()
+    error = energy = 0.0
+    for e in picked:
+        n = min(max(rows // len(picked), 1), experts.shape[1])
+        sample = experts[e, torch.linspace(0, experts.shape[1] - 1, n).long()].float()
+        own = None if weights is None else weights[e]
+        difference = sample - quantize(sample, fmt, own, objective).dequantize(torch.float32)
+        scale = torch.ones(1, device=sample.device) if own is None else own
+        error += float((scale * difference.square()).sum())
+        energy += float((scale * sample.square()).sum())
+    return error / max(energy, 1e-30)
+
+
+def _hull(options: Sequence[_Option]) -> list[_Option]:
+    """The options on the lower convex hull of cost over bits, smallest first: each step pays less per bit than the one before."""
+    hull: list[_Option] = []
+    for option in sorted(options, key=lambda o: (o.bits, o.cost)):
+        if hull and option.cost >= hull[-1].cost:
+            continue
+        while len(hull) > 1 and _gain(hull[-2], hull[-1]) <= _gain(hull[-2], option):
+            hull.pop()
+        hull.append(option)
+    return hull
+
+
+def _gain(a: _Option, b: _Option) -> float:
+    """Fall of the cost per bit from a to b."""
+    return (a.cost - b.cost) / max(b.bits - a.bits, 1)
+
+
+def _allocate(options: Mapping[str, list[_Option]], budget: float) -> dict[str, _Option]:
+    """One option per weight: from the smallest, always the step with the largest gain that still fits."""
+    level = dict.fromkeys(options, 0)
+    left = budget - sum(steps[0].bits for steps in options.values())
+    queue = [(-_gain(steps[0], steps[1]), name) for name, steps in options.items() if len(steps) > 1]
+    heapq.heapify(queue)
+    while queue:
+        _, name = heapq.heappop(queue)
+        steps, i = options[name], level[name]
+        extra = steps[i + 1].bits - steps[i].bits
+        if extra > left:
+            continue
+        left -= extra
+        level[name] = i + 1
+        if i + 2 < len(steps):
+            heapq.heappush(queue, (-_gain(steps[i + 1], steps[i + 2]), name))
+    return {name: steps[level[name]] for name, steps in options.items()}
