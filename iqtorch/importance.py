@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .errors import ImportanceError
+from .errors import ImportanceError, MissingDependencyError
 from .files import replacing
 
 __all__ = ["Importance", "ImportanceEntry", "collect_importance"]
@@ -132,7 +132,14 @@ class Importance(Mapping[str, Tensor]):
         if name in self._entries:
             return name
         if self._aliases is None:
-            self._aliases = {_canonical(key): key for key in reversed(self._entries)}
+            try:
+                self._aliases = {_canonical(key): key for key in reversed(self._entries)}
+            except MissingDependencyError:  # gguf's tables of names: needed only for names of files
+                if any(key.startswith("blk.") for key in self._entries):
+                    raise
+                self._aliases = {}
+        if not self._aliases:
+            return None
         canonical = _canonical(name)
         for alias in (canonical, *_substitutes(canonical)):
             if alias in self._aliases:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import struct
+import sys
 from pathlib import Path
 
 import gguf
@@ -12,7 +13,8 @@ import pytest
 import torch
 from torch import nn
 
-from iqtorch.errors import ImportanceError
+from iqtorch.errors import ImportanceError, MissingDependencyError
+from iqtorch.gguf import names
 from iqtorch.gguf.errors import GGUFError, GGUFMetadataError
 from iqtorch.importance import Importance, ImportanceEntry, collect_importance
 
@@ -197,6 +199,18 @@ def test_for_weight() -> None:
     flat = Importance({"blk.0.ffn_up_exps.weight": torch.arange(6.0)})
     assert flat.for_weight("model.layers.0.mlp.experts.gate_up_proj", (2, 9, 3)).tolist() == [[0, 1, 2], [3, 4, 5]]
     assert found.unused(["blk.0.attn_q.weight"]) == ["model.layers.0.mlp.experts.gate_up_proj", "token_embd.weight"]
+
+
+def test_without_the_gguf_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names of models need no tables; names of files do, and say so."""
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    for cached in (names.gguf_name, names._patterns):
+        cached.cache_clear()
+    ours = Importance({"model.layers.0.mlp.up_proj.weight": torch.ones(2)})
+    assert "model.layers.0.mlp.up_proj.weight" in ours
+    assert ours.for_weight("model.layers.1.mlp.up_proj.weight", (3, 2)) is None
+    with pytest.raises(MissingDependencyError, match=r"iqtorch\[gguf\]"):
+        Importance({"blk.0.ffn_up.weight": torch.ones(2)}).for_weight("model.layers.0.mlp.up_proj.weight", (3, 2))
 
 
 # -- files -------------------------------------------------------------------------------------------------
