@@ -87,7 +87,8 @@ class IQQuantizer(HfQuantizer):
         for target, source in model.all_tied_weights_keys.items():
             path, _, attribute = target.rpartition(".")
             setattr(model.get_submodule(path), attribute, model.get_parameter(source))
-        table = importance_table(config.importance)
+        with torch.device("cpu"):  # transformers makes every new tensor a meta tensor here
+            table = importance_table(config.importance)
         choices, self._notes = plan_formats(model, config.recipe, config.skip, has_importance=bool(table))
         for site, choice in choices:
             if choice.format is None:
