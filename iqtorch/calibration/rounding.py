@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..encode import encode
 from ..encode.encoder import Objective
-from ..encode.feedback import Feedback, encode_with_feedback
+from ..encode.feedback import Metric, encode_with_feedback
 from ..formats import Format, get_format
 from ..tensor import IQTensor
 from .moments import Moments
@@ -49,8 +49,8 @@ def _round_matrix(weight: Tensor, fmt: Format, moments: Moments, objective: Obje
     """Canonical bytes, and whether they are those of error feedback."""
     importance = moments.importance.to(weight.device)
     start = encode(weight, fmt, importance, "rmse")
-    effort = Feedback(damping=DAMPING * (1 + len(importance) / max(1, moments.tokens)))
-    fed = encode_with_feedback(weight, fmt, moments.matrix.to(weight.device), objective, effort, start)
+    metric = Metric(moments.matrix.to(weight.device), fmt, DAMPING * (1 + len(importance) / max(1, moments.tokens)))
+    fed = encode_with_feedback(weight, fmt, metric, objective, start=start)
     before, after = (held_out_error(weight, fmt, blocks, moments.sample) for blocks in (start, fed))
     return (fed, True) if after <= before else (encode(weight, fmt, importance, objective), False)
 

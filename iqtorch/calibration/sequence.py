@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 from ..encode import encode
 from ..encode.encoder import Objective
-from ..encode.feedback import Feedback, encode_with_feedback
+from ..encode.feedback import Metric, encode_with_feedback
 from ..errors import CalibrationError
-from ..formats import Format
+from ..formats import Format, get_format
 from ..tensor import IQTensor
 from .moments import HELD_OUT, SAMPLE, Batch, Calibration, add_products, calibrate, checked_batches, zero_products
 from .rounding import DAMPING, FEEDBACK, NEAREST, quantize_calibrated
@@ -287,22 +287,25 @@ class _Pairs:
 
 @dataclass(frozen=True)
 class _Statistics:
-    """Moments of y, what W is to be multiplied by (less the identity), damping, and pairs kept aside."""
+    """Moments of y, what W is to be multiplied by (less the identity), damping, pairs kept aside, and metrics by format."""
 
     moments: Tensor
     correction: Tensor
     damping: float
     x: Tensor
     y: Tensor
+    metrics: dict[str, Metric] = field(default_factory=dict)
 
     def round(self, weight: Tensor, fmt: Format, objective: Objective) -> tuple[IQTensor, str]:
         """The best of: W' with feedback, and W to nearest, by the outputs for the pairs kept aside."""
         device, dtype = weight.device, weight.dtype
         weight = weight.float()
-        moments = self.moments.to(device)
-        wanted = weight + weight @ self.correction.to(device)
-        fed = encode_with_feedback(wanted, fmt, moments, objective, Feedback(damping=self.damping))
-        plain = encode(weight, fmt, moments.diagonal().contiguous(), objective)
+        fmt = get_format(fmt.plain) if fmt.plain else fmt
+        if fmt.name not in self.metrics:
+            self.metrics[fmt.name] = Metric(self.moments.to(device), fmt, self.damping)
+        metric = self.metrics[fmt.name]
+        fed = encode_with_feedback(weight + weight @ self.correction.to(device), fmt, metric, objective)
+        plain = encode(weight, fmt, metric.importance, objective)
         x, y = self.x.to(device), self.y.to(device)
         ours, theirs = ((weight @ x.T - (fmt.decode(b) * fmt.runtime_scale) @ y.T).square().sum() for b in (fed, plain))
         blocks, note = (fed, FEEDBACK) if bool(ours <= theirs) else (plain, NEAREST)

@@ -37,19 +37,18 @@ ROWS = {"cpu": 1 << 10, "gpu": 1 << 13}
 @dataclass(frozen=True)
 class Feedback:
     """How hard to try: `passes` over the columns, neighbouring scales (and minima) tried on each side and the relative distance
-    between them, entries of a codebook with separate signs compared in full, damping relative to the mean moment."""
+    between them, entries of a codebook with separate signs compared in full."""
 
     passes: int = 2
     reach: int = 2
     stride: float = 0.06
     shortlist: int = 32
-    damping: float = 0.05
 
 
 def encode_with_feedback(
     weight: Tensor,
     fmt: Format,
-    moments: Tensor,
+    metric: Metric,
     objective: Objective = "model",
     effort: Feedback | None = None,
     start: Tensor | None = None,
@@ -59,8 +58,8 @@ def encode_with_feedback(
     Args:
         weight: float32 `[R, K]`, finite, K a multiple of the block size (and R of 4 for the `_r4` formats).
         fmt: the format.
-        moments: `[K, K]` float32 or float64, symmetric: second moments of the layer's inputs.
-        objective: as in `encode`, with the error measured by `moments`.
+        metric: made for this format (or the plain format of an `_r4` format) from the second moments of the layer's inputs.
+        objective: as in `encode`, with the error measured by the moments.
         effort: how hard to try.
         start: canonical bytes whose scales and minima to start from; None = those of `encode`.
 
@@ -70,12 +69,11 @@ def encode_with_feedback(
     if fmt.plain is not None:
         plain = get_format(fmt.plain)
         start = None if start is None else plain.pack(fmt.unpack(start))
-        return fmt.pack(plain.unpack(encode_with_feedback(weight, plain, moments, objective, effort, start)))
+        return fmt.pack(plain.unpack(encode_with_feedback(weight, plain, metric, objective, effort, start)))
     fmt = fmt.for_encoding
     effort = effort or Feedback()
-    metric = Metric(moments.to(weight.device), fmt, effort.damping)
     if start is None:
-        start = encode(weight, fmt, moments.diagonal().float().contiguous(), "rmse")
+        start = encode(weight, fmt, metric.importance, "rmse")
     step = ROWS["cpu" if weight.device.type == "cpu" else "gpu"]
     out = torch.empty_like(start)
     for i in range(0, len(weight), step):
@@ -86,9 +84,17 @@ def encode_with_feedback(
 
 
 class Metric:
-    """Second moments, damped, and what the rounding needs of them; columns in rounding order."""
+    """Second moments, damped, and what the rounding needs of them; columns in rounding order. Serves all weights of the same
+    inputs and format.
+
+    Args:
+        moments: `[K, K]` float32 or float64, symmetric, on the device of the weights.
+        fmt: the format.
+        damping: added to the diagonal, relative to its mean.
+    """
 
     def __init__(self, moments: Tensor, fmt: Format, damping: float) -> None:
+        self.importance = moments.diagonal().float().contiguous()
         wide = moments.to(torch.float64)
         mean = wide.diagonal().mean()
         wide = wide + torch.eye(len(wide), device=wide.device, dtype=wide.dtype) * (damping * torch.where(mean > 0, mean, 1.0))
