@@ -11,7 +11,6 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .. import ops
 from ..formats import Format
 from . import library as _library
 from .layout import layout

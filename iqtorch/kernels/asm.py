@@ -46,6 +46,12 @@ def bytes_of(a, SIGNED: tl.constexpr):
 
 
 @triton.constexpr_function
+def replace_last(shape, *last):
+    """`shape` with its last dimension replaced by `last`."""
+    return [int(getattr(n, "value", n)) for n in shape][:-1] + list(last)
+
+
+@triton.constexpr_function
 def last_dimension(shape):
     """Shape `[1, .., 1, 4]`, one dimension more than `shape`."""
     return [1] * len(shape) + [4]
@@ -86,7 +92,7 @@ def pack4(a, b, c, d, ASM: tl.constexpr):
 @triton.jit
 def split4(a):
     """`[..., 4]` -> four `[...]`."""
-    even, odd = tl.split(tl.reshape(a, (*a.shape[:-1], 2, 2)))
+    even, odd = tl.split(tl.reshape(a, replace_last(a.shape, 2, 2)))
     a0, a2 = tl.split(even)
     a1, a3 = tl.split(odd)
     return a0, a1, a2, a3

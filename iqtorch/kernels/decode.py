@@ -355,7 +355,7 @@ def trellis_states(data, row, run, rows, runs, S: tl.constexpr, ASM: tl.constexp
     """First states of the generator less `S.start`, `[A, B, run / vec]`."""
     state = natural_codes(data, row, run, rows, runs, S, ASM)
     if S.variant_entries > 0:
-        state += ((raw_scale(data, row, run, rows, runs, S, S.scale, ASM) >> S.scale_bits) & 1) * S.variant_entries
+        state += ((raw_scale(data, row, run, rows, runs, S, "scale", ASM) >> S.scale_bits) & 1) * S.variant_entries
     return state
 
 
@@ -422,9 +422,24 @@ def quads(data, row, run, rows, runs, held, S: tl.constexpr, ASM: tl.constexpr):
 # -- scales --------------------------------------------------------------------------------------------------
 
 
+@triton.constexpr_function
+def plane_count(s, field):
+    return len(getattr(s, field))
+
+
+@triton.constexpr_function
+def plane_index(s, field, i):
+    return getattr(s, field)[i][0]
+
+
+@triton.constexpr_function
+def plane_width(s, field, i):
+    return getattr(s, field)[i][1]
+
+
 @triton.jit
-def raw_scale(data, row, run, rows, runs, S: tl.constexpr, PLANES: tl.constexpr, ASM: tl.constexpr):
-    """Stored scales (and variant bits above them) `[A, B, S.groups]`."""
+def raw_scale(data, row, run, rows, runs, S: tl.constexpr, FIELD: tl.constexpr, ASM: tl.constexpr):
+    """Stored scales or minima (and variant bits above them) `[A, B, S.groups]`."""
     n: tl.constexpr = S.groups
     if S.parity:
         w = load_words(data, row, run, rows, runs, S, S.code[0][0], ASM)
@@ -435,19 +450,22 @@ def raw_scale(data, row, run, rows, runs, S: tl.constexpr, PLANES: tl.constexpr,
     elif S.sign == "word":
         raw = shift_right(load_words(data, row, run, rows, runs, S, S.sign_plane, ASM), 28)
     else:
-        raw = spread(load_words(data, row, run, rows, runs, S, PLANES[0][0], ASM), PLANES[0][1], n) & low_mask(PLANES[0][1])
-        if len(PLANES) == 2:
-            high = spread(load_words(data, row, run, rows, runs, S, PLANES[1][0], ASM), PLANES[1][1], n)
-            raw |= (high & low_mask(PLANES[1][1])) << PLANES[0][1]
+        width: tl.constexpr = plane_width(S, FIELD, 0)
+        words = load_words(data, row, run, rows, runs, S, plane_index(S, FIELD, 0), ASM)
+        raw = spread(words, width, n) & low_mask(width)
+        if plane_count(S, FIELD) == 2:
+            more: tl.constexpr = plane_width(S, FIELD, 1)
+            words = load_words(data, row, run, rows, runs, S, plane_index(S, FIELD, 1), ASM)
+            raw |= (spread(words, more, n) & low_mask(more)) << width
     return raw
 
 
 @triton.jit
-def load_floats(p, row, stride, column, KIND: tl.constexpr, ASM: tl.constexpr):
+def load_floats(p, row, stride, column, S: tl.constexpr, ASM: tl.constexpr):
     """Stored floats as float32 `[A, B]` (see `load_item`)."""
-    if KIND == "f16":
+    if S.d_kind == "f16":
         v = load_item(p.to(tl.pointer_type(tl.float16), bitcast=True), row, stride, column, ASM).to(tl.float32)
-    elif KIND == "f32":
+    elif S.d_kind == "f32":
         v = load_item(p.to(tl.pointer_type(tl.float32), bitcast=True), row, stride, column, ASM)
     else:
         e = load_item(p, row, stride, column, ASM).to(tl.int32)
@@ -459,14 +477,14 @@ def load_floats(p, row, stride, column, KIND: tl.constexpr, ASM: tl.constexpr):
 @triton.jit
 def row_scale(data, row, rows, runs, S: tl.constexpr):
     """`d` of rows `[A, 1]` whose format has one per row, times `unit`."""
-    return load_floats(data + plane_start(rows, runs, S, S.d_plane), row, 1, 0, S.d_kind, 0) * S.unit
+    return load_floats(data + plane_start(rows, runs, S, S.d_plane), row, 1, 0, S, 0) * S.unit
 
 
 @triton.jit
 def block_scale(data, row, run, rows, runs, S: tl.constexpr, PLANE: tl.constexpr, ASM: tl.constexpr):
     """`d` (or `dmin`) of formats with one per block, `[A, B]`."""
     per: tl.constexpr = S.d_size // S.run
-    return load_floats(data + plane_start(rows, runs, S, PLANE), row, runs // per, run // per, S.d_kind, ASM)
+    return load_floats(data + plane_start(rows, runs, S, PLANE), row, runs // per, run // per, S, ASM)
 
 
 @triton.jit
@@ -489,7 +507,7 @@ def integer_scale(data, row, run, rows, runs, lut, S: tl.constexpr, ASM: tl.cons
         scale = tl.full((run.shape[0], run.shape[1], 1), 1.0, tl.float32)
         shift = scale.to(tl.int32)
     else:
-        raw = raw_scale(data, row, run, rows, runs, S, S.scale, ASM)
+        raw = raw_scale(data, row, run, rows, runs, S, "scale", ASM)
         shift = raw
         if S.shift != 0:
             shift = ((raw >> S.scale_bits) & 1) * S.shift
@@ -522,6 +540,6 @@ def scales(data, row, run, rows, runs, lut, S: tl.constexpr, ASM: tl.constexpr):
         if len(S.minimum) == 0:
             low *= S.min_map[0]
         else:
-            m = raw_scale(data, row, run, rows, runs, S, S.minimum, ASM)
+            m = raw_scale(data, row, run, rows, runs, S, "minimum", ASM)
             low = low * (m * S.min_map[1] + S.min_map[0]).to(tl.float32)
     return scale, shift, low

@@ -177,8 +177,8 @@ def _gemv(
     out = torch.empty((tokens, rows), dtype=x.dtype, device=x.device)
     skeletons.gemv[(triton.cdiv(rows, tile.rows * tile.passes), triton.cdiv(tokens, group))](
         x, data, book, lut, bias, ids, out, tokens, rows, runs, x.stride(0), data.shape[-1], experts, per_token,
-        S=s, MODE=mode, DIGITS=_digits(x.dtype, precision), TOKENS=group, ROWS=tile.rows, PASSES=tile.passes, RUNS=tile.runs, EP=_power_of_two(experts),
-        ASM=2 * facts.asm, num_warps=tile.warps,
+        S=s, MODE=mode, DIGITS=_digits(x.dtype, precision), TOKENS=group, ROWS=tile.rows, PASSES=tile.passes, RUNS=tile.runs,
+        EP=_power_of_two(experts), ASM=2 * facts.asm, num_warps=tile.warps,
     )  # fmt: skip
     return out
 

@@ -370,8 +370,8 @@ class Layout:
         """`(book, lut)` for the kernels (cached): the codebook, and float32 values of scales that are no sequence.
 
         `book` is int32. `table`: the value of each entry as an integer, then the same as bytes in words, each word 32
-        times (of the first variant). `pairs`: both values as bytes, then as float16. `grid`: the values of each entry as bytes; then, for 7-bit
-        signs, the byte masks of 128 sign patterns.
+        times (of the first variant). `pairs`: both values as bytes, then as float16. `grid`: the values of each entry as bytes;
+        then, for 7-bit signs, the byte masks of 128 sign patterns.
         """
         return _tables(self.fmt.name, device)
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .asm import LOW_BYTES, bytes_of, dot4, dot4_first, half_offset, halves, pack4, permute, split4
+from .asm import LOW_BYTES, bytes_of, dot4, dot4_first, half_offset, halves, pack4, permute, replace_last, split4
 from .decode import halving, power_of_two, prepare, prepare_scales, quads, row_exponent, row_scale, scales, trellis_states, trellis_word
 
 # -- which matrix --------------------------------------------------------------------------------------------
@@ -91,15 +91,15 @@ def digit_quads(q, i: tl.constexpr, ASM: tl.constexpr):
 @triton.jit
 def dot_run(w, x, acc, W_SIGNED: tl.constexpr, X_SIGNED: tl.constexpr, N: tl.constexpr, START: tl.constexpr):
     """acc (nothing if START) + sum over the last dimension (N quads) of byte dot products, as one chain."""
-    shape: tl.constexpr = w.shape[:-1]
+    shape: tl.constexpr = replace_last(w.shape)
     if N == 1:
         if START:
             acc = dot4_first(tl.reshape(w, shape), tl.reshape(x, shape), W_SIGNED, X_SIGNED)
         else:
             acc = dot4(tl.reshape(w, shape), tl.reshape(x, shape), acc, W_SIGNED, X_SIGNED)
     else:
-        w0, w1 = tl.split(tl.reshape(w, (*shape, halving(N), 2)))
-        x0, x1 = tl.split(tl.reshape(x, (*shape, halving(N), 2)))
+        w0, w1 = tl.split(tl.reshape(w, replace_last(w.shape, halving(N), 2)))
+        x0, x1 = tl.split(tl.reshape(x, replace_last(x.shape, halving(N), 2)))
         acc = dot_run(w0, x0, acc, W_SIGNED, X_SIGNED, halving(N), START)
         acc = dot_run(w1, x1, acc, W_SIGNED, X_SIGNED, halving(N), False)
     return acc
