@@ -5,13 +5,15 @@
 # PYTHON=python3.12          another interpreter (3.10 or newer)
 # TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"    another build of torch (see README)
 # VENV=path                  another place for the environment
+# WORKERS=2                  processes that run the tests, one thread each
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
+WORKERS ?= 2
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-SOURCES := pyproject.toml CMakeLists.txt $(shell find iqtorch/cpu_ext -type f -name '*.cpp' -o -type f -name '*.h' -o -type f -name '*.inc')
+SOURCES := pyproject.toml CMakeLists.txt $(shell find iqtorch/cpu_ext/csrc -type f)
 
 .PHONY: demo test check setup clean
 
@@ -19,7 +21,7 @@ demo: $(READY)
 	$(BIN)/iqtorch demo
 
 test: check
-	$(BIN)/python -m pytest -q -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 
 check: $(READY)
 	$(BIN)/ruff check .
