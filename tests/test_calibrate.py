@@ -90,13 +90,14 @@ def test_every_format_gains(name: str) -> None:
     found = torch.ldexp(rounding._effective().T[:, metric.order.argsort()], rounding.exponent[:, None])
     torch.testing.assert_close(fmt.decode(blocks) * fmt.runtime_scale, found, rtol=1e-6, atol=1e-12)
     assert fmt.decode(blocks)[4].abs().max() <= 1e-3
-    assert torch.equal(blocks, encode_with_feedback(weight, fmt, h, "rmse", Feedback(damping=0.01)))
+    assert torch.equal(blocks, encode_with_feedback(weight, fmt, metric, "rmse"))
 
 
 def test_interleaved_format_has_the_same_integers() -> None:
     x = correlated(256, 600)
     weight = torch.randn(8, 256, generator=torch.Generator().manual_seed(3))
-    plain, merged = (encode_with_feedback(weight, iqtorch.get_format(n), x.T @ x / 600) for n in ("iq4_ks", "iq4_ks_r4"))
+    metric = Metric(x.T @ x / 600, iqtorch.get_format("iq4_ks"), 0.05)
+    plain, merged = (encode_with_feedback(weight, iqtorch.get_format(n), metric) for n in ("iq4_ks", "iq4_ks_r4"))
     assert torch.equal(iqtorch.get_format("iq4_ks").decode(plain), iqtorch.get_format("iq4_ks_r4").decode(merged))
 
 
@@ -174,9 +175,9 @@ def test_model_objective_does_not_shrink() -> None:
     x = correlated(256, 1000)
     h = x.T @ x / 1000
     weight = torch.randn(16, 256, generator=torch.Generator().manual_seed(3))
-    kept = {}
+    fmt, kept = iqtorch.get_format("iq2_ks"), {}
     for objective in ("model", "rmse"):
-        q = iqtorch.get_format("iq2_ks").decode(encode_with_feedback(weight, iqtorch.get_format("iq2_ks"), h, objective))  # type: ignore[arg-type]
+        q = fmt.decode(encode_with_feedback(weight, fmt, Metric(h, fmt, 0.05), objective))  # type: ignore[arg-type]
         kept[objective] = float(((weight @ h) * q).sum() / ((weight @ h) * weight).sum())
     assert kept["rmse"] < kept["model"]
     assert abs(kept["model"] - 1) < 0.01
@@ -333,7 +334,7 @@ def test_dead_columns_and_few_tokens(caplog: pytest.LogCaptureFixture) -> None:
     model = nn.Sequential(nn.Linear(256, 24, bias=False))
     with caplog.at_level(logging.WARNING, "iqtorch"):
         found = iqtorch.calibrate(model, [x[:100]])
-    assert "only 97 tokens" in caplog.text and "1 of the 256 inputs" in caplog.text
+    assert "only 88 tokens" in caplog.text and "1 of the 256 inputs" in caplog.text
     (own,) = found["0.weight"]
     assert own.deficient and own.dead == 1
     fmt = iqtorch.get_format("iq3_k")

@@ -26,8 +26,8 @@ logger = logging.getLogger("iqtorch")
 #: Token ids `[B, T]`, or a dictionary of arguments of the model.
 Batch = Tensor | Mapping[str, Any]
 
-#: One activation in this many is kept aside, to check on it that rounding by the others did help.
-HELD_OUT = 32
+#: One activation in this many (of long texts, fewer) is kept aside, to check on it that rounding by the others did help.
+HELD_OUT = 8
 #: At most this many are kept per layer; beyond, every second one is dropped and half as many are taken from then on.
 SAMPLE = 512
 #: Columns of a moment matrix computed at a time, and up to how many columns it is summed in float64.

@@ -12,7 +12,7 @@ from ..formats import Format, get_format
 from ..tensor import IQTensor
 from .moments import Moments
 
-#: Damping of the moments, relative to their mean, for plenty of tokens; it grows as tokens get fewer than columns.
+#: Damping of the moments, relative to their mean: keeps the feedback from chasing directions that hardly occur.
 DAMPING = 0.05
 
 #: What `iqtorch.report` says of a matrix.
@@ -49,7 +49,7 @@ def _round_matrix(weight: Tensor, fmt: Format, moments: Moments, objective: Obje
     """Canonical bytes, and whether they are those of error feedback."""
     importance = moments.importance.to(weight.device)
     start = encode(weight, fmt, importance, "rmse")
-    metric = Metric(moments.matrix.to(weight.device), fmt, DAMPING * (1 + len(importance) / max(1, moments.tokens)))
+    metric = Metric(shrunk(moments.matrix.to(weight.device), moments.tokens), fmt, DAMPING)
     fed = encode_with_feedback(weight, fmt, metric, objective, start=start)
     before, after = (held_out_error(weight, fmt, blocks, moments.sample) for blocks in (start, fed))
     return (fed, True) if after <= before else (encode(weight, fmt, importance, objective), False)
@@ -59,3 +59,8 @@ def held_out_error(weight: Tensor, fmt: Format, blocks: Tensor, sample: Tensor) 
     """Squared error of the outputs for some activations `[S, K]`, summed."""
     error = weight - fmt.decode(blocks) * fmt.runtime_scale
     return float((error @ sample.to(weight.device).T).square().sum())
+
+
+def shrunk(moments: Tensor, tokens: int) -> Tensor:
+    """Moments with their off-diagonal part reduced as far as so few tokens let it be chance; without tokens only importance is left."""
+    return moments * (tokens / (tokens + len(moments))) + torch.diag(moments.diagonal() * (len(moments) / (tokens + len(moments))))

@@ -28,7 +28,7 @@ from ..errors import CalibrationError
 from ..formats import Format, get_format
 from ..tensor import IQTensor
 from .moments import HELD_OUT, SAMPLE, Batch, Calibration, add_products, calibrate, checked_batches, zero_products
-from .rounding import DAMPING, FEEDBACK, NEAREST, quantize_calibrated
+from .rounding import DAMPING, FEEDBACK, NEAREST, quantize_calibrated, shrunk
 
 logger = logging.getLogger("iqtorch")
 
@@ -275,23 +275,19 @@ class _Pairs:
         if not bool(torch.isfinite(self.products.diagonal()).all()):
             raise CalibrationError(f"the inputs of {name!r} are not finite; look for NaN or Inf in the model, or use float32")
         k = len(self.products)
-        damping = DAMPING * (1 + k / self.count)
-        moments = self.products / self.count
-        damped = moments.double() + torch.eye(k, dtype=torch.float64, device=moments.device) * damping * moments.diagonal().mean().clamp(
-            min=1e-30
-        )
-        correction = torch.linalg.solve(damped, (self.cross / self.count).double().T).T
+        moments = shrunk(self.products / self.count, self.count)
+        damped = moments.double() + torch.diag((DAMPING * moments.double().diagonal().mean().clamp(min=1e-30)).expand(k))
+        correction = torch.linalg.solve(damped, self.cross.double().T / (self.count + k)).T
         x, y = (torch.cat(t) for t in zip(*self.sample, strict=True))
-        return _Statistics(moments.float(), correction.float(), damping, x, y)
+        return _Statistics(moments.float(), correction.float(), x, y)
 
 
 @dataclass(frozen=True)
 class _Statistics:
-    """Moments of y, what W is to be multiplied by (less the identity), damping, pairs kept aside, and metrics by format."""
+    """Moments of y, what W is to be multiplied by (less the identity), pairs kept aside, and metrics by format."""
 
     moments: Tensor
     correction: Tensor
-    damping: float
     x: Tensor
     y: Tensor
     metrics: dict[str, Metric] = field(default_factory=dict)
@@ -302,7 +298,7 @@ class _Statistics:
         weight = weight.float()
         fmt = get_format(fmt.plain) if fmt.plain else fmt
         if fmt.name not in self.metrics:
-            self.metrics[fmt.name] = Metric(self.moments.to(device), fmt, self.damping)
+            self.metrics[fmt.name] = Metric(self.moments.to(device), fmt, DAMPING)
         metric = self.metrics[fmt.name]
         fed = encode_with_feedback(weight + weight @ self.correction.to(device), fmt, metric, objective)
         plain = encode(weight, fmt, metric.importance, objective)
