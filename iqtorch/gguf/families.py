@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .errors import GGUFArchitectureError
+from .errors import GGUFArchitectureError, GGUFMetadataError
 from .reader import GGUFFile
 from .writer import Typed
 
@@ -373,11 +373,11 @@ def config_from_gguf(file: GGUFFile) -> dict[str, Any]:
     for key, attribute in family.keys:
         value = file.metadata.get(f"{family.arch}.{key}")
         if isinstance(value, list):
-            if len(set(value)) != 1:
+            if len(set(map(str, value))) != 1:
                 raise GGUFArchitectureError(f"{file.path}: {family.arch}.{key} differs between layers; pass config=")
             value = value[0]
         if value is not None:
-            config[attribute] = _short(value)
+            config[attribute] = _short(_plausible(file, f"{family.arch}.{key}", value))
     missing = [f"{family.arch}.{key}" for key, attribute in _COMMON[:5] if attribute not in config and attribute != "intermediate_size"]
     if missing:
         raise GGUFArchitectureError(f"{file.path}: {', '.join(missing)} missing in the metadata; pass config=")
@@ -395,6 +395,22 @@ def config_from_gguf(file: GGUFFile) -> dict[str, Any]:
     if family.read is not None:
         config |= family.read(file, config)
     return config
+
+
+#: Keys whose numbers are not sizes of anything in the file.
+_NO_SIZES = ("context_length", "sliding_window", "_rank")
+
+
+def _plausible(file: GGUFFile, key: str, value: Any) -> Any:
+    """A number of the metadata, if a model of that size could be in the file: a hostile one must not make a huge model."""
+    largest = max([len(file.tensors), *(n for info in file.tensors.values() for n in info.shape)], default=0)
+    if key.endswith(_NO_SIZES):
+        largest = (1 << 31) - 1
+    if not isinstance(value, (int, float)) or (isinstance(value, int) and not 0 <= value <= largest):
+        raise GGUFMetadataError(f"{file.path}: {key} is {value!r:.80}; no tensor of the file is larger than {largest}")
+    if not value and key.endswith(("head_count", "block_count", "embedding_length")):
+        raise GGUFMetadataError(f"{file.path}: {key} must not be 0")
+    return value
 
 
 def metadata_from_config(family: Family, config: Any) -> dict[str, Any]:

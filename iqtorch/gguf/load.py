@@ -17,7 +17,7 @@ from ..hf import adopt, transformers
 from ..linear import packed_parameter, set_weight
 from ..recipe import Recipe
 from ..tensor import IQTensor, repack_rows
-from .errors import GGUFArchitectureError, GGUFTensorError
+from .errors import GGUFArchitectureError, GGUFError, GGUFTensorError
 from .families import config_from_gguf, family_of_file
 from .reader import GGUFFile, TensorInfo
 from .tensors import Binding, bind, check_names, merge_heads, parameter_names, split_heads
@@ -54,7 +54,6 @@ def load_gguf(
     """
     file = GGUFFile(path, id_map=id_map)
     hf = transformers()
-    configuration = _configuration(hf, file, config)
     try:
         family = family_of_file(file)
     except GGUFArchitectureError:
@@ -62,10 +61,17 @@ def load_gguf(
             raise
         family = None
         logger.warning("%s: architecture %r is not known: tensors are taken as they are", path, file.metadata.get("general.architecture"))
-    with _parameters_on_meta():
-        model: nn.Module = hf.AutoModelForCausalLM.from_config(configuration, dtype=dtype)
+    if config is not None:
+        model = _empty_model(hf, config, dtype)
+    else:
+        try:
+            model = _empty_model(hf, config_from_gguf(file), dtype)
+        except GGUFError:
+            raise
+        except Exception as error:  # transformers checks settings with many kinds of exceptions
+            raise GGUFArchitectureError(f"{path}: its metadata make no valid configuration: {error}; pass config=") from error
     wanted = parameter_names(model)
-    text = configuration.get_text_config()
+    text = model.config.get_text_config()  # type: ignore[union-attr,operator]
     bindings = split_heads(bind(wanted, str(file.metadata.get("general.architecture")), family, text), file.tensors, text)
     check_names(path, bindings, file.tensors)
     _check_shapes(file, bindings, wanted)
@@ -78,20 +84,21 @@ def load_gguf(
         for module, name in places[id(old)]:  # tied places share the parameter
             _install(module, name, value)
         file.release(binding.tensors)
-    _set_special_tokens(model, configuration)
+    _set_special_tokens(model)
     adopt(model.eval(), Recipe())
     return _dispatch(model, device_map, device)
 
 
-def _configuration(hf: Any, file: GGUFFile, config: Any) -> Any:
-    if config is None:
-        config = config_from_gguf(file)
+def _empty_model(hf: Any, config: Any, dtype: torch.dtype) -> nn.Module:
+    """A model without weights, of a configuration, its dictionary or its folder."""
     if isinstance(config, Mapping):
         attributes = dict(config)
-        return hf.AutoConfig.for_model(attributes.pop("model_type"), **attributes)
-    if isinstance(config, (str, Path)):
-        return hf.AutoConfig.from_pretrained(config)
-    return config
+        config = hf.AutoConfig.for_model(attributes.pop("model_type", None), **attributes)
+    elif isinstance(config, (str, Path)):
+        config = hf.AutoConfig.from_pretrained(config)
+    with _parameters_on_meta():
+        model: nn.Module = hf.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return model
 
 
 @contextmanager
@@ -192,8 +199,8 @@ def _install(module: nn.Module, name: str, value: Tensor) -> None:
         (module._parameters if isinstance(value, nn.Parameter) else module._buffers)[name] = value  # type: ignore[assignment]
 
 
-def _set_special_tokens(model: nn.Module, config: Any) -> None:
-    generation: Any = getattr(model, "generation_config", None)
+def _set_special_tokens(model: nn.Module) -> None:
+    config, generation = (getattr(model, name, None) for name in ("config", "generation_config"))
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if generation is not None and getattr(config, name, None) is not None:
             setattr(generation, name, getattr(config, name))
