@@ -15,7 +15,7 @@ class replacing:
         self.temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
 
     def __enter__(self) -> BinaryIO:
-        self.file = open(self.temporary, "wb")  # noqa: SIM115
+        self.file = open(self.temporary, "wb")
         return self.file
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:

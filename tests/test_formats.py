@@ -39,7 +39,7 @@ q3_k 11 256 110 1760       q4_k 12 256 144 2304       q5_k 13 256 176 2816      
 iq2_xxs 16 256 66 1056     iq2_xs 17 256 74 1184      iq3_xxs 18 256 98 1568     iq1_s 19 256 50 800
 iq4_nl 20 32 18 2304       iq3_s 21 256 110 1760      iq2_s 22 256 82 1312       iq4_xs 23 256 136 2176
 iq1_m 29 256 56 896        mxfp4 39 32 17 2176
-""".split()
+""".split()  # noqa: SIM905
 SIZE_ROWS = [(SIZES[i], *map(int, SIZES[i + 1 : i + 5])) for i in range(0, len(SIZES), 5)]
 
 all_formats = pytest.mark.parametrize("fmt", FORMATS, ids=lambda f: f.name)
