@@ -47,6 +47,7 @@ _LAZY = {
     "Calibration": ("calibration", "Calibration"),
     "IQConfig": ("hf", "IQConfig"),
     "merge_adapter": ("hf.adapters", "merge_adapter"),
+    "place": ("hf.placement", "place"),
     "Importance": ("importance", "Importance"),
     "calibrate": ("calibration", "calibrate"),
     "collect_importance": ("importance", "collect_importance"),
@@ -65,6 +66,7 @@ if TYPE_CHECKING:
     from .gguf import save_gguf as save_gguf
     from .hf import IQConfig as IQConfig
     from .hf.adapters import merge_adapter as merge_adapter
+    from .hf.placement import place as place
     from .importance import Importance as Importance
     from .importance import collect_importance as collect_importance
 

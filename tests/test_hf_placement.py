@@ -1,0 +1,99 @@
+"""Devices: offload hooks move packed bytes, device maps know their sizes, rules place modules. Only a CPU is needed."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import iqtorch
+from iqtorch import IQTensor, Recipe
+from iqtorch.errors import RecipeError, UnsupportedOperationError
+
+transformers = pytest.importorskip("transformers")
+accelerate = pytest.importorskip("accelerate")
+
+from tiny_models import tiny_model  # noqa: E402
+
+IDS = torch.arange(3, 11)[None]
+
+
+@pytest.fixture(autouse=True)
+def no_dequantizing() -> object:
+    """No operation may run on a dequantized copy."""
+    iqtorch.set_fallback("error")
+    yield
+    iqtorch.set_fallback("warn")
+
+
+def packed(kind: str = "llama") -> nn.Module:
+    return iqtorch.quantize_model(tiny_model(kind), Recipe.pure("q8_0"), progress=False)
+
+
+def logits(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+def test_cpu_offload_moves_packed_bytes() -> None:
+    model = packed()
+    want = logits(model)
+    offloaded = accelerate.cpu_offload(copy.deepcopy(model), execution_device=torch.device("cpu"))
+    weight = offloaded.lm_head.weight
+    assert isinstance(weight, IQTensor) and weight.is_meta  # between calls only a placeholder is left in the module
+    assert torch.equal(logits(offloaded), want) and offloaded.lm_head.weight.is_meta
+
+
+def test_dispatch_with_hooks() -> None:
+    model = packed()
+    want = logits(model)
+    parts = dict.fromkeys(("model.embed_tokens", "model.layers", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
+    assert torch.equal(logits(accelerate.dispatch_model(model, parts, main_device="cpu", force_hooks=True)), want)
+
+
+def test_device_maps_count_packed_bytes(tmp_path: Path) -> None:
+    model = packed()
+    model.save_pretrained(tmp_path)
+    for device_map in ("auto", {"": "cpu"}):
+        assert torch.equal(logits(transformers.AutoModelForCausalLM.from_pretrained(tmp_path, device_map=device_map)), logits(model))
+    quantizer = model.hf_quantizer
+    quantizer.stored = dict(quantizer.quantization_config.tensors)
+    weight = model.lm_head.weight
+    assert quantizer.param_element_size(model, "lm_head.weight", weight) * weight.numel() == weight.to_blocks().nbytes
+    plain = sum(p.numel() * 4 for p in model.parameters())  # enough for the packed model, not for the plain one
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, device_map="auto", max_memory={"cpu": plain // 2})
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_disk_is_refused(tmp_path: Path) -> None:
+    packed().save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedOperationError, match="memory-mapped"):
+        transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path, device_map="auto", max_memory={"cpu": 1000}, offload_folder=tmp_path / "o"
+        )
+
+
+@pytest.mark.parametrize(("kind", "rule"), [("qwen3_moe", r"mlp\.experts$"), ("llama", "lm_head|mlp")])
+def test_rules_place_modules(kind: str, rule: str) -> None:
+    model = packed(kind)
+    want = logits(model)
+    assert iqtorch.place(model, {rule: "cpu"}) is model
+    hooked = [name for name, module in model.named_modules() if hasattr(module, "_hf_hook")]
+    assert len(hooked) == (2 if kind == "qwen3_moe" else 3) and torch.equal(logits(model), want)
+    with pytest.raises(RecipeError, match="places no module"):
+        iqtorch.place(model, {"nothing": "cpu"})
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_experts_on_the_cpu_and_the_rest_on_the_gpu() -> None:
+    model = packed("qwen3_moe")
+    want = logits(model)
+    iqtorch.place(model, {r"mlp\.experts$": "cpu"}, default="cuda")
+    devices = {name: p.device.type for name, p in model.named_parameters()}
+    assert all((device == "cpu") == ("experts" in name) for name, device in devices.items())
+    with torch.no_grad():
+        got = model(IDS.cuda()).logits.cpu()
+    assert (got - want).norm() <= 0.02 * want.norm()
