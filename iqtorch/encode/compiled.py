@@ -103,7 +103,7 @@ class _Tables:
 
 @lru_cache(maxsize=256)
 def _prepared(fmt: Format, groups: int, effort: Effort) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    near = nearest(fmt, torch.device("cpu"), effort.probes)
+    near = nearest(fmt, torch.device("cpu"), effort.probes, effort.trial_probes)
     scales = ScaleGrid(fmt.scale_values, fmt.unit * fmt.runtime_scale, near.device)
     minima = ScaleGrid(fmt.min_values, fmt.runtime_scale, near.device)
     merged = isinstance(near, GridNearest) and near.merged
@@ -114,7 +114,13 @@ def _prepared(fmt: Format, groups: int, effort: Effort) -> tuple[Tensor, Tensor,
     t = _Tables()
     t.ints += [fmt.group_size, groups, fmt.vec, fmt.codebook.entries * (fmt.codebook.variants if merged else 1), variants]
     t.ints += [fmt.code_parity, SIGNS[signs], FLOAT_KINDS[fmt.d_kind], fmt.affine, search.two_signs(fmt), min(fmt.min_values or (1,)) < 0]
-    t.ints += [affine.kept_forms(effort) if fmt.affine else effort.keep, effort.shortlist, effort.rounds, effort.probes]
+    t.ints += [
+        affine.kept_forms(effort) if fmt.affine else effort.keep,
+        effort.shortlist,
+        effort.rounds,
+        effort.trial_probes,
+        effort.probes,
+    ]
     t.floats += [search.reference(fmt), float(np.abs(fmt.codebook.values).min())]
     t.lookup(table.lookup if table else None)
     t.floats_table(torch.from_numpy(fmt.codebook.values.copy()))

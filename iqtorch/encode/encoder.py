@@ -19,9 +19,9 @@ Objective = Literal["model", "rmse"]
 Speed = Literal["fast", "default", "best"]
 
 EFFORTS = {
-    "fast": Effort(trials=6, keep=6, steps=12, shortlist=2, rounds=1, probes=8),
-    "default": Effort(trials=10, keep=8, steps=16, shortlist=3, rounds=1, probes=16),
-    "best": Effort(trials=24, keep=16, steps=48, shortlist=6, rounds=4, probes=64),
+    "fast": Effort(trials=6, keep=6, steps=12, shortlist=2, rounds=1, probes=12),
+    "default": Effort(trials=10, keep=8, steps=16, shortlist=3, rounds=1, probes=24),
+    "best": Effort(trials=24, keep=16, steps=48, shortlist=6, rounds=4, probes=96),
 }
 #: Weights encoded at a time: temporaries are a few dozen bytes per weight, and should stay in the cache of a CPU.
 CHUNK = {"cpu": 1 << 18, "gpu": 1 << 22}
@@ -96,7 +96,7 @@ def _encode_rows(weight: Tensor, fmt: Format, importance: Tensor, objective: Obj
 def _search(units: Units, fmt: Format, effort: Effort) -> Found:
     if compiled.available(units.x.device):
         return compiled.run(units, fmt, effort)
-    near = nearest(fmt, units.x.device, effort.probes)
+    near = nearest(fmt, units.x.device, effort.probes, effort.trial_probes)
     return (search_affine if fmt.affine else search)(units, fmt, near, effort)
 
 

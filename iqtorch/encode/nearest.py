@@ -12,6 +12,7 @@ All take `x`, `w` as `[P, n]` (P groups of n weights) and `s` as `[P]`, on one d
 
 from __future__ import annotations
 
+import copy
 from functools import lru_cache
 
 import numpy as np
@@ -166,7 +167,7 @@ class CellNearest(GridNearest):
     The queries are sorted by cell, so that each cell is one matrix product of its queries with its members.
     """
 
-    def __init__(self, fmt: Format, device: torch.device, probes: int) -> None:
+    def __init__(self, fmt: Format, device: torch.device, probes: int, trial_probes: int) -> None:
         super().__init__(fmt, device)
         self.probes = probes
         self.centres, self.members, self.member_matrices = [], [], []
@@ -177,6 +178,11 @@ class CellNearest(GridNearest):
             self.centres.append(torch.cat([-2 * centre.to(device), spread.to(device)], 1).T.contiguous())
             self.members.append(members)
             self.member_matrices.append([matrix[:, m].contiguous() for m in members])
+        self.trial = copy.copy(self)
+        self.trial.probes = trial_probes
+
+    def values(self, x: Tensor, w: Tensor, s: Tensor, variant: Tensor | int) -> Tensor:
+        return self.trial.codes(x, w, s, variant)[1]
 
     def _best(self, query: Tensor, which: int) -> Tensor:
         step = 1 << 16
@@ -205,12 +211,12 @@ class CellNearest(GridNearest):
 
 
 @lru_cache(maxsize=128)
-def nearest(fmt: Format, device: torch.device, probes: int) -> Nearest:
-    """The search for a format (tables are built once per device)."""
+def nearest(fmt: Format, device: torch.device, probes: int, trial_probes: int | None = None) -> Nearest:
+    """The search for a format (tables are built once per device); the last two are for codebooks searched by cells."""
     if fmt.vec == 1:
         return TableNearest(fmt, device)
     if fmt.codebook.entries >= CELL_SEARCH_ENTRIES:
-        return CellNearest(fmt, device, probes)
+        return CellNearest(fmt, device, probes, trial_probes or probes)
     return GridNearest(fmt, device)
 
 

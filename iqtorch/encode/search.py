@@ -37,6 +37,11 @@ class Effort:
     rounds: int
     probes: int
 
+    @property
+    def trial_probes(self) -> int:
+        """Trials need not find the very best codes."""
+        return max(1, self.probes // 3)
+
 
 @dataclass
 class Units:
@@ -119,7 +124,7 @@ def divide(a: Tensor, b: Tensor) -> Tensor:
 #: Useful range of trial scales by bits of code. Few levels clip large weights; many levels hardly do.
 SPANS = {
     True: {2: (0.35, 1.5), 3: (0.45, 1.3), 4: (0.55, 1.2), 5: (0.7, 1.15), 6: (0.8, 1.1), 7: (0.85, 1.1), 8: (0.9, 1.05)},
-    False: {5: (0.35, 2.0), 8: (0.7, 1.4)},
+    False: {5: (0.35, 2.0), 8: (0.65, 1.45), 13: (0.76, 1.34)},
 }
 
 
@@ -127,7 +132,8 @@ def trial_ratios(fmt: Format, trials: int) -> list[float]:
     """Trial scales, relative to that of `reference`."""
     if fmt.d_kind == "e8m0":  # powers of two, often far from the best scale: a wide fan
         return np.geomspace(0.125, 1.5, trials).tolist()
-    low, high = SPANS[fmt.vec == 1][min(int(np.log2(fmt.codebook.entries)), 8)]
+    spans, bits = SPANS[fmt.vec == 1], int(np.log2(fmt.codebook.entries))
+    low, high = spans[max(b for b in spans if b <= bits)]
     return np.linspace(low, high, trials).tolist()
 
 

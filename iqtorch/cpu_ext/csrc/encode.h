@@ -6,6 +6,11 @@
 
 namespace iqtorch {
 
+// What the scratch memory has room for; binding checks it.
+constexpr int kMaxTrials = 160;  // trial scales of a group, both signs
+constexpr int kMaxKeep = 16;     // parabolas kept per group
+constexpr int kMaxCells = 512;
+
 // Nearest of a list of integers: cell floor(2 y) - low of the number y.
 struct Lookup {
   const int32_t* index;
@@ -38,7 +43,7 @@ enum FloatKind : int32_t { kHalf, kSingle, kExponent };
 // Same order as `_ints` and `_floats` in compiled.py.
 struct EncodeInts {
   int32_t group, groups, vec, entries, variants, code_parity, signs, d_kind, affine, two_signs, free_minimum;
-  int32_t keep, shortlist, rounds, probes;
+  int32_t keep, shortlist, rounds, trial_probes, probes;
 };
 
 struct Encoder {

@@ -6,8 +6,6 @@
 namespace iqtorch { namespace IQTORCH_ISA { namespace encoder {
 
 constexpr float kInfinity = __builtin_inff();
-constexpr int kMaxTrials = 160;
-constexpr int kMaxKeep = 16;
 
 // -- stored floats ---------------------------------------------------------------------------------------------
 
@@ -89,6 +87,7 @@ struct Search {
 
   const Encoder& f;
   int n, groups, count, codes;  // weights per group, groups, weights and codes of a unit
+  int probes;  // cells to search: fewer for trials
   const float *x, *w;
   Stored stored;
   // trial results, for up to `count` weights or all trials of one group
@@ -187,8 +186,8 @@ template <int V> void Search::full_search(int queries, int variant) {
 template <int V> void Search::cell_search(int queries, int variant) {
   const Cells& cells = f.cells[variant];
   const int stride = (queries + 15) / 16 * 16, blocks = cells.cells / 16;
-  alignas(64) float lows[32];
-  for (int block = 0; block < 32; ++block) lows[block] = kInfinity;
+  alignas(64) float lows[kMaxCells / 16];
+  for (int block = 0; block < kMaxCells / 16; ++block) lows[block] = kInfinity;
   for (int q = 0; q < queries; ++q) {
     F a[V], b[V];
     for (int i = 0; i < V; ++i) a[i] = set(query_a[i * stride + q]), b[i] = set(query_b[i * stride + q]);
@@ -203,7 +202,7 @@ template <int V> void Search::cell_search(int queries, int variant) {
     }
     F best = set(kInfinity);
     I found = seti(0);
-    for (int probe = 0; probe < f.i.probes && probe < cells.cells; ++probe) {
+    for (int probe = 0; probe < probes && probe < cells.cells; ++probe) {
       // `lows` holds the lowest score of each vector of cells: at most 32 of them, in two vectors.
       const F low0 = load(lows), low1 = load(lows + 16);
       const float low = lowest(min(low0, low1));
@@ -486,7 +485,9 @@ void Search::write(const EncodeData& data, int64_t u, float d) {
 }
 
 void Search::run(const EncodeData& data, int64_t u) {
+  probes = f.i.trial_probes;
   for (int g = 0; g < groups; ++g) propose(g);
+  probes = f.i.probes;
   write(data, u, settle(share()));
 }
 
@@ -504,7 +505,7 @@ static size_t prepare(Search& s, Memory m) {
   s.query_code = m.ints(wide + 16), s.target = m.take(i.group), s.negative = (uint8_t*)m.take(wide / 4 + 16);
   s.scales = m.take(items), s.which = m.ints(items);
   s.item_x = (const float**)m.take(2 * items), s.item_w = (const float**)m.take(2 * items);
-  s.scores = m.take(1024);
+  s.scores = m.take(kMaxCells);
   const size_t arrays = (size_t)i.keep * s.padded;
   s.optimum = m.take(arrays), s.curvature = m.take(arrays), s.gain = m.take(arrays), s.kind = m.ints(arrays);
   s.best_error = m.take(s.padded), s.best_value = m.take(s.count), s.best_code = m.ints(s.count);

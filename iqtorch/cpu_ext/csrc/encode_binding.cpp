@@ -62,7 +62,8 @@ struct Reader {
   }
 };
 
-Encoder read(Reader r) {
+Encoder read(Reader r, int64_t int_count, int64_t float_count) {
+  const Reader start = r;
   Encoder e{};
   std::memcpy(&e.i, r.ints, sizeof(e.i));
   r.ints += sizeof(e.i) / sizeof(int32_t);
@@ -75,6 +76,8 @@ Encoder read(Reader r) {
   e.offset_count = *r.ints++, e.offsets = r.float_table();
   e.reach_count = *r.ints++, e.reach = r.float_table();
   e.reach_minimum_count = *r.ints++, e.reach_minimum = r.float_table();
+  STD_TORCH_CHECK(r.ints - start.ints == int_count && r.floats - start.floats == float_count,
+                  "encode: the compiled module is of another version than iqtorch/encode/compiled.py; build it again");
   return e;
 }
 
@@ -90,7 +93,13 @@ void check(const Tensor& t, ScalarType type, int64_t elements, const char* name)
 void encode(const Tensor& x, const Tensor& w, const Tensor& exponent, const Tensor& ints, const Tensor& floats, const Tensor& int_tables,
             const Tensor& float_tables, Tensor heads, Tensor groups, Tensor codes, Tensor negative) {
   const Encoder e = read({ints.const_data_ptr<int32_t>(), floats.const_data_ptr<float>(), int_tables.const_data_ptr<int32_t>(),
-                          float_tables.const_data_ptr<float>()});
+                          float_tables.const_data_ptr<float>()},
+                         ints.numel(), floats.numel());
+  STD_TORCH_CHECK(e.i.group > 0 && e.i.group % 16 == 0 && e.i.groups > 0 && e.i.group % e.i.vec == 0 && e.i.keep <= kMaxKeep &&
+                      2 * e.trial_count <= kMaxTrials && e.cells[0].cells % 16 == 0 && e.cells[0].cells <= kMaxCells &&
+                      e.cells[1].cells <= kMaxCells,
+                  "encode: no room for groups of ", e.i.group, ", ", e.i.keep, " parabolas, ", e.trial_count, " trial scales and ",
+                  e.cells[0].cells, " cells; see encode.h");
   const int64_t units = exponent.numel(), count = (int64_t)e.i.group * e.i.groups;
   check(x, ScalarType::Float, units * count, "x");
   check(w, ScalarType::Float, w.numel() / count * count, "w");
