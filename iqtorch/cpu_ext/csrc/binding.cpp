@@ -105,7 +105,7 @@ void multiply(const Matrix& w, const void* x, DType dtype, int64_t m, const floa
     float* scale = scratch<float>(2, m * cells);
     float* sums = scratch<float>(3, m * cells * groups);
     parallel(m, m * k, [&](int64_t a, int64_t b) {
-      for (int64_t i = a; i < b; ++i) kern.quantize(wide + i * k, k, (int)groups, q + i * k, scale + i * cells, sums + i * cells * groups);
+      for (int64_t i = a; i < b; ++i) kern.quantize(wide + i * k, k, (int)groups, i, m, q, scale, sums);
     });
     act.q = q, act.scale = scale, act.sums = sums;
   } else {

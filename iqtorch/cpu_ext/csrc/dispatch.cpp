@@ -28,8 +28,9 @@ std::string missing_features(std::initializer_list<std::pair<const char*, bool>>
 
 std::string avx2_missing() {
   __builtin_cpu_init();
-  return missing_features(
-      {{"avx2", __builtin_cpu_supports("avx2")}, {"fma", __builtin_cpu_supports("fma")}, {"f16c", __builtin_cpu_supports("f16c")}});
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  __get_cpuid(1, &a, &b, &c, &d);  // not every compiler knows f16c by name
+  return missing_features({{"avx2", __builtin_cpu_supports("avx2")}, {"fma", __builtin_cpu_supports("fma")}, {"f16c", c >> 29 & 1}});
 }
 
 std::string avx512_missing() {

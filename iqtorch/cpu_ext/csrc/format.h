@@ -67,9 +67,9 @@ struct Matrix {
 // Activations of `m` rows: int8 with a scale per cell, or float32.
 struct Activations {
   int64_t m, k;
-  const int8_t* q;       // [m, k]
-  const float* scale;    // [m, k / 32]
-  const float* sums;     // [m, k / 32 * groups]: scale times the sum of q, per group
+  const int8_t* q;       // [k / 32, m, 32]
+  const float* scale;    // [k / 32, m]
+  const float* sums;     // [k / 32, m, groups]: scale times the sum of q, per group
   const float* x;        // [m, k] when q is null
   const uint16_t* tiled; // bfloat16 in the order of the matrix unit, or null
 };
@@ -90,7 +90,8 @@ struct Kernels {
                  int64_t g1);
   void (*to_float)(const void* x, DType dtype, float* out, int64_t count);
   void (*from_float)(const float* x, DType dtype, void* out, int64_t count);
-  void (*quantize)(const float* x, int64_t k, int groups, int8_t* q, float* scale, float* sums);
+  // Row `row` of `rows` of the activations of a product.
+  void (*quantize)(const float* x, int64_t k, int groups, int64_t row, int64_t rows, int8_t* q, float* scale, float* sums);
   void (*linear)(const Matrix&, const Activations&, const Output&, int64_t g0, int64_t g1);
   void (*dequantize)(const Matrix&, DType, void* out, int64_t g0, int64_t g1);
   void (*gather)(const Matrix&, DType, const int64_t* ids, void* out, int64_t i0, int64_t i1);

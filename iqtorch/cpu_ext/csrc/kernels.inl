@@ -207,14 +207,14 @@ template <class Decoder> static void expand(const Format& f, const uint8_t* tile
     decoder.decode(tile, c, [&](int v, U8 value) IQ_INLINE { store(operand + kVector * v, value); });
 }
 
+// `q`, `scale` and `sums` point at the first of M rows in the first cell of the block; `rows` is the number of all rows.
 template <int M, int Groups, bool Narrow>
-IQ_FN void multiply_block(const Panel& panel, int cells, const int8_t* q, int64_t k, const float* scale, const float* sums, float* acc) {
+IQ_FN void multiply_block(const Panel& panel, int cells, const int8_t* q, const float* scale, const float* sums, int64_t rows, float* acc) {
   constexpr int per_group = 8 / Groups;
-  const int64_t scale_stride = k / kCell, sum_stride = scale_stride * Groups;
   F32 a[M];
   IQ_UNROLL(8)
   for (int m = 0; m < M; ++m) a[m] = loadf(acc + kRows * m);
-  for (int c = 0; c < cells; ++c) {
+  for (int c = 0; c < cells; ++c, q += rows * kCell, scale += rows, sums += rows * Groups) {
     IQ_UNROLL(4)
     for (int g = 0; g < Groups; ++g) {
       I32 d[M];
@@ -222,16 +222,16 @@ IQ_FN void multiply_block(const Panel& panel, int cells, const int8_t* q, int64_
       for (int m = 0; m < M; ++m) d[m] = set(0);
       IQ_UNROLL(8)
       for (int v = 0; v < per_group; ++v) {
-        const int at = (c * 8 + g * per_group + v);
-        const U8 operand = load(panel.operand + kVector * at);
+        const int at = g * per_group + v;
+        const U8 operand = load(panel.operand + kVector * (c * 8 + at));
         IQ_UNROLL(8)
-        for (int m = 0; m < M; ++m) d[m] = dot<Narrow>(d[m], operand, q + m * k + 4 * at);
+        for (int m = 0; m < M; ++m) d[m] = dot<Narrow>(d[m], operand, q + m * kCell + 4 * at);
       }
       const F32 s = loadf(panel.side.scale + kRows * (c * Groups + g)), o = loadf(panel.side.offset + kRows * (c * Groups + g));
       IQ_UNROLL(8)
       for (int m = 0; m < M; ++m) {
-        a[m] = fma(to_float(d[m]) * s, setf(scale[m * scale_stride + c]), a[m]);
-        a[m] = fma(o, setf(sums[m * sum_stride + c * Groups + g]), a[m]);
+        a[m] = fma(to_float(d[m]) * s, setf(scale[m]), a[m]);
+        a[m] = fma(o, setf(sums[m * Groups + g]), a[m]);
       }
     }
   }
@@ -240,13 +240,14 @@ IQ_FN void multiply_block(const Panel& panel, int cells, const int8_t* q, int64_
 }
 
 template <int Groups, bool Narrow>
-static void multiply(const Panel& panel, int cells, const Activations& x, int64_t m0, int64_t m1, int64_t k0, float* acc) {
+static void multiply(const Panel& panel, int cells, const Activations& x, int64_t m0, int64_t m1, int64_t cell, float* acc) {
   int64_t m = m0;
   const auto step = [&](auto size) {
     constexpr int M = decltype(size)::value;
-    for (; m + M <= m1; m += M)
-      multiply_block<M, Groups, Narrow>(panel, cells, x.q + m * x.k + k0, x.k, x.scale + (m * x.k + k0) / kCell,
-                                        x.sums + (m * x.k + k0) / kCell * Groups, acc + kRows * (m - m0));
+    for (; m + M <= m1; m += M) {
+      const int64_t at = cell * x.m + m;
+      multiply_block<M, Groups, Narrow>(panel, cells, x.q + at * kCell, x.scale + at, x.sums + at * Groups, x.m, acc + kRows * (m - m0));
+    }
   };
   if constexpr (kBatch >= 8) step(Size<8>{});
   step(Size<4>{});
@@ -369,7 +370,7 @@ static void linear_int8(const Matrix& w, const Activations& x, const Output& out
       for (int64_t b = 0; b < w.blocks; ++b, tile += f.i.tile_bytes) {
         family.sides(f, tile, d, family.narrow ? 0 : 128, panel.side);
         family.expand(f, tile, panel.operand);
-        run(panel, cells, x, m0, m1, b * f.i.block, acc);
+        run(panel, cells, x, m0, m1, b * cells, acc);
       }
       for (int64_t m = m0; m < m1; ++m) finish(out, w.rows, m, g, loadf(acc + kRows * (m - m0)));
     }
@@ -551,9 +552,11 @@ static void transposed(const Matrix& w, const float* g, int64_t m, float* out, i
 // -- activations -----------------------------------------------------------------------------------------------------------
 
 // int8 with a scale per 32, rounded to nearest; a cell with NaN or Inf gets a NaN scale, so that its products are NaN.
-static void quantize(const float* x, int64_t k, int groups, int8_t* q, float* scale, float* sums) {
+// Neighbouring rows lie side by side, cell by cell: rows at a distance of K would share few sets of the first-level cache.
+static void quantize(const float* x, int64_t k, int groups, int64_t row, int64_t rows, int8_t* q, float* scale, float* sums) {
   const int fine = kCell / groups;
-  for (int64_t c = 0; c < k / kCell; ++c, x += kCell, q += kCell, sums += groups) {
+  q += row * kCell, scale += row, sums += row * groups;
+  for (int64_t c = 0; c < k / kCell; ++c, x += kCell, q += rows * kCell, scale += rows, sums += rows * groups) {
     IQ_ALIGNED int32_t whole[kCell];
     IQ_ALIGNED float copy[kCell];
     int32_t largest = 0;
@@ -580,7 +583,7 @@ static void quantize(const float* x, int64_t k, int groups, int8_t* q, float* sc
       for (int i = 0; i < fine; ++i) sum += whole[g * fine + i];
       sums[g] = step * (float)sum;
     }
-    scale[c] = step;
+    *scale = step;
   }
 }
 

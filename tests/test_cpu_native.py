@@ -1,0 +1,81 @@
+"""The CPU kernels without torch: NEON under an emulator, and every x86 path with the address and undefined-behaviour sanitizers."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_cpu_kernels import PLAIN, activations, random_blocks, random_bytes, rounded_to_int8, weights
+
+from iqtorch.cpu_ext.layout import layout
+
+ROOT = Path(__file__).parent.parent
+SOURCES = ROOT / "iqtorch" / "cpu_ext" / "csrc"
+MAIN = Path(__file__).parent / "cpu" / "kernels_main.cpp"
+COMMON = ("-std=gnu++17", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-w", f"-I{SOURCES}")
+AVX2 = ("-mavx2", "-mfma", "-mf16c")
+AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mavx512vbmi")
+
+pytestmark = pytest.mark.slow
+
+
+def write_cases(path: Path) -> None:
+    """Formats, matrices and float64 results, in the order that kernels_main.cpp reads."""
+    rows, m = 21, 5
+    with path.open("wb") as file:
+        file.write(np.int32(len(PLAIN)).tobytes())
+        for fmt in PLAIN:
+            made, k = layout(fmt), 2 * max(fmt.block_size, 256)
+            blocks, x, g = random_blocks(fmt, rows, k), activations(m, k), activations(m, rows, seed=1)
+            exact = weights(fmt, blocks).double()
+            sizes = np.array([made.table.size, len(made.moves), rows, k, m, fmt.row_bytes(k), 0], np.int32)
+            for part in (sizes, made.ints, made.floats, made.table, made.moves, blocks.numpy(), random_bytes(fmt, rows, k, 7).numpy()):
+                file.write(part.tobytes())
+            results = (x, g, exact, x.double() @ exact.T, rounded_to_int8(x) @ exact.T, g.double() @ exact)
+            for part in results:
+                file.write(part.to(torch.float32).numpy().tobytes())
+
+
+def build(folder: Path, compiler: str, flags: tuple[str, ...], isas: dict[str, tuple[str, ...]]) -> Path:
+    """Compiles the kernels of some instruction sets with the test program."""
+    defines = tuple(f"-DIQTORCH_HAVE_{name.upper()}" for name in isas if name != "scalar")
+    objects = []
+    for source, own in ((MAIN, ()), (SOURCES / "dispatch.cpp", ()), *((SOURCES / f"isa_{name}.cpp", own) for name, own in isas.items())):
+        target = folder / f"{source.stem}.o"
+        subprocess.run([compiler, *COMMON, *flags, *defines, *own, "-c", str(source), "-o", str(target)], check=True)
+        objects.append(str(target))
+    subprocess.run([compiler, *flags, *objects, "-o", str(folder / "kernels")], check=True)
+    return folder / "kernels"
+
+
+def run(command: list[str], cases: Path) -> str:
+    write_cases(cases)
+    done = subprocess.run([*command, str(cases)], capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{len(PLAIN)} formats" in done.stdout and "0 failures" in done.stdout
+    return done.stdout
+
+
+@pytest.mark.skipif(
+    not shutil.which("aarch64-linux-gnu-g++") or not shutil.which("qemu-aarch64"), reason="needs a cross compiler and qemu-user"
+)
+def test_neon_under_an_emulator(tmp_path: Path) -> None:
+    isas = {"scalar": (), "neon": ("-march=armv8.2-a+dotprod",)}
+    program = build(tmp_path, "aarch64-linux-gnu-g++", ("-O2", "-static"), isas)
+    with_dot = run(["qemu-aarch64", "-cpu", "max", str(program)], tmp_path / "cases")
+    assert "neon: checked" in with_dot
+    # an older core: the path is refused, not run into an illegal instruction
+    without = run(["qemu-aarch64", "-cpu", "cortex-a72", str(program)], tmp_path / "cases")
+    assert "neon: this CPU lacks the dot-product instructions" in without
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64" or not shutil.which("clang++"), reason="needs clang++ on x86-64")
+def test_sanitizers_on_random_bytes(tmp_path: Path) -> None:
+    isas = {"scalar": (), "avx2": AVX2, "avx512": AVX512, "amx": (*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16")}
+    flags = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+    run([str(build(tmp_path, "clang++", flags, isas))], tmp_path / "cases")
