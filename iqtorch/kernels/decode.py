@@ -354,6 +354,8 @@ def grid_quads(data, row, run, rows, runs, held, S: tl.constexpr, ASM: tl.conste
 def trellis_states(data, row, run, rows, runs, S: tl.constexpr, ASM: tl.constexpr):
     """First states of the generator less `S.start`, `[A, B, run / vec]`."""
     state = natural_codes(data, row, run, rows, runs, S, ASM)
+    if S.spare:
+        state &= low_mask(S.code_bits)
     if S.variant_entries > 0:
         state += ((raw_scale(data, row, run, rows, runs, S, "scale", ASM) >> S.scale_bits) & 1) * S.variant_entries
     return state
@@ -447,6 +449,11 @@ def raw_scale(data, row, run, rows, runs, S: tl.constexpr, FIELD: tl.constexpr, 
         # the multiplication gathers bits 0, 8, 16, 24 in bits 24 .. 27
         low, high = tl.split(shift_right((lo & LOW_BYTES) * 0x01020408, 24) & 15)
         raw = (low | high << 4)[:, :, None]
+    elif S.spare:
+        w = load_words(data, row, run, rows, runs, S, S.code[0][0], ASM)
+        w0, w1, w2, w3 = split4(shift_right(w, 15) & 0x00010001)
+        bits = w0 | w1 << 2 | w2 << 4 | w3 << 6
+        raw = ((bits | bits >> 15) & 255)[:, :, None]
     elif S.sign == "word":
         raw = shift_right(load_words(data, row, run, rows, runs, S, S.sign_plane, ASM), 28)
     else:

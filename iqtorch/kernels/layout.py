@@ -70,6 +70,7 @@ class Scheme:
         absolute: trellis values are magnitudes.
         parity: the lowest bit of weights 2i (i < 8) of each 32 holds bit i of the scale; the bit itself follows from the even
             parity of the codes 2i, 2i + 1, 2i + 16, 2i + 17 (IQ4_KSS).
+        spare: bit 15 of the eight codes of a group holds one bit each of its scale and variant (IQ4_KT: 15-bit codes).
     """
 
     family: str
@@ -104,6 +105,7 @@ class Scheme:
     steps: tuple[int, ...]
     absolute: bool
     parity: bool
+    spare: bool
 
     @property
     def quads(self) -> int:
@@ -200,7 +202,9 @@ class Layout:
             return tuple(made)
 
         slices = {"direct": 8, "table": 4, "pairs": 8}
-        stored_code = code_bits + (fields["sign"].width if sign == "code" else 0)
+        scale_bits = fields["scale"].width + (1 if variant and not self._variant_in_code else 0) if "scale" in fields else 0
+        spare = code_bits == 15 and scale_bits == group // vec == 8
+        stored_code = 16 if spare else code_bits + (fields["sign"].width if sign == "code" else 0)
         code = add("code", stored_code, vec, slices.get(family, 0))
         sign_plane = {"bits": lambda: add("sign", 1, 1, 8), "word": lambda: add("sign", 32, 32)}.get(sign, tuple)()
         d_size = fmt.block_size if "d" in fields else 0
@@ -208,8 +212,8 @@ class Layout:
         d_plane = add("d", d_bits, d_size)
         dmin_plane = add("dmin", d_bits, d_size) if fmt.affine else ()
         exponent_plane = add("exponent", 8, 0) if d_size else ()
-        widths = {"scale": fields["scale"].width + (1 if variant and not self._variant_in_code else 0)} if "scale" in fields else {}
-        if sign == "word" or fmt.code_parity:
+        widths = {"scale": scale_bits} if scale_bits else {}
+        if sign == "word" or fmt.code_parity or spare:
             widths = {}  # the scale lies in the sign word, or in spare bits of the codes
         if "min" in fields:
             widths["min"] = fields["min"].width
@@ -253,6 +257,7 @@ class Layout:
             steps=tuple(_int32(pow(MULTIPLIER, i + 1, 1 << 32)) for i in range(vec)) if trellis else (),
             absolute=trellis and bool((values >= 0).all()),
             parity=bool(fmt.code_parity),
+            spare=spare,
         )
         if trellis and self.scheme.variant_entries and book.entries != OFFSET_ALTERNATE - OFFSET:
             raise ValueError(f"{fmt.name}: a variant of the generator must start `entries` = {book.entries} later")
@@ -321,6 +326,10 @@ class Layout:
             code = out["code"].clone().unflatten(1, (-1, 2, 8, 2))
             code[:, :, 0, :, 0] = code[:, :, 0, :, 0] & ~1 | (out.pop("scale")[..., None] >> shifts) & 1
             out["code"] = code.flatten(1)
+        if s.spare:
+            shifts = torch.arange(8, device=out["code"].device, dtype=torch.int32)
+            bits = (out.pop("scale")[..., None] >> shifts) & 1
+            out["code"] = (out["code"].unflatten(1, (-1, 8)) | bits << 15).flatten(1)
         if s.d_size:
             out["exponent"] = self._exponent(parts) & 255
         return out
@@ -337,6 +346,11 @@ class Layout:
             four = code[:, :, 0, :, 0] ^ code[:, :, 0, :, 1] ^ code[:, :, 1, :, 0] ^ code[:, :, 1, :, 1]
             code[:, :, 0, :, 0] |= (four ^ four >> 1 ^ four >> 2 ^ four >> 3) & 1
             out["code"] = code.flatten(1)
+        if s.spare:
+            shifts = torch.arange(8, device=out["code"].device, dtype=torch.int32)
+            bits = (out["code"].unflatten(1, (-1, 8)) >> 15) & 1
+            out["scale"] = (bits << shifts).sum(-1, dtype=torch.int32)
+            out["code"] = out["code"] & 0x7FFF
         if self._sign == "code":
             out["sign"] = out["code"] >> s.code_bits
             out["code"] = out["code"] & ((1 << s.code_bits) - 1)
