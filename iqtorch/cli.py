@@ -167,19 +167,33 @@ def quantize(
     output: Output,
     format: Annotated[str, typer.Option("--format", "-f", help="Format, as its default recipe; see `iqtorch formats`.")],
     pure: Annotated[bool, typer.Option("--pure", help="This one format for every matrix.")] = False,
+    rule: Annotated[list[str] | None, typer.Option(help="REGEX=FORMAT on parameter names, before the recipe. Repeatable.")] = None,
+    custom_q: Annotated[str | None, typer.Option(help="Rules on GGUF names, as ik_llama.cpp takes them: REGEX=TYPE,...")] = None,
+    skip: Annotated[list[str] | None, typer.Option(help="REGEX on parameter names: keep those weights. Repeatable.")] = None,
     importance: Annotated[Path | None, typer.Option("--importance", help="Importance file (imatrix, .dat or .gguf).")] = None,
-    skip: Annotated[list[str] | None, typer.Option("--skip", help="Regular expression: keep matching weights. Repeatable.")] = None,
+    calibration: Annotated[Path | None, typer.Option(help="UTF-8 text for calibrated rounding: slower, better.")] = None,
+    windows: Annotated[int, typer.Option(help="With --calibration: windows of 512 tokens to use.", min=1)] = 64,
     as_json: AsJson = False,
 ) -> None:
     """Quantize a model and save it, as a GGUF file (OUTPUT ends in .gguf) or a Hugging Face folder."""
+    from . import evaluate, hf
+    from .gguf import custom_q as parse_custom_q
     from .report import report
 
     loaded, tokenizer = _open(model)
-    _save(_quantized(loaded, format, pure, importance, model, skip), tokenizer, output)
+    rules: dict[str, str | None] = dict(map(_rule, rule or ()))
+    if custom_q:
+        rules.update(parse_custom_q(custom_q, loaded))
+    how: dict[str, Any] = {}
+    if calibration:
+        ids = hf.encode(tokenizer, calibration.read_text(encoding="utf-8"))
+        how = {"rounding": "ldlq", "calibration": evaluate.windows(loaded, ids)[:windows].split(4)}
+    _quantized(loaded, format, pure, importance, model, rules=rules, skip=skip or (), **how)
+    _save(loaded, tokenizer, output)
     made = report(loaded)
     if as_json:
         return _print_json({"output": str(output), "bpw": made.bits_per_weight, "bytes": made.nbytes})
-    out.print(str(made), highlight=False, soft_wrap=True)
+    out.print(str(made), highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -299,7 +313,9 @@ def _load(model: str, text: Path | None, window: int, windows: int | None, devic
     return loaded.to(device), ids[: windows * window] if windows else ids
 
 
-def _quantized(model: nn.Module, format: str, pure: bool, importance: Path | None, name: str, skip: list[str] | None = None) -> nn.Module:
+def _quantized(
+    model: nn.Module, format: str, pure: bool, importance: Path | None, name: str, rules: dict[str, str | None] | None = None, **how: Any
+) -> nn.Module:
     from . import data
     from .importance import Importance
     from .model import quantize_model
@@ -307,7 +323,14 @@ def _quantized(model: nn.Module, format: str, pure: bool, importance: Path | Non
 
     file = importance or (data.TINY_LLAMA_IMPORTANCE if name == EMBEDDED else None)
     recipe = Recipe.pure(format) if pure else Recipe.default(format)
-    return quantize_model(model, recipe, importance=Importance.load(file) if file else None, skip=skip or ())
+    return quantize_model(model, recipe.with_rules(rules or {}), importance=Importance.load(file) if file else None, **how)
+
+
+def _rule(text: str) -> tuple[str, str | None]:
+    pattern, separator, format = text.rpartition("=")
+    if not (separator and pattern):
+        raise typer.BadParameter(f"{text!r} is no REGEX=FORMAT, for instance 'down_proj=iq4_ks'", param_hint="--rule")
+    return pattern, format
 
 
 @contextmanager

@@ -109,6 +109,18 @@ def test_quantize_to_gguf_and_back_to_a_folder(tmp_path: Path) -> None:
     assert scores[0] == pytest.approx(scores[1], rel=1e-6)
 
 
+def test_quantize_by_rules_and_calibration(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(data.calibration_text()[:30000], encoding="utf-8")
+    rules = ["--rule", "layers.0.*down_proj=iq5_k", "--custom-q", "blk.1.attn_q=q8_0", "--skip", "layers.2.", "--skip", "embed"]
+    text = ["--calibration", tmp_path / "text.txt", "--windows", 4]
+    run("quantize", "tiny-llama", tmp_path / "made", "--format", "iq4_ks", "--pure", *rules, *text)
+    formats = {row["tensor"]: row["format"] for row in run_json("inspect", tmp_path / "made")["rows"]}
+    assert formats["model.layers.0.mlp.down_proj.weight"] == "iq5_k"
+    assert formats["model.layers.1.self_attn.q_proj.weight"] == "q8_0"
+    assert formats["model.layers.1.self_attn.k_proj.weight"] == "iq4_ks"
+    assert formats["model.layers.2.mlp.down_proj.weight"] == formats["model.embed_tokens.weight"] == "float32"
+
+
 def test_inspect_a_plain_file(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(3, 5), "b": torch.zeros(2, dtype=torch.bfloat16)}, tmp_path / "x.safetensors")
     found = run_json("inspect", tmp_path / "x.safetensors")
@@ -133,6 +145,7 @@ def test_inspect_packed_weights(tmp_path: Path) -> None:
         (("inspect", "missing"), 1, "missing"),
         (("kl", "tiny-llama"), 2, "--base"),
         (("perplexity",), 2, "MODEL"),
+        (("quantize", "tiny-llama", "out.gguf", "--format", "iq4_ks", "--rule", "down_proj"), 2, "REGEX=FORMAT"),
         (("sing",), 2, "sing"),
     ],
 )

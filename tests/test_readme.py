@@ -50,6 +50,12 @@ def test_make_targets_exist() -> None:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 
+def test_links_lead_somewhere() -> None:
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", TEXT) if "://" not in link]
+    assert len(links) >= 5
+    assert [link for link in links if not (README.parent / link).exists()] == []
+
+
 def test_table_of_formats_is_complete_and_right() -> None:
     rows = re.findall(r"^\| `(\w+)` \| ([\d.]+) \| (\d+) \| ", TEXT, re.MULTILINE)
     expected = [(name, f"{get_format(name).bits_per_weight():.3f}", str(get_format(name).block_size)) for name in list_formats()]
