@@ -254,8 +254,8 @@ def output_error(model: nn.Module, base: nn.Module, batches: list[Tensor]) -> fl
 
 
 def test_layer_by_layer_beats_fixed_beats_nearest() -> None:
-    base = llama()
-    text, unseen = tokens(batches=8), tokens(batches=12)[8:]
+    base = llama(intermediate_size=256)
+    text, unseen = tokens(batches=6), tokens(batches=8)[6:]
     recipe = {r"layers\..*proj": "iq2_k"}
     errors, notes = [], ""
     for arguments in (
@@ -274,7 +274,7 @@ def test_layer_by_layer_beats_fixed_beats_nearest() -> None:
 
 def test_model_is_not_touched_by_the_passes() -> None:
     """Same outputs of the weights that are kept, flags and configuration as before."""
-    model = llama().train()
+    model = llama(num_hidden_layers=1).train()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     iqtorch.quantize_model(model, {r"layers\.0\.mlp": "iq4_ks"}, calibration=tokens(), rounding="ldlq", progress=False)
     assert model.training and model.config.use_cache
@@ -298,7 +298,7 @@ def test_experts(fixed: bool, caplog: pytest.LogCaptureFixture) -> None:
         gate.weight[3] = 0
         gate.weight[:3] = gate.weight[:3] * 50
         gate.weight[2] = -gate.weight[0] - gate.weight[1]  # of three that sum to zero one is always above expert 3
-    text = tokens(batches=6)
+    text = tokens(batches=4)
     found = iqtorch.calibrate(base, text)
     name = next(n for n in found if "gate_up" in n)
     assert [m.tokens > 0 for m in found[name]] == [True, True, True, False]

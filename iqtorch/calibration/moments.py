@@ -202,7 +202,7 @@ class _Products:
         aside = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
         aside[stride // 2 :: stride] = True
         self.sample[expert].append(rows[aside].cpu())
-        if sum(map(len, self.sample[expert])) > SAMPLE:
+        while sum(map(len, self.sample[expert])) > SAMPLE:
             self.sample[expert] = [torch.cat(self.sample[expert])[::2]]
             self.stride[expert] *= 2
         rows = rows[~aside]

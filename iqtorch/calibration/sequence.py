@@ -259,8 +259,9 @@ class _Pairs:
         aside = torch.zeros(len(x), dtype=torch.bool, device=x.device)
         aside[self.stride // 2 :: self.stride] = True
         self.sample.append((x[aside], y[aside]))
-        if sum(len(a) for a, _ in self.sample) > SAMPLE:
-            self.sample = [(a[::2], b[::2]) for a, b in self.sample]
+        while sum(len(a) for a, _ in self.sample) > SAMPLE:
+            x_all, y_all = (torch.cat(t) for t in zip(*self.sample, strict=True))
+            self.sample = [(x_all[::2], y_all[::2])]
             self.stride *= 2
         x, y = x[~aside], y[~aside]
         if self.products is None or self.cross is None:

@@ -39,9 +39,9 @@ class Feedback:
     """How hard to try: `passes` over the columns, neighbouring scales (and minima) tried on each side and the relative distance
     between them, entries of a codebook with separate signs compared in full."""
 
-    passes: int = 2
-    reach: int = 2
-    stride: float = 0.06
+    passes: int = 1
+    reach: int = 4
+    stride: float = 0.03
     shortlist: int = 32
 
 
@@ -229,9 +229,10 @@ class Rounding:
 
     def _candidates(self, group: int, unit: int) -> tuple[Tensor, Tensor, Tensor]:
         """Ranks of scale and minimum, and variants: `[candidates, rows]` each."""
-        reach = range(-self.effort.reach, self.effort.reach + 1)
-        scale_steps = reach if self.scales.count > 1 else (0,)
-        min_steps = reach if self.minima is not None and self.minima.count > 1 else (0,)
+        reach = self.effort.reach
+        scale_steps = range(-reach, reach + 1) if self.scales.count > 1 else (0,)
+        # Every scale is tried with every minimum, so there are fewer of the latter.
+        min_steps = range(-(reach // 2), reach // 2 + 1) if self.minima is not None and self.minima.count > 1 else (0,)
         kinds = range(self.fmt.codebook.variants) if self.fmt.variant_size == self.n else (0,)
         scale = [self._neighbour(self.scales, self.state["scale"][group], i) for i in scale_steps]
         low = [torch.zeros_like(scale[0])]
