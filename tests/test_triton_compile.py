@@ -29,9 +29,10 @@ LIMITS = {
     "iq2_kl": 2.6,
     "iq2_kt": 4.2,
     **dict.fromkeys(["iq4_k", "iq4_ks", "iq4_kss", "iq4_nl", "iq4_xs", "mxfp4", "q4_0", "q4_1", "q4_k"], 3.6),
-    # beyond the general limit of 6: 64-entry tables by byte permutes, magnitudes of the generator
+    # beyond the general limit of 6: 64-entry tables by byte permutes, magnitudes of the generator, 9-bit codes for 4 weights
     "iq6_k": 7.7,
     "iq3_kt": 8.0,
+    "iq3_s": 7.5,
 }
 
 
