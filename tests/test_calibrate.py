@@ -284,6 +284,36 @@ def test_model_is_not_touched_by_the_passes() -> None:
             assert torch.equal(value, before[name]), name
 
 
+def test_conv1d_layers() -> None:
+    """GPT-2 keeps its weights transposed, square ones too."""
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=64, n_embd=256, n_inner=256, n_layer=2, n_head=4, n_positions=64)
+    base = transformers.GPT2LMHeadModel(config).train()
+    recipe = {r"\.h\.": "iq3_k"}
+    text, unseen = tokens(), tokens(batches=5)[3:]
+    by_importance = iqtorch.quantize_model(copy.deepcopy(base), recipe, iqtorch.collect_importance(base, text), progress=False)
+    model = iqtorch.quantize_model(copy.deepcopy(base), recipe, calibration=text, rounding="ldlq", progress=False)
+    assert model.training and base.training
+    assert output_error(model.eval(), base.eval(), unseen) < output_error(by_importance.eval(), base, unseen)
+
+
+def test_blocks_that_are_no_chain() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([nn.Sequential(nn.Linear(256, 256)) for _ in range(2)])
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layers[1](self.layers[0](x)) + self.layers[0](x + 1)
+
+    model = Twice()
+    batches = [torch.randn(2, 300, 256)]
+    with pytest.raises(CalibrationError, match=r"layer by layer.*iqtorch\.calibrate"):
+        iqtorch.quantize_model(model, {"layers": "iq4_ks"}, calibration=batches, rounding="ldlq", progress=False)
+    iqtorch.quantize_model(model, {"layers": "iq4_ks"}, calibration=iqtorch.calibrate(model, batches), rounding="ldlq", progress=False)
+    assert isinstance(model.layers[1][0].weight, iqtorch.IQTensor)
+
+
 @pytest.mark.parametrize("fixed", [True, False])
 def test_experts(fixed: bool, caplog: pytest.LogCaptureFixture) -> None:
     """Experts are rounded by the tokens routed to them; one without tokens by those of all."""

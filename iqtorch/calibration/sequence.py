@@ -26,6 +26,7 @@ from ..encode.encoder import Objective
 from ..encode.feedback import Metric, encode_with_feedback
 from ..errors import CalibrationError
 from ..formats import Format, get_format
+from ..model import is_conv1d
 from ..tensor import IQTensor
 from .moments import HELD_OUT, SAMPLE, Batch, Calibration, add_products, calibrate, checked_batches, zero_products
 from .rounding import DAMPING, FEEDBACK, NEAREST, quantize_calibrated, shrunk
@@ -50,6 +51,7 @@ class _Block:
     module: nn.Module
     rest: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
 
+    @torch.no_grad()
     def run(self, module: nn.Module, i: int, hidden: Tensor) -> Tensor:
         args, kwargs = self.rest[i]
         out = module(hidden, *args, **kwargs)
@@ -79,20 +81,22 @@ def quantize_in_sequence(
     Raises:
         CalibrationError: no batches, token ids that the model does not have, or activations that are not finite.
     """
-    with torch.no_grad():
-        texts = list(checked_batches(model, batches))
-        if not texts:
-            raise CalibrationError("no batches to calibrate with; pass token ids [B, T]")
-        chain = _find_chain(model)
-        linears = _linears(chain, targets)
-        others = [t for t in targets if t.name not in linears]
-        hidden, moments = _first_pass(model, chain, texts, [t.name for t in others])
-        for target in others:
-            if target.name in moments:
-                own = moments.for_weight(target.name, target.matrix.shape)
-                if own is not None:
-                    yield (target.name, *quantize_calibrated(target.matrix, target.format, own, objective))
-        full, packed = hidden, list(hidden)
+    texts = list(checked_batches(model, batches))
+    if not texts:
+        raise CalibrationError("no batches to calibrate with; pass token ids [B, T]")
+    chain = _find_chain(model)
+    linears = _linears(chain, targets)
+    others = [t for t in targets if t.name not in linears]
+    hidden, moments = _first_pass(model, chain, texts, [t.name for t in others])
+    for target in others:
+        if target.name in moments:
+            own = moments.for_weight(target.name, target.matrix.shape)
+            if own is not None:
+                yield (target.name, *quantize_calibrated(target.matrix, target.format, own, objective))
+    full, packed = hidden, list(hidden)
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
         for block in chain:
             mine = {t.name: t for t in targets if t.name in linears and linears[t.name][0] is block}
             twin = copy.deepcopy(block.module)
@@ -107,11 +111,14 @@ def quantize_in_sequence(
                     weight, note = statistics.round(mine[name].matrix, mine[name].format, objective)
                     layer: Any = twin.get_submodule(path)
                     decoded = weight.dequantize(torch.float32).to(layer.weight)
-                    layer.weight = nn.Parameter(decoded.T if decoded.shape != layer.weight.shape else decoded, requires_grad=False)
+                    layer.weight = nn.Parameter(decoded.T if is_conv1d(layer) else decoded, requires_grad=False)
                     yield name, weight, note
             for i in range(len(texts)):
                 full[i] = block.run(block.module, i, full[i])
                 packed[i] = block.run(twin, i, packed[i])
+    finally:
+        for module in training:
+            module.training = True
 
 
 # -- the model as a chain of blocks ------------------------------------------------------------------------
@@ -152,10 +159,7 @@ def _first_pass(model: nn.Module, chain: list[_Block], texts: list[Batch], other
             kwargs = dict(kwargs)
             x = args[0] if args else kwargs.pop("hidden_states", None)
             if not isinstance(x, Tensor) or (i and x is not last[0]):
-                raise CalibrationError(
-                    f"block {chain[i].name!r} does not get the output of the block before it: this model cannot be rounded layer by "
-                    "layer; pass calibration=iqtorch.calibrate(model, batches)"
-                )
+                raise _no_chain(f"block {chain[i].name!r} does not get the output of the block before it")
             if i == 0:
                 hidden.append(x.detach())
             chain[i].rest.append((args[1:], kwargs))
@@ -173,7 +177,13 @@ def _first_pass(model: nn.Module, chain: list[_Block], texts: list[Batch], other
     finally:
         for hook in hooks:
             hook.remove()
+    if any(len(block.rest) != len(texts) for block in chain):
+        raise _no_chain("its blocks do not run once for each batch")
     return hidden, moments
+
+
+def _no_chain(why: str) -> CalibrationError:
+    return CalibrationError(f"this model cannot be rounded layer by layer: {why}; pass calibration=iqtorch.calibrate(model, batches)")
 
 
 class _without_cache:
