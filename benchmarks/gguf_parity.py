@@ -2,8 +2,14 @@
 
     python benchmarks/gguf_parity.py /path/to/llama-perplexity > benchmarks/results/gguf_parity.csv
 
-Each format is used for all matrices. iqtorch runs the model it loaded back from the file, with floating-point activations; the
-other program rounds activations to 8 bits, so the two differ by that noise. A line per format, and a summary on stderr.
+Each format is used for all matrices. iqtorch loads the model back from the file and scores it in three ways:
+
+    kernels     its own kernels, which round activations to 8 bits (a scale per 32) or bfloat16 where that is faster
+    float32     the decoded weights in float32
+    rounded     the decoded weights in float32, activations rounded to 8 bits with one scale per 32 or 256, as the other program does
+
+The last says whether the weights mean the same to both programs; the others include the effect of the other program's rounding.
+A line per format, and a summary on stderr.
 """
 
 from __future__ import annotations
@@ -15,14 +21,19 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 import iqtorch
-from iqtorch import data, evaluate, hf
+from iqtorch import IQTensor, data, evaluate, hf
 from iqtorch.gguf import load_gguf, save_gguf
 
-FIELDS = ("format", "bpw", "tokens", "iqtorch", "ik_llama.cpp", "difference")
+WAYS = ("kernels", "float32", "rounded")
+FIELDS = ("format", "bpw", "tokens", "ik_llama.cpp", *(f"{what}_{way}" for way in WAYS for what in ("iqtorch", "difference")))
+#: Formats of 256-weight blocks whose activations it rounds in blocks of 32 (ggml.c, `vec_dot_type`, with AVX2); others: their block.
+BLOCKS_OF_32 = ("q4_k", "q5_k", "q6_k", "iq5_k", "iq1_kt", "iq2_kt", "iq3_kt", "iq4_kt")
 
 
 def reference(program: str, file: Path, text: Path) -> float:
@@ -35,39 +46,65 @@ def reference(program: str, file: Path, text: Path) -> float:
     return float(found[1])
 
 
+def decode(model: nn.Module) -> nn.Module:
+    """The same model with its weights decoded."""
+    decoded: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        parameters: dict[str, Any] = module._parameters
+        for name, value in list(parameters.items()):
+            if isinstance(value, IQTensor):
+                parameters[name] = decoded.setdefault(id(value), nn.Parameter(value.dequantize(), requires_grad=False))
+    return model
+
+
+def round_activations(model: nn.Module, block: int) -> None:
+    """Rounds the inputs of all linear layers to 8 bits, with one scale per `block` values."""
+
+    def hook(_: nn.Module, args: tuple[Tensor, ...]) -> Tensor:
+        x = args[0].reshape(-1, block)
+        d = x.abs().amax(1, keepdim=True).clamp(min=1e-30) / 127
+        return ((x / d).round() * d).view(args[0].shape)
+
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_pre_hook(hook)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("program", help="llama-perplexity of ik_llama.cpp")
     parser.add_argument("--formats", nargs="*", default=[f for f in iqtorch.list_formats() if iqtorch.get_format(f).plain is None])
     parser.add_argument("--characters", type=int, default=None, help="only the beginning of the text")
     args = parser.parse_args()
-    iqtorch.set_activation_precision("float")
     text = data.heldout_text()[: args.characters]
     writer = csv.DictWriter(sys.stdout, FIELDS, lineterminator="\n")
     writer.writeheader()
-    worst = ("", 0.0)
+    worst = dict.fromkeys(WAYS, ("", 0.0))
     with tempfile.TemporaryDirectory() as folder:
         file, source = Path(folder) / "model.gguf", Path(folder) / "text.txt"
         source.write_text(text, encoding="utf-8")
         for name in args.formats:
+            fmt = iqtorch.get_format(name)
             model, tokenizer = data.load_tiny_llama()
-            iqtorch.quantize_model(model, iqtorch.Recipe.pure(name), importance=data.TINY_LLAMA_IMPORTANCE, progress=False)
+            iqtorch.quantize_model(model, iqtorch.Recipe.pure(name), importance=str(data.TINY_LLAMA_IMPORTANCE), progress=False)
             save_gguf(model, file, tokenizer)
-            ours = evaluate.perplexity(load_gguf(file, dtype=torch.float32), hf.encode(tokenizer, text), bos=None)
+            ids = hf.encode(tokenizer, text)
             theirs = reference(args.program, file, source)
-            difference = ours.perplexity / theirs - 1
-            worst = max(worst, (name, difference), key=lambda pair: abs(pair[1]))
-            values = (
-                name,
-                f"{iqtorch.get_format(name).bits_per_weight(256):.4f}",
-                ours.tokens,
-                f"{ours.perplexity:.4f}",
-                theirs,
-                f"{difference:.6f}",
-            )
-            writer.writerow(dict(zip(FIELDS, values, strict=True)))
+            row = {"format": name, "bpw": f"{fmt.bits_per_weight(256):.4f}", "ik_llama.cpp": f"{theirs:.4f}"}
+            for way in WAYS:
+                loaded = load_gguf(file, dtype=torch.float32)
+                if way != "kernels":
+                    decode(loaded)
+                if way == "rounded":
+                    round_activations(loaded, 32 if name in BLOCKS_OF_32 else fmt.block_size)
+                ours = evaluate.perplexity(loaded, ids, bos=None)
+                difference = ours.perplexity / theirs - 1
+                worst[way] = max(worst[way], (name, difference), key=lambda pair: abs(pair[1]))
+                row |= {"tokens": str(ours.tokens), f"iqtorch_{way}": f"{ours.perplexity:.4f}", f"difference_{way}": f"{difference:.6f}"}
+            writer.writerow(row)
             sys.stdout.flush()
-    print(f"largest difference: {worst[0]} {100 * worst[1]:.3f} %", file=sys.stderr)
+    for way, (name, difference) in worst.items():
+        print(f"{way}: largest difference {name} {100 * difference:.3f} %", file=sys.stderr)
 
 
 if __name__ == "__main__":
