@@ -139,12 +139,13 @@ SLOW = [
     "granitemoe", "granitemoe_swa", "granitemoehybrid", "granitemoeshared", "hunyuan_v1_moe", "hy_v3", "inkling2_text",
     "inkling_text", "jetmoe", "kimi_linear", "kolibri1", "laguna", "lfm2_moe", "mellum", "mimo_v2_flash", "minimax", "minimax_m2",
     "minimax_m3_vl_text", "mistral4", "mistral_large4_text", "mixtral", "muse_spark_text", "olmoe", "openai_privacy_filter",
-    "phimoe", "qwen2_moe", "qwen3_5_moe_text", "qwen3_next", "qwen3_vl_moe_text", "qwen4_exp_text", "solar_open",
+    "phimoe", "qwen2_moe", "qwen3_5_moe_text", "qwen3_next", "qwen3_vl_moe_text", "solar_open",
 ]  # fmt: skip
 #: Auto class of the types that are no causal language model.
 AUTO = {
     "switch_transformers": "AutoModelForSeq2SeqLM", "openai_privacy_filter": "AutoModelForTokenClassification",
     "qwen3_vl_moe_text": "AutoModel", "mistral_large4_text": "AutoModel", "muse_spark_text": "AutoModel",
+    "mistral4": "AutoModelForImageTextToText",
 }  # fmt: skip
 
 
