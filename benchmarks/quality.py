@@ -110,19 +110,23 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    last = [r for r in rows if r["rounding"] == ROUNDINGS[-1]]
     series = {"ik_llama.cpp": read(RESULTS / "quality_reference.csv")}
     series |= {f"iqtorch, {rounding}": [r for r in rows if r["rounding"] == rounding] for rounding in ROUNDINGS}
     figure = Figure(figsize=(11, 5), layout="constrained", dpi=150)
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, 2)
     for (label, points), color, marker in zip(series.items(), ("#8a8a8a", "#1a1a1a", "#b3361e"), "xo^", strict=True):
-        points = [p for p in points if float(p["bpw"]) < 6 and any(r["format"] == p["format"] for r in rows)]
+        points = [p for p in points if float(p["bpw"]) < 6 and any(r["format"] == p["format"] for r in last)]
         for axis, key in zip(axes, ("mean_kl", "perplexity"), strict=True):
             axis.scatter([float(p["bpw"]) for p in points], [float(p[key]) for p in points], c=color, marker=marker, s=22, label=label)
-    for p in (r for r in rows if r["rounding"] == ROUNDINGS[-1] and float(r["bpw"]) < 6):
+    for p in (r for r in last if float(r["bpw"]) < 6):
         axes[0].annotate(p["format"], (float(p["bpw"]), float(p["mean_kl"])), (0, -9), textcoords="offset points", ha="center", fontsize=7)
+    axes[0].set_yscale("log")
+    axes[0].yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     for axis, name in zip(axes, ("mean KL divergence (nats per token)", "perplexity"), strict=True):
-        axis.set(xlabel="bits per weight", ylabel=name, yscale="log")
+        axis.set(xlabel="bits per weight", ylabel=name)
+        axis.margins(x=0.1)
         axis.grid(color="#e6e6e6", linewidth=0.6)
         axis.set_axisbelow(True)
         axis.legend(frameon=False)
