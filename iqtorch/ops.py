@@ -104,15 +104,18 @@ def choose_backend(fmt: Format, rows: int, k: int, device: torch.device) -> str:
     A fallback to `"torch"` is logged once per reason and shown by `kernel_info()`.
 
     Raises:
-        KernelUnavailableError: the backend was forced by `set_backend` and cannot run this matrix.
+        KernelUnavailableError: the backend was forced by `set_backend` and cannot run this matrix, or `IQTORCH_ISA` asks for an
+            instruction set that this CPU lacks.
     """
     name = _forced or _DEVICE_BACKEND.get(device.type, "torch")
     if name == "torch":
         return name
     try:
-        reason = get_backend(name).supports(fmt, rows, k)
+        backend = get_backend(name)
     except KernelUnavailableError as error:
-        reason = str(error)
+        reason: str | None = str(error)
+    else:
+        reason = backend.supports(fmt, rows, k)  # raises if IQTORCH_ISA asks for what this CPU lacks: no silent fallback then
     if reason is None:
         if _DEVICE_BACKEND.get(device.type) == name:
             return name

@@ -373,16 +373,20 @@ def run_python(code: str, isa: str | None = None) -> str:
 def test_forcing_an_instruction_set() -> None:
     assert run_python("from iqtorch import cpu_ext; print(cpu_ext.capabilities()['isa'])", "scalar").strip() == "scalar"
     code = (
+        "import torch, iqtorch\n"
         "from iqtorch import cpu_ext, errors, formats\n"
-        "for call in (cpu_ext.capabilities, lambda: cpu_ext.supports(formats.get_format('iq2_kl'), 16, 256)):\n"
+        "supports = lambda: cpu_ext.supports(formats.get_format('iq2_kl'), 16, 256)\n"
+        "place = lambda: iqtorch.IQTensor.from_blocks(torch.zeros(16, 144, dtype=torch.uint8), 'iq4_nl')\n"
+        "for call in (cpu_ext.capabilities, supports, place):\n"
         "    try: call()\n"
         "    except errors.KernelUnavailableError as error: print(error)\n"
     )
     missing = next(isa for isa, reason in cpu_ext.capabilities().items() if isa != "isa" and reason != "available")
     for forced in (missing, "sse9"):
-        first, second = run_python(code, forced).splitlines()
-        assert f"IQTORCH_ISA={forced}" in first
-        assert first == second
+        messages = run_python(code, forced).splitlines()
+        assert len(messages) == 3
+        assert len(set(messages)) == 1
+        assert f"IQTORCH_ISA={forced}" in messages[0]
 
 
 def test_without_the_compiled_module_everything_runs_on_plain_torch() -> None:
