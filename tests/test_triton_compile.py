@@ -111,7 +111,10 @@ def test_layout_is_loss_free_and_small(name: str) -> None:
 
 
 def test_importing_iqtorch_imports_no_triton() -> None:
-    code = "import sys, iqtorch, iqtorch.kernels; assert 'triton' not in sys.modules; print(iqtorch.kernels.supports(iqtorch.get_format('iq2_kl'), 8, 256))"
+    code = (
+        "import sys, iqtorch, iqtorch.kernels; assert 'triton' not in sys.modules; "
+        "print(iqtorch.kernels.supports(iqtorch.get_format('iq2_kl'), 8, 256))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
     assert done.returncode == 0, done.stderr
     assert "no CUDA or ROCm device" in done.stdout
