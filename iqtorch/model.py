@@ -145,9 +145,14 @@ def model_facts(model: nn.Module, has_importance: bool = False) -> ModelFacts:
     if hasattr(config, "get_text_config"):
         config = config.get_text_config()
 
+    def value(name: str) -> Any:
+        try:
+            return getattr(config, name, None)
+        except RuntimeError:  # a config whose layers differ refuses to give one value for all of them
+            return None
+
     def read(*names: str) -> int:
-        values = (getattr(config, name, None) for name in names)
-        return next((v for v in values if isinstance(v, int) and not isinstance(v, bool)), 0)
+        return next((v for v in map(value, names) if isinstance(v, int) and not isinstance(v, bool)), 0)
 
     heads = read("num_attention_heads", "n_head")
     kv_heads = read("num_key_value_heads") or heads

@@ -180,13 +180,9 @@ def expert_architectures() -> list[str]:
     return found
 
 
-#: Types whose default config is not a model that anybody has: odd rows (1407), or parts that are None.
-NOT_BUILDABLE = {"deepseek_v2"}
-
-
 @pytest.mark.slow
 def test_default_configs_of_all_architectures_with_experts_are_packed_to_99_percent() -> None:
-    """At their full size, on the meta device: what the recipe makes of every weight."""
+    """At their full size, on the meta device: what the recipe makes of every weight whose rows any format can hold."""
     seen, short = [], {}
     for model_type in expert_architectures():
         model = None
@@ -197,10 +193,11 @@ def test_default_configs_of_all_architectures_with_experts_are_packed_to_99_perc
                 break
             except Exception:  # a config class of a part, or one that cannot be built from its defaults
                 continue
-        if model is None or model_type in NOT_BUILDABLE:
+        if model is None:
             continue
-        choices, _ = plan_formats(model, Recipe.pure("iq2_kl"))
-        matrices = sum(p.numel() for p in model.parameters() if p.dim() > 1)
+        choices, notes = plan_formats(model, Recipe.pure("iq2_kl"))
+        odd = {name for name, reason in notes.items() if "no multiple of 32" in reason}  # 1407 in a default config, for example
+        matrices = sum(p.numel() for name, p in model.named_parameters() if p.dim() > 1 and name not in odd)
         fraction = sum(site.weight.numel() for site, choice in choices if choice.format) / matrices
         seen.append(model_type)
         if fraction < 0.99:
