@@ -14,7 +14,7 @@ from .errors import CalibrationError, ImportanceError
 from .formats import get_format
 from .hf import adopt
 from .linear import linear_from_conv1d, set_weight
-from .quantize import OBJECTIVES, ROUNDINGS, Objective, Rounding, check_finite, check_importance, check_weight, quantize
+from .quantize import OBJECTIVES, ROUNDINGS, SPEEDS, Objective, Rounding, Speed, check_finite, check_importance, check_weight, quantize
 from .recipe import ModelFacts, Recipe, WeightFacts, layer_of, role_of
 from .tensor import IQTensor
 
@@ -217,6 +217,7 @@ def quantize_model(
     calibration: Calibration | Iterable[Tensor | Mapping[str, Any]] | None = None,
     rounding: Rounding = "nearest",
     objective: Objective = "model",
+    speed: Speed = "default",
     skip: Iterable[str] = (),
     progress: bool = True,
 ) -> M:
@@ -238,7 +239,7 @@ def quantize_model(
         rounding: `"nearest"`, each weight for itself, or `"ldlq"`: with error feedback by the second moments of the calibration,
             which lowers the divergence of a model by a quarter to a third at the same bits and takes several times as long. A
             weight for which held-out activations say that it does not help is rounded to nearest (`iqtorch.report` tells).
-        objective: as in `iqtorch.quantize`.
+        objective, speed: as in `iqtorch.quantize`; `speed` is that of rounding to nearest.
         skip: regular expressions, searched in parameter names: those weights are kept.
         progress: show a progress bar.
 
@@ -256,6 +257,8 @@ def quantize_model(
         raise TypeError(f"quantize_model needs an nn.Module, got {type(model).__name__}; iqtorch.quantize packs a single tensor")
     if objective not in OBJECTIVES:
         raise ValueError(f"objective must be one of {list(OBJECTIVES)}, got {objective!r}")
+    if speed not in SPEEDS:
+        raise ValueError(f"speed must be one of {list(SPEEDS)}, got {speed!r}")
     if rounding not in ROUNDINGS:
         raise ValueError(f"rounding must be one of {list(ROUNDINGS)}, got {rounding!r}")
     if (rounding == "nearest") != (calibration is None):
@@ -272,7 +275,7 @@ def quantize_model(
             check_finite(site.matrix, site.name)
             plan.append((site, choice.format, check_importance(lookup_importance(table, site), site.matrix, site.name)))
 
-    packed = list(_progress(_packed(model, plan, calibration, objective, notes), plan, progress))
+    packed = list(_progress(_packed(model, plan, calibration, objective, speed, notes), plan, progress))
     for site, weight in packed:
         _install(model, site, weight)
     setattr(model, NOTES, {**getattr(model, NOTES, {}), **notes})
@@ -288,6 +291,7 @@ def _packed(
     plan: list[tuple[Site, str, Tensor | None]],
     calibration: Calibration | Iterable[Tensor | Mapping[str, Any]] | None,
     objective: Objective,
+    speed: Speed,
     notes: dict[str, str],
 ) -> Iterator[tuple[Site, IQTensor]]:
     """Packs the weights of a plan: first those that calibration covers, then the others."""
@@ -301,7 +305,7 @@ def _packed(
             yield sites.pop(name), weight
     for site, name, weights in plan:
         if site.name in sites:
-            yield site, quantize(site.matrix, name, weights, objective, name=site.name)
+            yield site, quantize(site.matrix, name, weights, objective, speed=speed, name=site.name)
 
 
 def _install(model: nn.Module, site: Site, weight: IQTensor) -> None:

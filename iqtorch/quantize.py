@@ -7,12 +7,15 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from .encode import Objective as Objective  # also for those who import quantize
+from .encode import Speed as Speed
+from .encode import encode
 from .errors import ImportanceError, ShapeError, WeightError
 from .formats import Format, get_format
 from .tensor import IQTensor
 
-Objective = Literal["model", "rmse"]
 OBJECTIVES = get_args(Objective)
+SPEEDS = get_args(Speed)
 Rounding = Literal["nearest", "ldlq"]
 ROUNDINGS = get_args(Rounding)
 
@@ -23,6 +26,7 @@ def quantize(
     importance: Tensor | None = None,
     objective: Objective = "model",
     *,
+    speed: Speed = "default",
     name: str = "weight",
 ) -> IQTensor:
     """Quantizes a weight matrix.
@@ -32,6 +36,7 @@ def quantize(
         format: a format or its name; an `_r4` name gives a tensor of the plain format (the same integers).
         importance: mean squared activation of each input column, `[K]`, or `[E, K]` for experts; None weighs all alike.
         objective: `"model"` (default) for the best model, `"rmse"` for the least importance-weighted squared error.
+        speed: how hard to search: `"fast"`, `"default"` or `"best"` (figures in docs/encoders.md).
         name: what to call the weight in error messages.
 
     Returns:
@@ -47,21 +52,21 @@ def quantize(
     check_weight(weight, fmt, name)
     if objective not in OBJECTIVES:
         raise ValueError(f"objective must be one of {list(OBJECTIVES)}, got {objective!r}")
+    if speed not in SPEEDS:
+        raise ValueError(f"speed must be one of {list(SPEEDS)}, got {speed!r}")
     importance = check_importance(importance, weight, name)
     check_finite(weight, name)
     if fmt.plain:
         fmt = get_format(fmt.plain)
 
-    from .encode import encode
-
     dtype = weight.dtype if weight.dtype != torch.float64 else torch.float32
     with torch.no_grad():
         if weight.dim() == 2:
-            blocks = encode(weight.detach().float(), fmt, importance, objective=objective)
+            blocks = encode(weight.detach().float(), fmt, importance, objective, speed)
         else:
             blocks = torch.stack(
                 [
-                    encode(expert.detach().float(), fmt, None if importance is None else importance[e], objective=objective)
+                    encode(expert.detach().float(), fmt, None if importance is None else importance[e], objective, speed)
                     for e, expert in enumerate(weight)
                 ]
             )

@@ -184,6 +184,13 @@ def test_quantize_experts_with_importance_of_each() -> None:
         assert torch.equal(q[e].to_blocks(), iqtorch.quantize(w[e], "iq2_kl", importance[e]).to_blocks())
 
 
+def test_more_effort_is_never_worse() -> None:
+    torch.manual_seed(0)
+    w = torch.randn(16, 256)
+    fast, best = (iqtorch.quantize(w, "iq3_k", objective="rmse", speed=speed).dequantize() for speed in ("fast", "best"))
+    assert (best - w).norm() < (fast - w).norm()
+
+
 def test_importance_lowers_the_weighted_error() -> None:
     torch.manual_seed(0)
     w = torch.randn(16, 256)
@@ -221,6 +228,8 @@ def test_bad_weights() -> None:
         iqtorch.quantize(iqtorch.quantize(torch.ones(4, 256), "iq4_k"), "iq4_k")
     with pytest.raises(UnknownFormatError, match="did you mean.*iq4_k"):
         iqtorch.quantize(torch.ones(4, 256), "iq4k")
+    with pytest.raises(ValueError, match="speed must be one of"):
+        iqtorch.quantize(torch.ones(4, 256), "iq4_k", speed="slow")
     with pytest.raises(ValueError, match="objective"):
         iqtorch.quantize(torch.ones(4, 256), "iq4_k", objective="best")
 
@@ -240,6 +249,7 @@ def test_bad_importance() -> None:
         ({"recipe": {"(": "iq4_k"}}, RecipeError),
         ({"recipe": "iq4_k", "importance": {"model.layers.1.mlp.up_proj.weight": torch.ones(3)}}, ImportanceError),
         ({"recipe": "iq4_k", "objective": "speed"}, ValueError),
+        ({"recipe": "iq4_k", "speed": "slow"}, ValueError),
     ],
 )
 def test_model_is_left_as_it_was_on_error(arguments: dict[str, object], error: type[Exception]) -> None:

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from .encoder import encode
+from .encoder import Objective, Speed, encode
 
-__all__ = ["encode"]
+__all__ = ["Objective", "Speed", "encode"]
