@@ -60,7 +60,8 @@ void run(const Format& f, const Case& c, const Kernels& kern, const char* isa) {
   std::vector<uint8_t> headers(groups * kRows * f.i.header_bytes), tiles(groups * n * f.i.tile_bytes, 0xa5);
   for (const std::vector<uint8_t>* source : {&c.random, &c.blocks}) {
     std::fill(headers.begin(), headers.end(), 0);
-    for (int64_t r = 0; r < c.rows; ++r) memcpy(headers.data() + r * f.i.header_bytes, source->data() + r * row_bytes, f.i.header_bytes);
+    for (int64_t r = 0; r < c.rows && f.i.header_bytes; ++r)
+      memcpy(headers.data() + r * f.i.header_bytes, source->data() + r * row_bytes, f.i.header_bytes);
     kern.pack(f, source->data(), row_bytes, c.rows, n, tiles.data(), 0, groups);
     std::vector<uint8_t> back(*source);
     for (int64_t r = 0; r < c.rows; ++r) memset(back.data() + r * row_bytes + f.i.header_bytes, 0xa5, n * f.i.block_bytes);
