@@ -36,8 +36,8 @@ def product_error(got: Tensor, x: Tensor, w: Tensor, want: Tensor) -> float:
     return float(error.square().mean().sqrt())
 
 
-def same(got: Tensor, want: Tensor, tolerance: float = 1e-2) -> None:
-    """Relative root-mean-square difference within the promise for int8 activations (float ones are far below)."""
+def same(got: Tensor, want: Tensor, tolerance: float = 1e-4) -> None:
+    """Relative root-mean-square difference within a tolerance, for products with float activations."""
     assert got.shape == want.shape and got.isfinite().all() and want.numel()
     scale = want.double().square().mean().sqrt().clamp_min(1e-30)
     assert (got.double() - want.double()).square().mean().sqrt() / scale <= tolerance
@@ -276,7 +276,7 @@ def test_equal() -> None:
     )
 
 
-def test_inference_mode_no_grad_and_autocast() -> None:
+def test_inference_mode_no_grad_and_autocast(float_precision: None) -> None:
     w = packed()
     x = torch.randn(2, 512)
     with torch.inference_mode():
