@@ -3,7 +3,7 @@
 # Both make their own environment in $(VENV) first, once.
 #
 # PYTHON=python3.12          another interpreter (3.10 or newer)
-# TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"    another build of torch (see README)
+# TORCH="torch==2.13.0 --index-url URL"    another build of torch (see README)
 # VENV=path                  another place for the environment
 # WORKERS=2                  processes that run the tests, one thread each
 
