@@ -17,10 +17,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .encode import Objective
 from .errors import RecipeError
 from .formats import Format, get_format
 from .model import Site, find_sites, importance_table, lookup_importance
-from .quantize import Objective, check_importance, quantize
+from .quantize import check_importance, quantize
 from .recipe import Recipe
 
 __all__ = ["Fit", "fit"]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from .encode import Objective
 from .formats import Format
-from .quantize import Objective, quantize
+from .quantize import quantize
 from .tensor import IQTensor
 
 

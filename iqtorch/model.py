@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from torch import Tensor, nn
 
+from .encode import Objective, Speed
 from .errors import CalibrationError, ImportanceError
 from .formats import get_format
 from .hf import adopt
 from .linear import linear_from_conv1d, set_weight
-from .quantize import OBJECTIVES, ROUNDINGS, SPEEDS, Objective, Rounding, Speed, check_finite, check_importance, check_weight, quantize
+from .quantize import OBJECTIVES, ROUNDINGS, SPEEDS, Rounding, check_finite, check_importance, check_weight, quantize
 from .recipe import ModelFacts, Recipe, WeightFacts, layer_of, role_of
 from .tensor import IQTensor
 

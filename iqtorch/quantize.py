@@ -7,9 +7,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from .encode import Objective as Objective  # also for those who import quantize
-from .encode import Speed as Speed
-from .encode import encode
+from .encode import Objective, Speed, encode
 from .errors import ImportanceError, ShapeError, WeightError
 from .formats import Format, get_format
 from .tensor import IQTensor

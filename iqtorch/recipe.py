@@ -178,10 +178,6 @@ def pure_mix(base: str, weight: WeightFacts, model: ModelFacts) -> str:
 MIXES: dict[str, Mix] = {"reference": reference_mix, "pure": pure_mix}
 
 
-def _suggest(error: UnknownFormatError, rule: str) -> RecipeError:
-    return RecipeError(f"rule {rule!r}: {error}")
-
-
 @dataclass(frozen=True)
 class Recipe:
     """Which format each weight gets.
@@ -206,7 +202,7 @@ class Recipe:
             except re.error as error:
                 raise RecipeError(f"rule {pattern!r} is no regular expression: {error}") from None
             except UnknownFormatError as error:
-                raise _suggest(error, pattern) from None
+                raise RecipeError(f"rule {pattern!r}: {error}") from None
 
     @classmethod
     def default(cls, name: str) -> Recipe:

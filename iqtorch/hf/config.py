@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ..encode import Objective
 from ..errors import CheckpointError, RecipeError, UnknownFormatError
 from ..formats import Format, get_format
-from ..quantize import OBJECTIVES, Objective
+from ..quantize import OBJECTIVES
 from ..recipe import MIXES, Recipe
 from ..tensor import IQTensor
 
