@@ -230,7 +230,7 @@ def quantize_model(
 
     Args:
         model: any `nn.Module` with its weights loaded, on any device.
-        recipe: a format name (the reference's mix of that name, `Recipe.default`), a `Recipe`, or `{regex: format or None}`
+        recipe: a format name (the reference's mix of that name, `Recipe.default`), a `Recipe` or its file, or `{regex: format or None}`
             searched in parameter names, in order, where weights without a match are kept.
         importance: mean squared activation of each input column by parameter name (`[K]`, experts `[E, K]`), such as an
             `iqtorch.Importance`, or the path of an importance file. Weights without an entry get unit importance.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from torch import Tensor, nn
 
@@ -227,14 +228,39 @@ class Recipe:
         return fit(model, target_bpw, batches, importance).recipe
 
     @classmethod
-    def of(cls, value: Recipe | str | Mapping[str, str | None]) -> Recipe:
-        """A recipe from a format name, a `{regex: format}` mapping (weights without a match are kept), or a recipe.
+    def load(cls, path: str | Path) -> Recipe:
+        """Reads a TOML file; see `iqtorch.recipe_file` for what it looks like.
+
+        Raises:
+            RecipeError: no TOML, a key or a format that is not known (with near matches), or a rule that cannot be read; named.
+            OSError: the file cannot be opened.
+        """
+        from .recipe_file import load
+
+        return load(path)
+
+    def save(self, path: str | Path) -> None:
+        """Writes a TOML file that `load` reads.
+
+        Raises:
+            RecipeError: the mix is not one of `MIXES`.
+        """
+        from .recipe_file import save
+
+        save(self, path)
+
+    @classmethod
+    def of(cls, value: Recipe | str | Path | Mapping[str, str | None]) -> Recipe:
+        """A recipe from a format name, a file (a `Path` or a name ending in `.toml`), a `{regex: format}` mapping (weights
+        without a match are kept), or a recipe.
 
         Raises:
             UnknownFormatError, RecipeError: unknown format name, or a rule that cannot be read.
         """
         if isinstance(value, Recipe):
             return value
+        if isinstance(value, Path) or (isinstance(value, str) and value.endswith(".toml")):
+            return cls.load(value)
         if isinstance(value, Mapping):
             return cls(None, tuple(value.items()))
         return cls.default(value)
