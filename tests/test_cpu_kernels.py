@@ -201,6 +201,17 @@ def test_linear_in_int8(fmt: Format, isa: str) -> None:
             assert error(actual, rounded_to_int8(x) @ exact.T) < 1e-5
 
 
+@pytest.mark.parametrize("name", ["iq2_kl", "q6_k", "iq4_nl"])
+def test_linear_of_more_than_one_chunk(name: str, isa: str) -> None:
+    """Beyond the rows of activations, the rows of weights and the columns that the kernels keep in a cache at a time."""
+    fmt = get_format(name)
+    blocks = random_blocks(fmt, 530, 1280)
+    packed, exact = cpu_ext.pack(blocks, fmt), weights(fmt, blocks).double()
+    x = activations(549, 1280)
+    for precision, bound in ((0, 3e-3), (1, 1e-2)):
+        assert error(cpu_ext.linear(x, packed, fmt, 530, None, precision), x.double() @ exact.T) < bound
+
+
 @kinds
 def test_error_of_int8_activations(fmt: Format) -> None:
     """At most 1 % on Gaussian activations, and on heavy-tailed ones with outliers up to 6e4; 0.3 % in float."""

@@ -133,13 +133,18 @@ template <int Groups_, int Scales, int Bits, int MinBits = 0, int Variants = 0> 
 constexpr int kPrefetch = 2048;
 
 IQ_FN void finish(const Output& out, int64_t rows, int64_t m, int64_t group, F32 acc) {
+  const int64_t n0 = group * kRows, at = m * out.stride + n0;
+  if (rows - n0 >= kRows) {
+    if (out.bias) acc = acc + loadf(out.bias + n0);
+    if (out.dtype == kFloat32) return storef((float*)out.data + at, acc);
+    if (out.dtype == kBFloat16) return store_bfloat16((uint16_t*)out.data + at, acc);
+    return store_half((uint16_t*)out.data + at, acc);
+  }
   IQ_ALIGNED float value[kRows];
-  const int64_t n0 = group * kRows;
-  const int count = rows - n0 < kRows ? (int)(rows - n0) : kRows;
+  const int count = (int)(rows - n0);
   storef(value, acc);
   if (out.bias)
     for (int r = 0; r < count; ++r) value[r] += out.bias[n0 + r];
-  const int64_t at = m * out.stride + n0;
   if (out.dtype == kFloat32) {
     __builtin_memcpy((float*)out.data + at, value, count * sizeof(float));
     return;

@@ -8,22 +8,29 @@ constexpr int kTile = 16 * 32;      // bfloat16 numbers of a tile: 16 rows of 64
 constexpr int kStepRows = 32;       // rows of activations, and of weights, per 2 x 2 tiles
 constexpr int kPanelColumns = 512;  // 32 KiB of weights
 constexpr int kChunkRows = 512;     // rows of activations per pass: with the results below, half of a 2 MiB cache
-constexpr int kChunkPairs = 8;      // 256 rows of weights
+constexpr int kChunkPairs = 16;     // 512 rows of weights
 constexpr int kResult = 4 * 256;    // floats of 2 x 2 tiles
 
 static int64_t tiled_bytes(int64_t m, int64_t k) { return (m + kStepRows - 1) / kStepRows * kStepRows * k * 2; }
 
 static int64_t tiled_scratch() { return kChunkPairs * (kChunkRows / kStepRows) * kResult + kPanelColumns * kStepRows / 2; }
 
-// [step of 32 rows][k / 32][2 tiles][16 rows][32]; rows past m are zero.
+// Where the cells of a step of rows from column k0 on start: a panel of columns is contiguous over all steps.
+IQ_FN int64_t tiled_at(int64_t steps, int64_t step, int64_t k, int64_t k0) {
+  const int64_t columns = k - k0 < kPanelColumns ? k - k0 : kPanelColumns;
+  return (steps * k0 + step * columns) * kStepRows;
+}
+
+// [panel of columns][step of 32 rows][cell of 32 columns][2 tiles][16 rows][32]; rows past m are zero.
 static void tile_rows(const void* x, DType dtype, int64_t m, int64_t k, uint16_t* tiled, int64_t step0, int64_t step1) {
-  const int64_t size = element_bytes(dtype);
+  const int64_t size = element_bytes(dtype), steps = (m + kStepRows - 1) / kStepRows;
   for (int64_t s = step0; s < step1; ++s)
     for (int r = 0; r < kStepRows; ++r) {
       const int64_t row = s * kStepRows + r;
-      uint16_t* p = tiled + s * kStepRows * k + r / 16 * kTile + r % 16 * 32;
+      uint16_t* p = nullptr;
       const uint8_t* in = (const uint8_t*)x + row * k * size;
       for (int64_t c = 0; c < k / kCell; ++c, p += 2 * kTile, in += kCell * size) {
+        if (c % (kPanelColumns / kCell) == 0) p = tiled + tiled_at(steps, s, k, c * kCell) + r / 16 * kTile + r % 16 * 32;
         if (row >= m) {
           _mm512_storeu_si512(p, _mm512_setzero_si512());
         } else if (dtype == kBFloat16) {
@@ -79,12 +86,12 @@ static void multiply_tiles(const uint16_t* x, const uint16_t* panel, int64_t cel
     _tile_loadd(3, result + 768, 64);
   }
   for (int64_t c = 0; c < cells; ++c, x += 2 * kTile, panel += 2 * kTile) {
-    _tile_loadd(4, x, 64);
+    _tile_stream_loadd(4, x, 64);
     _tile_loadd(6, panel, 64);
     _tile_dpbf16ps(0, 4, 6);
     _tile_loadd(7, panel + kTile, 64);
     _tile_dpbf16ps(1, 4, 7);
-    _tile_loadd(5, x + kTile, 64);
+    _tile_stream_loadd(5, x + kTile, 64);
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
   }
@@ -121,15 +128,19 @@ static void linear_tiled(const Matrix& w, const Activations& x, const Output& ou
           if (n + 1 < n1) tile_weights(w, family, n + 1, k0, k1, panel + kTile);
           float* result = results + (n - n0) / 2 * (kChunkRows / kStepRows) * kResult;
           for (int64_t s = 0; s < steps; ++s)
-            multiply_tiles(x.tiled + (m0 / kStepRows + s) * kStepRows * w.k + k0 / kCell * 2 * kTile, panel, (k1 - k0) / kCell,
+            multiply_tiles(x.tiled + tiled_at((x.m + kStepRows - 1) / kStepRows, m0 / kStepRows + s, w.k, k0), panel, (k1 - k0) / kCell,
                            result + s * kResult, k0 == 0);
         }
       }
-      for (int64_t n = n0; n < n1; ++n)
-        for (int64_t m = m0; m < m1; ++m) {
-          const int64_t row = m - m0;
-          const float* result = results + ((n - n0) / 2 * (kChunkRows / kStepRows) + row / kStepRows) * kResult;
-          finish(out, w.rows, m, n, loadf(result + row % kStepRows / 16 * 512 + (n - n0) % 2 * 256 + row % 16 * 16));
+      // pairs within rows within steps: rows of results are far apart, and a line is written once as a whole
+      for (int64_t m = m0; m < m1; m += kStepRows)
+        for (int64_t n = n0; n < n1; n += 2) {
+          const float* result = results + ((n - n0) / 2 * (kChunkRows / kStepRows) + (m - m0) / kStepRows) * kResult;
+          for (int64_t r = 0; r < kStepRows && m + r < m1; ++r) {
+            const float* row = result + r / 16 * 512 + r % 16 * 16;
+            finish(out, w.rows, m + r, n, loadf(row));
+            if (n + 1 < n1) finish(out, w.rows, m + r, n + 1, loadf(row + 256));
+          }
         }
     }
   if (before.palette) {
