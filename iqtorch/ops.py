@@ -41,6 +41,9 @@ class Backend(Protocol):
     def unpack(self, data: Tensor, fmt: Format, rows: int, k: int) -> Tensor:
         """Packed -> canonical bytes, bit for bit."""
 
+    def copy(self, data: Tensor) -> Tensor:
+        """Packed bytes again, in memory of their own, on the same device."""
+
     def linear(self, x: Tensor, data: Tensor, fmt: Format, rows: int, bias: Tensor | None, precision: int) -> Tensor:
         """`x [..., K]` times the transposed matrix, plus bias: `[..., rows]`. `precision` as in `activation_precision`."""
 

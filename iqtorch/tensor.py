@@ -193,7 +193,9 @@ class IQTensor(torch.Tensor):
         return cls(inner["packed"], meta["format"], meta["backend"], outer_size, meta["dtype"], meta["transposed"])
 
     def _stable_hash_for_caching(self) -> str:
-        return f"IQTensor-{self.format.name}-{self.backend}-{tuple(self.shape)}-{self.dtype}-{self.transposed}"
+        # compiled code is kept on disk: the size of the packed bytes tells layouts of different versions apart
+        packed = tuple(self.packed.shape)
+        return f"IQTensor-{self.format.name}-{self.backend}-{packed}-{tuple(self.shape)}-{self.dtype}-{self.transposed}"
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # Pickles hold canonical bytes, never a layout of this machine.
@@ -202,14 +204,18 @@ class IQTensor(torch.Tensor):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> IQTensor:
         if id(self) not in memo:
-            memo[id(self)] = _mark_parameter(self._with(self.packed.clone()), isinstance(self, torch.nn.Parameter))
+            memo[id(self)] = _mark_parameter(
+                self._with(ops.get_backend(self.backend).copy(self.packed)), isinstance(self, torch.nn.Parameter)
+            )
         return memo[id(self)]
 
     def _with(self, packed: Tensor, dtype: torch.dtype | None = None) -> IQTensor:
         return IQTensor(packed, self.format, self.backend, self.shape, dtype or self.dtype, self.transposed)
 
     def _move(self, device: torch.device | None, dtype: torch.dtype | None, non_blocking: bool) -> IQTensor:
-        if device is None or device.type == self.device.type or device.type == "meta":
+        if device is None or device == self.device:
+            return self._with(ops.get_backend(self.backend).copy(self.packed), dtype)
+        if device.type in (self.device.type, "meta"):
             return self._with(self.packed.to(device=device, non_blocking=non_blocking, copy=True), dtype)
         return IQTensor._place(self.to_blocks().to(device, non_blocking=non_blocking), self.format, dtype or self.dtype, self.transposed)
 

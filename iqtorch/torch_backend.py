@@ -147,6 +147,11 @@ def unpack(data: Tensor, fmt: Format, rows: int, k: int) -> Tensor:
     return data
 
 
+def copy(data: Tensor) -> Tensor:
+    """Packed bytes again, in memory of their own."""
+    return data.clone()
+
+
 def linear(x: Tensor, data: Tensor, fmt: Format, rows: int, bias: Tensor | None, precision: int) -> Tensor:
     return torch.ops.iqtorch.linear(x, data, fmt.ggml_type, rows, bias)
 

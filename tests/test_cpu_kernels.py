@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import mmap
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from iqtorch import cpu_ext
+from iqtorch.cpu_ext import memory
 from iqtorch.errors import BlockSizeError, KernelUnavailableError
 from iqtorch.formats import Format, get_format, list_formats
 from iqtorch.formats.base import float_to_bits
@@ -86,30 +91,66 @@ def error(actual: Tensor, expected: Tensor) -> float:
 # -- layout --------------------------------------------------------------------------------------------------
 
 
+def tiles_bit_by_bit(fmt: Format, blocks: Tensor) -> Tensor:
+    """16 canonical rows without their headers -> the tile of each block, written from `Layout.parts` alone."""
+    made = cpu_ext.layout(fmt)
+    body = blocks[:, fmt.row_header_bytes :].view(16, -1, fmt.block_bytes).transpose(0, 1)
+    tiles = torch.zeros(body.shape[0], made.tile_bytes, dtype=torch.int32)
+    for field, places in made.parts:
+        elements = field.read(body).to(torch.int64)  # [blocks, 16, count]
+        for place in places:
+            stride = np.broadcast_to(np.asarray(place.stride), place.byte.shape)
+            for i in range(place.width):
+                bit = elements >> (place.low + i) & 1
+                for row in range(16):
+                    where = torch.from_numpy(place.byte + stride * row + (place.shift + i) // 8)
+                    tiles.index_add_(1, where, (bit[:, row] << torch.from_numpy((place.shift + i) % 8)).int())
+    return tiles.to(torch.uint8)
+
+
 @all_formats
 def test_layout_moves_every_bit_once(fmt: Format) -> None:
     made = cpu_ext.layout(fmt)
     source, target = set(), set()
-    for byte, shift, width, base, stride, at in made.moves.tolist():
-        assert shift + width <= 8 and at + width <= 8 * stride and base % stride == 0
-        source |= {(byte, shift + i) for i in range(width)}
-        target |= {(base + row * stride + (at + i) // 8, (at + i) % 8) for i in range(width) for row in range(16)}
-    assert len(source) == 8 * fmt.block_bytes
-    assert len(target) == 8 * made.tile_bytes == 8 * 16 * fmt.block_bytes
+    for plane, byte, shift, mask in made.terms.tolist():
+        for bit in (bit for bit in range(8) if mask >> bit & 1):
+            assert 0 <= bit - shift < 8
+            source.add((byte, bit - shift))
+            target.add((plane, bit))
+    assert source == target == {(byte, bit) for byte in range(fmt.block_bytes) for bit in range(8)}
+    assert int(made.units.sum()) == fmt.block_bytes
+    assert sum(mask.bit_count() for mask in made.terms[:, 3].tolist()) == 8 * fmt.block_bytes
 
 
 @all_formats
-@pytest.mark.parametrize(("rows", "blocks"), [(1, 1), (16, 3), (37, 2)])
-def test_packing_is_exact_both_ways(fmt: Format, rows: int, blocks: int, isa: str) -> None:
+def test_packing_puts_bits_where_the_layout_says(fmt: Format) -> None:
+    k = 5 * fmt.block_size  # more blocks than are packed side by side
+    blocks = random_bytes(fmt, 32, k)
+    packed = cpu_ext.pack(blocks, fmt)
+    headers = blocks[:, : fmt.row_header_bytes].reshape(-1)
+    assert torch.equal(packed[: headers.numel()], headers)
+    tiles = packed[cpu_ext.layout(fmt).header_bytes(32) :].view(2, 5, -1)
+    for group in range(2):
+        assert torch.equal(tiles[group], tiles_bit_by_bit(fmt, blocks[16 * group : 16 * group + 16]))
+
+
+@all_formats
+@pytest.mark.parametrize(("rows", "blocks"), [(1, 1), (16, 3), (37, 2), (64, 9)])
+def test_packing_is_exact_both_ways(fmt: Format, rows: int, blocks: int) -> None:
     k = blocks * fmt.block_size
     canonical = random_bytes(fmt, rows, k)
-    assert torch.equal(cpu_ext.unpack(cpu_ext.pack(canonical, fmt), fmt, rows, k), canonical)
+    packed = cpu_ext.pack(canonical, fmt)
+    assert torch.equal(cpu_ext.unpack(packed, fmt, rows, k), canonical)
+    # every byte that is written is read: nothing else is in the packed tensor but the padding of the headers
+    assert packed.nbytes - canonical.nbytes == -(rows // 16 * 16 * fmt.row_header_bytes) % 64
 
 
 @all_formats
-def test_packed_size(fmt: Format) -> None:
-    packed = cpu_ext.pack(random_bytes(fmt, 64, 1024), fmt)
-    assert packed.nbytes <= 1.03 * 64 * fmt.row_bytes(1024)
+@pytest.mark.parametrize("k", [1, 16])
+def test_packed_size(fmt: Format, k: int) -> None:
+    for rows in range(1, 70):
+        canonical = rows * fmt.row_bytes(k * fmt.block_size)
+        assert canonical <= cpu_ext.layout(fmt).packed_bytes(rows, k * fmt.block_size) <= 1.03 * canonical
 
 
 def test_packing_keeps_experts_apart_and_reads_any_memory() -> None:
@@ -121,14 +162,69 @@ def test_packing_keeps_experts_apart_and_reads_any_memory() -> None:
     assert torch.equal(cpu_ext.unpack(packed, fmt, 20, 512), blocks)
 
 
-def test_large_matrices_get_memory_of_their_own() -> None:
+def test_layouts_that_lose_bits_are_refused() -> None:
+    made = cpu_ext.layout(get_format("q8_0"))
+    numbers = [torch.from_numpy(part) for part in (made.ints, made.floats, made.table, made.units)]
+    twice = made.terms.copy()
+    twice[1] = twice[0]
+    with pytest.raises(RuntimeError, match="moves a bit twice"):
+        torch.ops.iqtorch_cpu.register_format(*numbers, torch.from_numpy(twice))
+    with pytest.raises(RuntimeError, match="leaves out bits"):
+        torch.ops.iqtorch_cpu.register_format(*numbers, torch.from_numpy(made.terms[1:].copy()))
+
+
+# -- memory ----------------------------------------------------------------------------------------------------
+
+
+def advised_huge(address: int) -> bool:
+    """Whether huge pages were asked for the mapping that an address is in (Linux)."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+            low, high = (int(end, 16) for end in line.split()[0].split("-"))
+            inside = low <= address < high
+        elif inside and line.startswith("VmFlags:"):
+            return "hg" in line.split()
+    raise AssertionError(f"{address:x} is in no mapping")
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists() or not hasattr(mmap, "MADV_HUGEPAGE"), reason="huge pages are asked for on Linux")
+def test_weights_lie_in_huge_pages() -> None:
     fmt = get_format("q8_0")
-    blocks = random_bytes(fmt, 2048, 1024)
-    packed = cpu_ext.pack(blocks, fmt)
-    assert packed.untyped_storage().nbytes() == packed.nbytes
-    clone = packed.clone()
-    del blocks
-    assert torch.equal(packed, clone)
+    packed = [cpu_ext.pack(random_bytes(fmt, rows, 1024), fmt) for rows in (512, 1024, 4096)]
+    for weight in (*packed, cpu_ext.copy(packed[0])):
+        assert weight.data_ptr() % 64 == 0 and advised_huge(weight.data_ptr())
+        assert weight.untyped_storage().nbytes() == weight.nbytes
+    assert torch.equal(cpu_ext.copy(packed[0]), packed[0])
+
+
+def test_mappings_start_at_a_huge_page_and_are_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_current", None)
+    first, second = memory.empty(3 << 20), memory.empty(70_001)
+    assert first.data_ptr() % memory.HUGE_PAGE == 0
+    assert second.data_ptr() == first.data_ptr() + (3 << 20)
+    assert memory.empty(memory.CHUNK).data_ptr() % memory.HUGE_PAGE == 0  # does not fit: a new mapping
+    assert memory.empty(100).nbytes == 100
+
+
+def resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists() or not hasattr(mmap, "MADV_DONTNEED"), reason="pages are given back on Linux")
+def test_memory_comes_back_with_each_weight() -> None:
+    keep = memory.empty(1 << 16)
+    before = resident()
+    weights = [memory.empty(24 << 20).fill_(1) for _ in range(3)]
+    keep.fill_(7)
+    assert resident() - before > 60 << 20
+    first = weights[0].clone()
+    del weights[1]
+    assert resident() - before < 80 << 20  # two and the copy
+    assert torch.equal(weights[0], first) and (weights[1] == 1).all()
+    del weights, first
+    assert resident() - before < 12 << 20
+    assert (keep == 7).all()
 
 
 # -- decoding --------------------------------------------------------------------------------------------------
@@ -244,8 +340,9 @@ def test_extreme_operands_do_not_saturate(isa: str) -> None:
 
 @kinds
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_linear_dtypes_shapes_strides_and_bias(fmt: Format, dtype: torch.dtype, isa: str) -> None:
-    rows, k = 33, 256
+@pytest.mark.parametrize("rows", [7, 33])
+def test_linear_dtypes_shapes_strides_and_bias(fmt: Format, rows: int, dtype: torch.dtype, isa: str) -> None:
+    k = 256
     blocks = random_blocks(fmt, rows, k)
     packed, exact = cpu_ext.pack(blocks, fmt), weights(fmt, blocks).double()
     bias = activations(rows, seed=3, dtype=dtype)
@@ -297,6 +394,8 @@ def test_transposed_product(fmt: Format, isa: str) -> None:
     for shape in ((37,), (5, 37), (2, 3, 37), (35, 37)):
         g = activations(*shape)
         assert error(cpu_ext.linear_transposed(g, packed, fmt, 512), g.double() @ exact) < 2e-6
+    few = activations(3, 5)
+    assert error(cpu_ext.linear_transposed(few, cpu_ext.pack(blocks[:5], fmt), fmt, 512), few.double() @ exact[:5]) < 2e-6
     half = activations(3, 74, dtype=torch.bfloat16)[:, ::2]
     assert error(cpu_ext.linear_transposed(half, packed, fmt, 512), half.double() @ exact) < 4e-3
     assert cpu_ext.linear_transposed(torch.empty(0, 37), packed, fmt, 512).shape == (0, 512)

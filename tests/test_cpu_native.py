@@ -33,8 +33,9 @@ def write_cases(path: Path) -> None:
             made, k = layout(fmt), 2 * max(fmt.block_size, 256)
             blocks, x, g = random_blocks(fmt, rows, k), activations(m, k), activations(m, rows, seed=1)
             exact = weights(fmt, blocks).double()
-            sizes = np.array([made.table.size, len(made.moves), rows, k, m, fmt.row_bytes(k), 0], np.int32)
-            for part in (sizes, made.ints, made.floats, made.table, made.moves, blocks.numpy(), random_bytes(fmt, rows, k, 7).numpy()):
+            sizes = np.array([made.table.size, made.units.size, len(made.terms), rows, k, m, fmt.row_bytes(k)], np.int32)
+            numbers = (sizes, made.ints, made.floats, made.table, made.units, made.terms)
+            for part in (*numbers, blocks.numpy(), random_bytes(fmt, rows, k, 7).numpy()):
                 file.write(part.tobytes())
             results = (x, g, exact, x.double() @ exact.T, rounded_to_int8(x) @ exact.T, g.double() @ exact)
             for part in results:
@@ -45,7 +46,12 @@ def build(folder: Path, compiler: str, flags: tuple[str, ...], isas: dict[str, t
     """Compiles the kernels of some instruction sets with the test program."""
     defines = tuple(f"-DIQTORCH_HAVE_{name.upper()}" for name in isas if name != "scalar")
     objects = []
-    for source, own in ((MAIN, ()), (SOURCES / "dispatch.cpp", ()), *((SOURCES / f"isa_{name}.cpp", own) for name, own in isas.items())):
+    for source, own in (
+        (MAIN, ()),
+        (SOURCES / "dispatch.cpp", ()),
+        (SOURCES / "pack.cpp", ()),
+        *((SOURCES / f"isa_{name}.cpp", own) for name, own in isas.items()),
+    ):
         target = folder / f"{source.stem}.o"
         subprocess.run([compiler, *COMMON, *flags, *defines, *own, "-c", str(source), "-o", str(target)], check=True)
         objects.append(str(target))

@@ -8,7 +8,6 @@ thin: each calls an operator `torch.ops.iqtorch_cpu.*` of the extension module o
 from __future__ import annotations
 
 import importlib.util
-import mmap
 import os
 from functools import lru_cache
 
@@ -17,11 +16,10 @@ from torch import Tensor
 
 from ..errors import BlockSizeError, KernelUnavailableError
 from ..formats import Format, get_format, list_formats
+from . import memory
 from .layout import layout
 
 name = "cpu"
-
-_HUGE_PAGE = 1 << 21
 
 
 def _load() -> str | None:
@@ -49,16 +47,10 @@ def _register(fmt: Format) -> str | None:
     """Tells the kernels about a format; returns why they cannot run it, or None."""
     try:
         made = layout(fmt)
-        numbers = torch.from_numpy(made.ints), torch.from_numpy(made.floats), torch.from_numpy(made.table)
-        torch.ops.iqtorch_cpu.register_format(*numbers)
+        torch.ops.iqtorch_cpu.register_format(*map(torch.from_numpy, (made.ints, made.floats, made.table, made.units, made.terms)))
     except (KernelUnavailableError, RuntimeError) as error:
         return _first_line(error)
     return None
-
-
-@lru_cache(maxsize=256)
-def _register_moves(fmt: Format) -> None:
-    torch.ops.iqtorch_cpu.register_layout(fmt.ggml_type, torch.from_numpy(layout(fmt).moves))
 
 
 def _require(fmt: Format) -> None:
@@ -120,20 +112,15 @@ def supports(fmt: Format, rows: int, k: int) -> str | None:
     return _register(fmt)
 
 
-def empty_packed(count: int) -> Tensor:
-    """Uninitialised uint8 `[count]`; from a huge page on in memory of its own for which huge pages are asked.
-
-    Kernels read weights once per product: with 4 KiB pages a third of the time goes to address translation.
-    """
-    if count < _HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(count, dtype=torch.uint8)
-    memory = mmap.mmap(-1, -(-count // _HUGE_PAGE) * _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8, count=count)
+def copy(data: Tensor) -> Tensor:
+    """Packed bytes again, in memory of their own."""
+    if type(data) is not Tensor or not data.is_cpu:  # tracing passes stand-ins for tensors
+        return data.clone()
+    return memory.empty(data.numel()).view(data.shape).copy_(data)
 
 
 def pack(blocks: Tensor, fmt: Format) -> Tensor:
-    """Canonical bytes uint8 `[..., rows, row_bytes]` -> packed uint8 `[..., packed_bytes]`. Rows are padded to 16.
+    """Canonical bytes uint8 `[..., rows, row_bytes]` -> packed uint8 `[..., packed_bytes]`, at most 3 % more bytes.
 
     Raises:
         BlockSizeError: the bytes are no rows of this format.
@@ -144,9 +131,8 @@ def pack(blocks: Tensor, fmt: Format) -> Tensor:
     rows, k = blocks.shape[-2], fmt.row_length(blocks.shape[-1])
     if rows == 0:
         raise BlockSizeError(f"a {fmt.name} matrix needs at least one row, got shape {tuple(blocks.shape)}")
-    _register_moves(fmt)
     lead, size = blocks.shape[:-2], layout(fmt).packed_bytes(rows, k)
-    out = empty_packed(size * lead.numel()).view(*lead, size)
+    out = memory.empty(size * lead.numel()).view(*lead, size)
     for source, target in zip(blocks.reshape(-1, *blocks.shape[-2:]), out.view(-1, size)):
         torch.ops.iqtorch_cpu.pack(source.contiguous(), target, fmt.ggml_type)
     return out
@@ -155,7 +141,6 @@ def pack(blocks: Tensor, fmt: Format) -> Tensor:
 def unpack(data: Tensor, fmt: Format, rows: int, k: int) -> Tensor:
     """Packed -> canonical bytes uint8 `[..., rows, row_bytes]`, bit for bit."""
     _require(fmt)
-    _register_moves(fmt)
     out = torch.empty((*data.shape[:-1], rows, fmt.row_bytes(k)), dtype=torch.uint8)
     for source, target in zip(data.reshape(-1, data.shape[-1]), out.view(-1, *out.shape[-2:])):
         torch.ops.iqtorch_cpu.unpack(source.contiguous(), target, fmt.ggml_type)

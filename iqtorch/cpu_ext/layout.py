@@ -2,9 +2,10 @@
 
 16 rows are interleaved. A *tile* is one block of each of 16 rows and has exactly 16 blocks' bytes; a matrix is
 
-    row headers (16 x d per group of rows) | padding to 64 bytes | tiles, group of rows by group of rows, left to right
+    row headers (16 x d per group of rows) | padding to 64 bytes | tiles, group of rows by group of rows, left to right | the rest
 
-with the rows padded to a multiple of 16. Inside a tile every field of the format becomes *planes* of 16, 8, 4, 2 or 1 bits,
+where the rest, up to 15 rows, are canonical bytes that are packed for each use: it takes a few microseconds, and rows padded to a
+multiple of 16 would take up to 15 times the memory. Inside a tile every field of the format becomes *planes* of 16, 8, 4, 2 or 1 bits,
 in one of two arrangements (r = row 0..15, *cell* = 32 neighbouring weights):
 
     lanes   one element per weight (codes of single weights, sign bits): the 64 bytes of a vector are 4 r + j for the weights
@@ -13,8 +14,8 @@ in one of two arrangements (r = row 0..15, *cell* = 32 neighbouring weights):
     rows    everything else: element e is at bits b e % 8 of the 16 bytes number b e / 8, one byte per row.
 
 Two formats have a cell of their own: `iq2_kl` (pairs: five-bit codes in 16-bit lanes, three to a lane) and `iq4_kss` (its
-16-bit words stay as stored, two to a 32-bit lane). As no bit is added or lost, packing is a list of bit moves (`Layout.moves`),
-and going back is the same list the other way.
+16-bit words stay as stored, two to a 32-bit lane). As no bit is added or lost, packing is a list of shifts and masks
+(`Layout.terms`), and going back is the same list the other way (csrc/pack.cpp).
 """
 
 from __future__ import annotations
@@ -72,17 +73,36 @@ class Layout:
     table: npt.NDArray[np.uint8]
 
     @cached_property
-    def moves(self) -> npt.NDArray[np.int32]:
-        """int32 `[n, 6]`: source byte, shift, width; destination byte of row 0 (a multiple of the stride), stride, shift."""
-        return np.array([move for field, places in self.parts for move in _moves(field, places)], np.int32)
+    def units(self) -> npt.NDArray[np.int32]:
+        """int32: the stride (1, 2 or 4 bytes) of each stretch of `16 * stride` bytes of a tile, in order."""
+        strides = {int(base): int(stride) for part in self.parts for base, stride, _ in _bit_targets(*part).reshape(-1, 3)}
+        return np.array([strides[base] for base in sorted(strides)], np.int32)
+
+    @cached_property
+    def terms(self) -> npt.NDArray[np.int32]:
+        """int32 `[n, 4]`: plane of the tile, byte of the block, left shift (negative: right), mask.
+
+        Plane p of a tile is one byte of each row: byte `p - base / 16` of the elements of the unit that starts at `base`. It is the
+        union over its terms of the block's byte, shifted, under the mask; and a block's byte is that of its terms the other way.
+        """
+        masks: dict[tuple[int, int, int], int] = {}
+        for field, places in self.parts:
+            source = np.concatenate([run.start[:, None] + np.arange(run.width) for run in field.runs], axis=1)
+            base, _, bit = np.moveaxis(_bit_targets(field, places), -1, 0)
+            plane, at = base // ROWS + bit // 8, bit % 8
+            for key in zip(plane.flat, (source // 8).flat, (at - source % 8).flat, at.flat):
+                *where, place = map(int, key)
+                masks[tuple(where)] = masks.get(tuple(where), 0) | 1 << place  # type: ignore[index, arg-type]
+        return np.array([(*where, mask) for where, mask in sorted(masks.items())], np.int32)
 
     def header_bytes(self, rows: int) -> int:
         """Bytes before the first tile of a matrix."""
-        return -(-(-(-rows // ROWS) * ROWS * self.fmt.row_header_bytes) // 64) * 64
+        return -(-(rows // ROWS * ROWS * self.fmt.row_header_bytes) // 64) * 64
 
     def packed_bytes(self, rows: int, k: int) -> int:
         """Bytes of a packed matrix."""
-        return self.header_bytes(rows) + -(-rows // ROWS) * (k // self.fmt.block_size) * self.tile_bytes
+        tiles = rows // ROWS * (k // self.fmt.block_size) * self.tile_bytes
+        return self.header_bytes(rows) + tiles + rows % ROWS * self.fmt.row_bytes(k)
 
 
 def planes(width: int) -> list[tuple[int, int]]:
@@ -145,25 +165,13 @@ def _words_places(field: Field, offset: int) -> list[Place]:
     return [Place(byte, np.zeros_like(byte), 4, 0, 16)]
 
 
-def _moves(field: Field, places: tuple[Place, ...]) -> list[tuple[int, int, int, int, int, int]]:
-    """Splits an element's bits where either side starts a new run, so that each move reads one byte and writes one unit."""
-    out = []
-    strides = [np.broadcast_to(np.asarray(place.stride), place.byte.shape) for place in places]
-    for e in range(field.count):
-        source = [divmod(int(run.start[e]) + i, 8) for run in field.runs for i in range(run.width)]
-        target = [(0, 1, 0)] * field.width
-        for place, stride_of in zip(places, strides):
-            stride, byte, shift = int(stride_of[e]), int(place.byte[e]), int(place.shift[e])
-            for i in range(place.width):
-                target[place.low + i] = (byte - byte % stride, stride, 8 * (byte % stride) + shift + i)
-        start = 0
-        for i in range(1, field.width + 1):
-            (byte, shift), (base, stride, at) = source[start], target[start]
-            run = i - start
-            if i < field.width and source[i] == (byte, shift + run) and target[i] == (base, stride, at + run):
-                continue
-            out.append((byte, shift, run, base, stride, at))
-            start = i
+def _bit_targets(field: Field, places: tuple[Place, ...]) -> IntArray:
+    """`[count, width, 3]`: for each bit of each element the start of its unit of the tile, the unit's stride, the bit within a stride."""
+    out = np.empty((field.count, field.width, 3), np.int64)
+    for place in places:
+        stride = np.broadcast_to(np.asarray(place.stride), place.byte.shape)
+        for i in range(place.width):
+            out[:, place.low + i] = np.stack((place.byte - place.byte % stride, stride, 8 * (place.byte % stride) + place.shift + i), -1)
     return out
 
 

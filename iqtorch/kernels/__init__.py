@@ -76,6 +76,11 @@ def unpack(data: Tensor, fmt: Format, rows: int, k: int) -> Tensor:
     return layout(fmt).unpack(data, rows, k)
 
 
+def copy(data: Tensor) -> Tensor:
+    """Packed bytes again, in memory of their own."""
+    return data.clone()
+
+
 def linear(x: Tensor, data: Tensor, fmt: Format, rows: int, bias: Tensor | None, precision: int) -> Tensor:
     """`x [..., K]` (float32, bfloat16, float16, float64; any strides) times the transposed matrix, plus bias: `[..., rows]`."""
     return torch.ops.iqtorch_triton.linear.default(x, data, fmt.ggml_type, rows, bias, precision)

@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "dispatch.h"
-
+#include "pack.h"
 
 using namespace iqtorch;
 
@@ -62,10 +62,10 @@ void run(const Format& f, const Case& c, const Kernels& kern, const char* isa) {
     std::fill(headers.begin(), headers.end(), 0);
     for (int64_t r = 0; r < c.rows && f.i.header_bytes; ++r)
       memcpy(headers.data() + r * f.i.header_bytes, source->data() + r * row_bytes, f.i.header_bytes);
-    kern.pack(f, source->data(), row_bytes, c.rows, n, tiles.data(), 0, groups);
+    pack_tiles(f, source->data() + f.i.header_bytes, row_bytes, c.rows, n, tiles.data(), 0, groups);
     std::vector<uint8_t> back(*source);
     for (int64_t r = 0; r < c.rows; ++r) memset(back.data() + r * row_bytes + f.i.header_bytes, 0xa5, n * f.i.block_bytes);
-    kern.unpack(f, tiles.data(), row_bytes, c.rows, n, back.data(), 0, groups);
+    unpack_tiles(f, tiles.data(), row_bytes, c.rows, n, back.data() + f.i.header_bytes, 0, groups);
     check(back == *source, isa, f.i.type, "pack and unpack");
     // random bytes: only that nothing is read or written out of bounds, and no undefined arithmetic
     const Matrix w{&f, headers.data(), tiles.data(), c.rows, c.k, n};
@@ -132,23 +132,23 @@ int main(int argc, char** argv) {
   const int count = read<int32_t>(1)[0];
   int runs = 0;
   for (int i = 0; i < count; ++i) {
-    const auto sizes = read<int32_t>(7);  // table bytes, moves, rows, k, m, row bytes, unused
+    const auto sizes = read<int32_t>(7);  // table bytes, units, terms, rows, k, m, row bytes
     const auto ints = read<int32_t>(sizeof(Ints) / 4);
     const auto floats = read<float>(sizeof(Floats) / 4);
     const auto table = read<uint8_t>(sizes[0]);
-    const auto moves = read<int32_t>(sizes[1] * 6);
+    const auto units = read<int32_t>(sizes[1]), terms = read<int32_t>(4 * sizes[2]);
     Case c;
-    c.rows = sizes[2], c.k = sizes[3], c.m = sizes[4];
-    c.blocks = read<uint8_t>(c.rows * sizes[5]);
-    c.random = read<uint8_t>(c.rows * sizes[5]);
+    c.rows = sizes[3], c.k = sizes[4], c.m = sizes[5];
+    c.blocks = read<uint8_t>(c.rows * sizes[6]);
+    c.random = read<uint8_t>(c.rows * sizes[6]);
     c.x = read<float>(c.m * c.k);
     c.g = read<float>(c.m * c.rows);
     c.dequant = read<float>(c.rows * c.k);
     c.product = read<float>(c.m * c.rows);
     c.product_int8 = read<float>(c.m * c.rows);
     c.transposed = read<float>(c.m * c.k);
-    register_format(ints.data(), ints.size(), floats.data(), floats.size(), table.data(), table.size());
-    register_moves(ints[0], moves.data(), moves.size());
+    register_format(ints.data(), ints.size(), floats.data(), floats.size(), table.data(), table.size(), units.data(), units.size(),
+                    terms.data(), sizes[2]);
     for (const Isa& isa : instruction_sets())
       if (isa.kernels && isa.missing.empty()) run(find_format(ints[0]), c, *isa.kernels(), isa.name), ++runs;
   }

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "dispatch.h"
+#include "pack.h"
 
 namespace {
 
@@ -60,18 +61,33 @@ template <class F> void parallel(int64_t count, int64_t work, const F& f) {
   torch::stable::parallel_for(0, count, 1, f);
 }
 
-int64_t header_size(const Format& f, int64_t rows) { return ceil_div(ceil_div(rows, kRows) * kRows * f.i.header_bytes, 64) * 64; }
+// A packed matrix (layout.py): full groups of 16 rows, then the rows left over as canonical bytes, which `tail_of` packs for each use.
+struct Packed {
+  Matrix full;
+  const uint8_t* tail;
+  int64_t tail_rows, row_bytes;
+};
 
-int64_t packed_size(const Format& f, int64_t rows, int64_t k) {
-  return header_size(f, rows) + ceil_div(rows, kRows) * (k / f.i.block) * f.i.tile_bytes;
-}
-
-Matrix matrix_of(const Format& f, const uint8_t* data, int64_t bytes, int64_t rows, int64_t k) {
+Packed packed_of(const Format& f, const uint8_t* data, int64_t bytes, int64_t rows, int64_t k) {
   STD_TORCH_CHECK(k > 0 && k % f.i.block == 0, "rows of GGUF type ", f.i.type, " are a positive multiple of ", f.i.block, " weights, got ", k);
-  STD_TORCH_CHECK(rows > 0 && bytes == packed_size(f, rows, k), "a packed matrix of ", rows, " x ", k, " weights has ",
-                  packed_size(f, rows, k), " bytes, got ", bytes, "; pass the rows and columns it was packed with");
-  return {&f, data, data + header_size(f, rows), rows, k, k / f.i.block};
+  const int64_t blocks = k / f.i.block, row_bytes = f.i.header_bytes + blocks * f.i.block_bytes, groups = rows / kRows, tail_rows = rows % kRows;
+  const int64_t headers = ceil_div(groups * kRows * f.i.header_bytes, 64) * 64, tiles = groups * blocks * f.i.tile_bytes;
+  const int64_t expected = headers + tiles + tail_rows * row_bytes;
+  STD_TORCH_CHECK(rows > 0 && bytes == expected, "a packed matrix of ", rows, " x ", k, " weights has ", expected, " bytes, got ", bytes,
+                  "; pass the rows and columns it was packed with");
+  return {{&f, data, data + headers, groups * kRows, k, blocks}, data + headers + tiles, tail_rows, row_bytes};
 }
+
+Matrix tail_of(const Packed& w) {
+  const Format& f = *w.full.format;
+  uint8_t* headers = scratch<uint8_t>(7, 64 + w.full.blocks * f.i.tile_bytes);
+  for (int64_t r = 0; r < w.tail_rows; ++r) std::memcpy(headers + r * f.i.header_bytes, w.tail + r * w.row_bytes, f.i.header_bytes);
+  std::memset(headers + w.tail_rows * f.i.header_bytes, 0, (kRows - w.tail_rows) * f.i.header_bytes);
+  pack_tiles(f, w.tail + f.i.header_bytes, w.row_bytes, w.tail_rows, w.full.blocks, headers + 64, 0, 1);
+  return {&f, headers, headers + 64, w.tail_rows, w.full.k, w.full.blocks};
+}
+
+int64_t element_size(DType dtype) { return dtype == kFloat32 ? 4 : 2; }
 
 const Format& format_of(int64_t type, const Tensor& data) {
   STD_TORCH_CHECK(data.scalar_type() == ScalarType::Byte && data.is_contiguous(), "packed weights are a contiguous uint8 tensor");
@@ -79,18 +95,25 @@ const Format& format_of(int64_t type, const Tensor& data) {
 }
 
 // y = x W^T + bias for contiguous x [m, k] and y [m, rows].
-void multiply(const Matrix& w, const void* x, DType dtype, int64_t m, const float* bias, void* y, bool int8) {
+void multiply(const Packed& w, const void* x, DType dtype, int64_t m, const float* bias, void* y, bool int8) {
   const Kernels& kern = kernels();
-  const int64_t k = w.k, cells = k / kCell, groups = w.format->i.groups, row_groups = ceil_div(w.rows, kRows);
-  const int64_t work = m * w.rows * k;
+  const int64_t k = w.full.k, rows = w.full.rows + w.tail_rows, cells = k / kCell, groups = w.full.format->i.groups;
   Activations act{m, k, nullptr, nullptr, nullptr, nullptr, nullptr};
-  const Output out{y, dtype, w.rows, bias};
+  // `run(matrix, output)` for the full groups of rows and for the rest
+  const auto each_part = [&](const auto& run) {
+    if (w.full.rows) run(w.full, Output{y, dtype, rows, bias});
+    if (w.tail_rows)
+      run(tail_of(w), Output{static_cast<char*>(y) + w.full.rows * element_size(dtype), dtype, rows, bias ? bias + w.full.rows : nullptr});
+  };
   if (kern.linear_tiled && m >= kTiledRows) {
     uint16_t* tiled = scratch<uint16_t>(1, kern.tiled_bytes(m, k) / 2);
     parallel(ceil_div(m, 32), m * k, [&](int64_t a, int64_t b) { kern.tile(x, dtype, m, k, tiled, a, b); });
     act.tiled = tiled;
-    parallel(ceil_div(row_groups, 2), work, [&](int64_t a, int64_t b) {
-      kern.linear_tiled(w, act, out, scratch<float>(6, kern.tiled_scratch()), 2 * a, std::min(2 * b, row_groups));
+    each_part([&](const Matrix& part, const Output& out) {
+      const int64_t row_groups = ceil_div(part.rows, kRows);
+      parallel(ceil_div(row_groups, 2), m * part.rows * k, [&](int64_t a, int64_t b) {
+        kern.linear_tiled(part, act, out, scratch<float>(6, kern.tiled_scratch()), 2 * a, std::min(2 * b, row_groups));
+      });
     });
     return;
   }
@@ -111,18 +134,20 @@ void multiply(const Matrix& w, const void* x, DType dtype, int64_t m, const floa
   } else {
     act.x = wide;
   }
-  parallel(row_groups, work, [&](int64_t a, int64_t b) { kern.linear(w, act, out, a, b); });
+  each_part([&](const Matrix& part, const Output& out) {
+    parallel(ceil_div(part.rows, kRows), m * part.rows * k, [&](int64_t a, int64_t b) { kern.linear(part, act, out, a, b); });
+  });
 }
 
 // bias as float32, or null.
-const float* bias_of(const std::optional<Tensor>& bias, int64_t rows, Tensor& keep) {
+const float* bias_of(const std::optional<Tensor>& bias, int64_t rows, std::optional<Tensor>& keep) {
   if (!bias) return nullptr;
   STD_TORCH_CHECK(bias->numel() == rows && bias->dim() == 1, "bias must have one number per row: ", rows, ", got ", bias->numel());
-  keep = torch::stable::contiguous(*bias);
-  const DType dtype = dtype_of(keep.scalar_type(), "bias");
-  if (dtype == kFloat32) return static_cast<const float*>(keep.const_data_ptr());
+  keep = bias->is_contiguous() ? *bias : torch::stable::contiguous(*bias);
+  const DType dtype = dtype_of(keep->scalar_type(), "bias");
+  if (dtype == kFloat32) return static_cast<const float*>(keep->const_data_ptr());
   float* wide = scratch<float>(4, rows);
-  kernels().to_float(keep.const_data_ptr(), dtype, wide, rows);
+  kernels().to_float(keep->const_data_ptr(), dtype, wide, rows);
   return wide;
 }
 
@@ -132,19 +157,34 @@ std::vector<int64_t> with_last(const Tensor& x, int64_t last) {
   return sizes;
 }
 
+// An uninitialised contiguous CPU tensor; `torch::stable::new_empty` looks its operator up by name, which takes half a microsecond.
+Tensor empty(const std::vector<int64_t>& sizes, ScalarType type) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided((int64_t)sizes.size(), sizes.data(), strides.data(), (int32_t)type, aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
 Tensor linear(const Tensor& x, const Tensor& data, int64_t format, int64_t rows, const std::optional<Tensor>& bias, int64_t precision) {
   STD_TORCH_CHECK(x.dim() >= 1, "activations need at least one dimension");
   const Format& f = format_of(format, data);
-  const DType dtype = dtype_of(x.scalar_type(), "activations");
+  const ScalarType type = x.scalar_type();
+  const DType dtype = dtype_of(type, "activations");
   const int64_t k = x.size(-1);
-  const Matrix w = matrix_of(f, data.const_data_ptr<uint8_t>(), data.numel(), rows, k);
-  Tensor y = torch::stable::new_empty(x, with_last(x, rows));
+  const Packed w = packed_of(f, data.const_data_ptr<uint8_t>(), data.numel(), rows, k);
+  Tensor y = empty(with_last(x, rows), type);
   const int64_t m = x.numel() / k;
   if (m == 0) return y;
-  const Tensor flat = x.is_contiguous() ? x : torch::stable::contiguous(x);
-  Tensor keep;
-  multiply(w, flat.const_data_ptr(), dtype, m, bias_of(bias, rows, keep), y.mutable_data_ptr(), precision != 0);
+  std::optional<Tensor> keep_x, keep_bias;
+  if (!x.is_contiguous()) keep_x = torch::stable::contiguous(x);
+  multiply(w, (keep_x ? *keep_x : x).const_data_ptr(), dtype, m, bias_of(bias, rows, keep_bias), y.mutable_data_ptr(), precision != 0);
   return y;
+}
+
+// out [m, k] = g [m, rows] W for contiguous float32 g.
+void multiply_transposed(const Matrix& w, const float* g, int64_t m, float* out) {
+  parallel(w.blocks, m * w.rows * w.k, [&](int64_t a, int64_t b) { kernels().transposed(w, g, m, out, a, b); });
 }
 
 Tensor linear_transposed(const Tensor& g, const Tensor& data, int64_t format, int64_t k) {
@@ -152,22 +192,36 @@ Tensor linear_transposed(const Tensor& g, const Tensor& data, int64_t format, in
   const Format& f = format_of(format, data);
   const DType dtype = dtype_of(g.scalar_type(), "gradients");
   const int64_t rows = g.size(-1);
-  const Matrix w = matrix_of(f, data.const_data_ptr<uint8_t>(), data.numel(), rows, k);
-  Tensor y = torch::stable::new_empty(g, with_last(g, k));
+  const Packed w = packed_of(f, data.const_data_ptr<uint8_t>(), data.numel(), rows, k);
+  Tensor y = empty(with_last(g, k), g.scalar_type());
   const int64_t m = g.numel() / rows;
   if (m == 0) return y;
   const Tensor flat = torch::stable::contiguous(g);
-  const Kernels& kern = kernels();
   const float* wide = static_cast<const float*>(flat.const_data_ptr());
   float* out = static_cast<float*>(y.mutable_data_ptr());
   if (dtype != kFloat32) {
     float* converted = scratch<float>(0, m * rows);
-    kern.to_float(flat.const_data_ptr(), dtype, converted, m * rows);
+    kernels().to_float(flat.const_data_ptr(), dtype, converted, m * rows);
     wide = converted;
     out = scratch<float>(1, m * k);
   }
-  parallel(w.blocks, m * rows * k, [&](int64_t a, int64_t b) { kern.transposed(w, wide, m, out, a, b); });
-  if (dtype != kFloat32) kern.from_float(out, dtype, y.mutable_data_ptr(), m * k);
+  if (!w.tail_rows) {
+    multiply_transposed(w.full, wide, m, out);
+  } else {  // the kernels read as many columns of g as the matrix has rows
+    const int64_t full = w.full.rows;
+    const auto columns = [&](int slot, int64_t first, int64_t count) {
+      float* own = scratch<float>(slot, m * count);
+      for (int64_t i = 0; i < m; ++i) std::copy_n(wide + i * rows + first, count, own + i * count);
+      return own;
+    };
+    multiply_transposed(tail_of(w), columns(2, full, w.tail_rows), m, out);
+    if (full) {
+      float* rest = scratch<float>(3, m * k);
+      multiply_transposed(w.full, columns(2, 0, full), m, rest);
+      for (int64_t i = 0; i < m * k; ++i) out[i] += rest[i];
+    }
+  }
+  if (dtype != kFloat32) kernels().from_float(out, dtype, y.mutable_data_ptr(), m * k);
   return y;
 }
 
@@ -178,13 +232,14 @@ Tensor dequantize(const Tensor& data, int64_t format, int64_t rows, int64_t k, S
   std::vector<int64_t> sizes(data.sizes().begin(), data.sizes().end() - 1);
   sizes.push_back(rows);
   sizes.push_back(k);
-  Tensor y = torch::stable::new_empty(data, sizes, type);
+  Tensor y = empty(sizes, type);
   const uint8_t* p = data.const_data_ptr<uint8_t>();
   char* out = static_cast<char*>(y.mutable_data_ptr());
   for (int64_t e = 0; e < count; ++e) {
-    const Matrix w = matrix_of(f, p + e * bytes, bytes, rows, k);
-    char* own = out + e * rows * k * (dtype == kFloat32 ? 4 : 2);
-    parallel(ceil_div(rows, kRows), rows * k, [&](int64_t a, int64_t b) { kernels().dequantize(w, dtype, own, a, b); });
+    const Packed w = packed_of(f, p + e * bytes, bytes, rows, k);
+    char* own = out + e * rows * k * element_size(dtype);
+    parallel(w.full.rows / kRows, rows * k, [&](int64_t a, int64_t b) { kernels().dequantize(w.full, dtype, own, a, b); });
+    if (w.tail_rows) kernels().dequantize(tail_of(w), dtype, own + w.full.rows * k * element_size(dtype), 0, 1);
   }
   return y;
 }
@@ -192,10 +247,10 @@ Tensor dequantize(const Tensor& data, int64_t format, int64_t rows, int64_t k, S
 Tensor embedding(const Tensor& ids, const Tensor& data, int64_t format, int64_t rows, int64_t k, ScalarType type) {
   const Format& f = format_of(format, data);
   const DType dtype = dtype_of(type, "the dtype of embeddings");
-  const Matrix w = matrix_of(f, data.const_data_ptr<uint8_t>(), data.numel(), rows, k);
+  const Packed w = packed_of(f, data.const_data_ptr<uint8_t>(), data.numel(), rows, k);
   std::vector<int64_t> sizes(ids.sizes().begin(), ids.sizes().end());
   sizes.push_back(k);
-  Tensor y = torch::stable::new_empty(data, sizes, type);
+  Tensor y = empty(sizes, type);
   const int64_t n = ids.numel();
   const Tensor flat = torch::stable::contiguous(ids);
   int64_t* id = scratch<int64_t>(5, n);
@@ -207,8 +262,16 @@ Tensor embedding(const Tensor& ids, const Tensor& data, int64_t format, int64_t 
   }
   for (int64_t i = 0; i < n; ++i)
     STD_TORCH_CHECK(id[i] >= 0 && id[i] < rows, "index out of range: id ", id[i], " of an embedding with ", rows, " rows (0 .. ", rows - 1, ")");
-  void* out = y.mutable_data_ptr();
-  parallel(n, n * k * kRows, [&](int64_t a, int64_t b) { kernels().gather(w, dtype, id, out, a, b); });
+  char* out = static_cast<char*>(y.mutable_data_ptr());
+  const bool ends = std::any_of(id, id + n, [&](int64_t row) { return row >= w.full.rows; });
+  const Matrix tail = ends ? tail_of(w) : Matrix{};
+  parallel(n, n * k * kRows, [&](int64_t a, int64_t b) {
+    for (int64_t i = a; i < b; ++i) {
+      const bool last = id[i] >= w.full.rows;
+      const int64_t row = id[i] - (last ? w.full.rows : 0);
+      kernels().gather(last ? tail : w.full, dtype, &row, out + i * k * element_size(dtype), 0, 1);
+    }
+  });
   return y;
 }
 
@@ -218,15 +281,15 @@ Tensor grouped_linear(const Tensor& x, const Tensor& data, const Tensor& offsets
   STD_TORCH_CHECK(offsets.scalar_type() == ScalarType::Int && offsets.dim() == 1 && offsets.size(0) == data.size(0),
                   "offsets are int32, one per expert: the end of its rows of activations");
   const DType dtype = dtype_of(x.scalar_type(), "activations");
-  const int64_t k = x.size(1), tokens = x.size(0), bytes = data.size(1), size = dtype == kFloat32 ? 4 : 2;
-  Tensor y = torch::stable::new_empty(x, {tokens, rows});
+  const int64_t k = x.size(1), tokens = x.size(0), bytes = data.size(1), size = element_size(dtype);
+  Tensor y = empty({tokens, rows}, x.scalar_type());
   const Tensor flat = torch::stable::contiguous(x), ends = torch::stable::contiguous(offsets);
   const int32_t* end = static_cast<const int32_t*>(ends.const_data_ptr());
   const char* in = static_cast<const char*>(flat.const_data_ptr());
   char* out = static_cast<char*>(y.mutable_data_ptr());
   int64_t start = 0;
   for (int64_t e = 0; e < data.size(0); ++e) {
-    const Matrix w = matrix_of(f, data.const_data_ptr<uint8_t>() + e * bytes, bytes, rows, k);
+    const Packed w = packed_of(f, data.const_data_ptr<uint8_t>() + e * bytes, bytes, rows, k);
     STD_TORCH_CHECK(end[e] >= start && end[e] <= tokens, "offsets must not decrease nor pass ", tokens, ", got ", end[e], " after ", start);
     if (end[e] > start) multiply(w, in + start * k * size, dtype, end[e] - start, nullptr, out + start * rows * size, precision != 0);
     start = end[e];
@@ -235,38 +298,42 @@ Tensor grouped_linear(const Tensor& x, const Tensor& data, const Tensor& offsets
   return y;
 }
 
+// Rows and blocks of canonical bytes, and their packed form.
+Packed packed_of(const Format& f, const Tensor& blocks, const Tensor& data) {
+  STD_TORCH_CHECK(blocks.scalar_type() == ScalarType::Byte && blocks.is_contiguous() && blocks.dim() == 2, "blocks are contiguous uint8 [rows, row_bytes]");
+  const int64_t n = (blocks.size(1) - f.i.header_bytes) / f.i.block_bytes;
+  return packed_of(f, data.const_data_ptr<uint8_t>(), data.numel(), blocks.size(0), n * f.i.block);
+}
+
 void pack(const Tensor& blocks, Tensor data, int64_t format) {
   const Format& f = format_of(format, data);
-  STD_TORCH_CHECK(blocks.scalar_type() == ScalarType::Byte && blocks.is_contiguous() && blocks.dim() == 2, "blocks are contiguous uint8 [rows, row_bytes]");
-  STD_TORCH_CHECK(f.moves, "the layout of GGUF type ", format, " is not registered");
-  const int64_t rows = blocks.size(0), row_bytes = blocks.size(1), n = (row_bytes - f.i.header_bytes) / f.i.block_bytes;
-  const Matrix w = matrix_of(f, data.const_data_ptr<uint8_t>(), data.numel(), rows, n * f.i.block);
+  const Packed w = packed_of(f, blocks, data);
   const uint8_t* in = blocks.const_data_ptr<uint8_t>();
-  uint8_t* out = data.mutable_data_ptr<uint8_t>();
-  std::memset(out, 0, header_size(f, rows));
-  for (int64_t r = 0; r < rows; ++r) std::memcpy(out + r * f.i.header_bytes, in + r * row_bytes, f.i.header_bytes);
-  uint8_t* tiles = out + (w.tiles - w.headers);
-  parallel(ceil_div(rows, kRows), rows * w.k, [&](int64_t a, int64_t b) { kernels().pack(f, in, row_bytes, rows, n, tiles, a, b); });
+  uint8_t* headers = data.mutable_data_ptr<uint8_t>();
+  uint8_t* tiles = headers + (w.full.tiles - w.full.headers);
+  parallel(w.full.rows / kRows, w.full.rows * w.full.k, [&](int64_t a, int64_t b) {
+    for (int64_t r = a * kRows; r < b * kRows; ++r) std::memcpy(headers + r * f.i.header_bytes, in + r * w.row_bytes, f.i.header_bytes);
+    pack_tiles(f, in + f.i.header_bytes, w.row_bytes, w.full.rows, w.full.blocks, tiles, a, b);
+  });
+  std::fill(headers + w.full.rows * f.i.header_bytes, tiles, 0);
+  std::memcpy(headers + (w.tail - w.full.headers), in + w.full.rows * w.row_bytes, w.tail_rows * w.row_bytes);
 }
 
 void unpack(const Tensor& data, Tensor blocks, int64_t format) {
   const Format& f = format_of(format, data);
-  STD_TORCH_CHECK(blocks.scalar_type() == ScalarType::Byte && blocks.is_contiguous() && blocks.dim() == 2, "blocks are contiguous uint8 [rows, row_bytes]");
-  STD_TORCH_CHECK(f.moves, "the layout of GGUF type ", format, " is not registered");
-  const int64_t rows = blocks.size(0), row_bytes = blocks.size(1), n = (row_bytes - f.i.header_bytes) / f.i.block_bytes;
-  const Matrix w = matrix_of(f, data.const_data_ptr<uint8_t>(), data.numel(), rows, n * f.i.block);
+  const Packed w = packed_of(f, blocks, data);
   uint8_t* out = blocks.mutable_data_ptr<uint8_t>();
-  for (int64_t r = 0; r < rows; ++r) std::memcpy(out + r * row_bytes, w.headers + r * f.i.header_bytes, f.i.header_bytes);
-  parallel(ceil_div(rows, kRows), rows * w.k, [&](int64_t a, int64_t b) { kernels().unpack(f, w.tiles, row_bytes, rows, n, out, a, b); });
+  parallel(w.full.rows / kRows, w.full.rows * w.full.k, [&](int64_t a, int64_t b) {
+    for (int64_t r = a * kRows; r < b * kRows; ++r) std::memcpy(out + r * w.row_bytes, w.full.headers + r * f.i.header_bytes, f.i.header_bytes);
+    unpack_tiles(f, w.full.tiles, w.row_bytes, w.full.rows, w.full.blocks, out + f.i.header_bytes, a, b);
+  });
+  std::memcpy(out + w.full.rows * w.row_bytes, w.tail, w.tail_rows * w.row_bytes);
 }
 
-void register_one(const Tensor& ints, const Tensor& floats, const Tensor& table) {
-  register_format(static_cast<const int32_t*>(ints.const_data_ptr()), ints.numel(), static_cast<const float*>(floats.const_data_ptr()),
-                  floats.numel(), table.const_data_ptr<uint8_t>(), table.numel());
-}
-
-void register_layout(int64_t format, const Tensor& moves) {
-  register_moves((int32_t)format, static_cast<const int32_t*>(moves.const_data_ptr()), moves.numel());
+void register_one(const Tensor& ints, const Tensor& floats, const Tensor& table, const Tensor& units, const Tensor& terms) {
+  const auto numbers = [](const Tensor& t) { return static_cast<const int32_t*>(t.const_data_ptr()); };
+  register_format(numbers(ints), ints.numel(), static_cast<const float*>(floats.const_data_ptr()), floats.numel(),
+                  table.const_data_ptr<uint8_t>(), table.numel(), numbers(units), units.numel(), numbers(terms), terms.numel() / 4);
 }
 
 // "name=reason" per line, an empty reason for what can run; the one in use comes first.
@@ -288,8 +355,7 @@ STABLE_TORCH_LIBRARY(iqtorch_cpu, m) {
   m.def("grouped_linear(Tensor x, Tensor data, Tensor offsets, int format, int rows, int precision) -> Tensor");
   m.def("pack(Tensor blocks, Tensor(a!) data, int format) -> ()");
   m.def("unpack(Tensor data, Tensor(a!) blocks, int format) -> ()");
-  m.def("register_format(Tensor ints, Tensor floats, Tensor table) -> ()");
-  m.def("register_layout(int format, Tensor moves) -> ()");
+  m.def("register_format(Tensor ints, Tensor floats, Tensor table, Tensor units, Tensor terms) -> ()");
   m.def("isa_list() -> str");
   m.def("isa_select(str name) -> ()");
 }
@@ -303,7 +369,6 @@ STABLE_TORCH_LIBRARY_IMPL(iqtorch_cpu, CPU, m) {
   m.impl("pack", TORCH_BOX(&pack));
   m.impl("unpack", TORCH_BOX(&unpack));
   m.impl("register_format", TORCH_BOX(&register_one));
-  m.impl("register_layout", TORCH_BOX(&register_layout));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(iqtorch_cpu, CompositeExplicitAutograd, m) {

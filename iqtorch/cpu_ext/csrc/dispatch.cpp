@@ -1,5 +1,7 @@
 #include "dispatch.h"
 
+#include "pack.h"
+
 #include <cstdlib>
 #include <cstring>
 #include <map>
@@ -115,7 +117,7 @@ const Kernels* chosen = nullptr;
 struct Entry {
   Format format;
   std::vector<uint8_t> table;
-  std::vector<Move> moves;
+  std::unique_ptr<const Bits> bits;
 };
 
 std::mutex registry_mutex;
@@ -144,7 +146,8 @@ const Kernels& kernels() {
   return *chosen;
 }
 
-void register_format(const int32_t* ints, size_t int_count, const float* floats, size_t float_count, const uint8_t* table, size_t table_bytes) {
+void register_format(const int32_t* ints, size_t int_count, const float* floats, size_t float_count, const uint8_t* table, size_t table_bytes,
+                     const int32_t* units, size_t unit_count, const int32_t* terms, size_t term_count) {
   if (int_count * sizeof(int32_t) != sizeof(Ints) || float_count * sizeof(float) != sizeof(Floats))
     throw std::runtime_error("the compiled kernels and the Python package are of different versions; reinstall iqtorch");
   auto entry = std::make_unique<Entry>();
@@ -157,26 +160,13 @@ void register_format(const int32_t* ints, size_t int_count, const float* floats,
   entry->table.assign(table, table + table_bytes);
   entry->table.resize(table_bytes + 64);
   entry->format.table = entry->table.data();
-  entry->format.moves = nullptr;
-  entry->format.move_count = 0;
+  entry->bits = std::make_unique<Bits>(entry->format.i.block_bytes, units, unit_count, terms, term_count);
+  entry->format.bits = entry->bits.get();
   const std::lock_guard<std::mutex> lock(registry_mutex);
   auto& slot = registry()[type];
   if (slot) return;  // a second thread was first; records never change
   slot = std::move(entry);
   by_type[type] = &slot->format;
-}
-
-void register_moves(int32_t type, const int32_t* moves, size_t count) {
-  const std::lock_guard<std::mutex> lock(registry_mutex);
-  const auto found = registry().find(type);
-  if (found == registry().end()) throw std::runtime_error("format " + std::to_string(type) + " is not registered");
-  Entry& entry = *found->second;
-  if (entry.format.moves) return;
-  static_assert(sizeof(Move) == 6 * sizeof(int32_t));
-  entry.moves.resize(count / 6);
-  std::memcpy(entry.moves.data(), moves, entry.moves.size() * sizeof(Move));
-  entry.format.move_count = (int32_t)entry.moves.size();
-  entry.format.moves = entry.moves.data();
 }
 
 const Format& find_format(int64_t type) {

@@ -23,8 +23,9 @@ const Kernels& kernels();
 void select_isa(const std::string& name);
 
 // Throws std::runtime_error if the numbers describe a format no decoder reads.
-void register_format(const int32_t* ints, size_t int_count, const float* floats, size_t float_count, const uint8_t* table, size_t table_bytes);
-void register_moves(int32_t type, const int32_t* moves, size_t count);
+// `units` and `terms` (four numbers each): see `Bits`.
+void register_format(const int32_t* ints, size_t int_count, const float* floats, size_t float_count, const uint8_t* table, size_t table_bytes,
+                     const int32_t* units, size_t unit_count, const int32_t* terms, size_t term_count);
 const Format& find_format(int64_t type);
 
 }  // namespace iqtorch

@@ -43,17 +43,13 @@ struct Floats {
   float scale_values[256];
 };
 
-// One run of bits between a canonical block and a tile: byte `source` of each row <-> unit of `stride` bytes at `target`.
-struct Move {
-  int32_t source, shift, width, target, stride, at;
-};
+struct Bits;  // where the bits of a block go: pack.h
 
 struct Format {
   Ints i;
   Floats f;
   const uint8_t* table;  // operands (value + bias) by code; padded so that 8 bytes may be read at any entry
-  const Move* moves;
-  int32_t move_count;
+  const Bits* bits;
 };
 
 // A packed matrix. Tiles of row group g start at `tiles + g * blocks * tile_bytes`.
@@ -84,10 +80,6 @@ struct Output {
 struct Kernels {
   const char* name;
   bool (*accepts)(const Ints&);  // false: no decoder for such codes
-  void (*pack)(const Format&, const uint8_t* blocks, int64_t row_bytes, int64_t rows, int64_t n_blocks, uint8_t* tiles, int64_t g0,
-               int64_t g1);
-  void (*unpack)(const Format&, const uint8_t* tiles, int64_t row_bytes, int64_t rows, int64_t n_blocks, uint8_t* blocks, int64_t g0,
-                 int64_t g1);
   void (*to_float)(const void* x, DType dtype, float* out, int64_t count);
   void (*from_float)(const float* x, DType dtype, void* out, int64_t count);
   // Row `row` of `rows` of the activations of a product.

@@ -592,79 +592,13 @@ static void quantize(const float* x, int64_t k, int groups, int64_t row, int64_t
   }
 }
 
-// -- canonical bytes <-> tiles ------------------------------------------------------------------------------------------------
-
-template <class T> IQ_FN void pack_move(const Move& move, const uint8_t* source, uint8_t* tile) {
-  T unit[kRows];
-  __builtin_memcpy(unit, tile + move.target, sizeof unit);
-  const int mask = (1 << move.width) - 1;
-  for (int r = 0; r < kRows; ++r) unit[r] |= (T)((source[r] >> move.shift & mask) << move.at);
-  __builtin_memcpy(tile + move.target, unit, sizeof unit);
-}
-
-template <class T> IQ_FN void unpack_move(const Move& move, const uint8_t* tile, uint8_t* target) {
-  T unit[kRows];
-  __builtin_memcpy(unit, tile + move.target, sizeof unit);
-  const int mask = (1 << move.width) - 1;
-  for (int r = 0; r < kRows; ++r) target[r] |= (uint8_t)((unit[r] >> move.at & mask) << move.shift);
-}
-
-static void pack(const Format& f, const uint8_t* blocks, int64_t row_bytes, int64_t rows, int64_t n_blocks, uint8_t* tiles, int64_t g0,
-                 int64_t g1) {
-  IQ_ALIGNED uint8_t bytes[kMaxBlock * kRows];  // one block of 16 rows, transposed: [byte][row]
-  const int size = f.i.block_bytes;
-  for (int64_t g = g0; g < g1; ++g)
-    for (int64_t b = 0; b < n_blocks; ++b) {
-      for (int r = 0; r < kRows; ++r) {
-        const int64_t row = g * kRows + r;
-        const uint8_t* p = blocks + row * row_bytes + f.i.header_bytes + b * size;
-        if (row < rows) {
-          for (int i = 0; i < size; ++i) bytes[i * kRows + r] = p[i];
-        } else {
-          for (int i = 0; i < size; ++i) bytes[i * kRows + r] = 0;
-        }
-      }
-      uint8_t* tile = tiles + (g * n_blocks + b) * f.i.tile_bytes;
-      __builtin_memset(tile, 0, f.i.tile_bytes);
-      for (int i = 0; i < f.move_count; ++i) {
-        const Move& move = f.moves[i];
-        const uint8_t* source = bytes + move.source * kRows;
-        move.stride == 4 ? pack_move<uint32_t>(move, source, tile)
-                         : move.stride == 2 ? pack_move<uint16_t>(move, source, tile) : pack_move<uint8_t>(move, source, tile);
-      }
-    }
-}
-
-static void unpack(const Format& f, const uint8_t* tiles, int64_t row_bytes, int64_t rows, int64_t n_blocks, uint8_t* blocks, int64_t g0,
-                   int64_t g1) {
-  IQ_ALIGNED uint8_t bytes[kMaxBlock * kRows];
-  const int size = f.i.block_bytes;
-  for (int64_t g = g0; g < g1; ++g)
-    for (int64_t b = 0; b < n_blocks; ++b) {
-      const uint8_t* tile = tiles + (g * n_blocks + b) * f.i.tile_bytes;
-      __builtin_memset(bytes, 0, size * kRows);
-      for (int i = 0; i < f.move_count; ++i) {
-        const Move& move = f.moves[i];
-        uint8_t* target = bytes + move.source * kRows;
-        move.stride == 4 ? unpack_move<uint32_t>(move, tile, target)
-                         : move.stride == 2 ? unpack_move<uint16_t>(move, tile, target) : unpack_move<uint8_t>(move, tile, target);
-      }
-      for (int r = 0; r < kRows; ++r) {
-        const int64_t row = g * kRows + r;
-        if (row >= rows) break;
-        uint8_t* p = blocks + row * row_bytes + f.i.header_bytes + b * size;
-        for (int i = 0; i < size; ++i) p[i] = bytes[i * kRows + r];
-      }
-    }
-}
-
 #ifndef IQTORCH_TILED
 #define IQTORCH_TILED nullptr, nullptr, nullptr, nullptr
 #endif
 
 #define IQTORCH_KERNELS(isa)                                                                                                    \
   const Kernels* kernels_##isa() {                                                                                              \
-    static const Kernels table = {#isa, isa::accepts,   isa::pack,       isa::unpack,      isa::to_float,   isa::from_float, isa::quantize,   \
+    static const Kernels table = {#isa, isa::accepts,   isa::to_float,   isa::from_float, isa::quantize,   \
                                   isa::linear, isa::dequantize, isa::gather_rows, isa::transposed, IQTORCH_TILED};              \
     return &table;                                                                                                              \
   }
