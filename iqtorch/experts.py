@@ -44,7 +44,7 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
     else:
         x = module.act_fn(project(x, "up_proj"))
     x = project(x, "down_proj")
-    if module.has_post_expert_norm:
+    if getattr(module, "has_post_expert_norm", False):  # unknown to older transformers
         x = module.post_expert_norm(x)
     weights = (top_k_weights.reshape(-1)[order] * (experts < module.num_experts)).unsqueeze(-1)
     back = torch.argsort(order)  # a gather and a sum: unlike index_add, the same result on every run

@@ -206,7 +206,10 @@ class IQQuantizer(HfQuantizer):
 
             blocks = local_part(module, attribute, blocks, fmt, transposed, name)
         parameter = packed_parameter(IQTensor.from_blocks(blocks, fmt, dtype, transposed=transposed))
-        parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers must not initialize it
+        # transformers must not initialize it; before 5.9 it looks only at the module, which must not hide a bias that is missing.
+        parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+        others = (value for key, value in module._parameters.items() if key != attribute and value is not None)
+        module._is_hf_initialized = not any(value.is_meta for value in others)  # type: ignore[assignment]
         return parameter
 
     # -- after loading ------------------------------------------------------------------------------------------
@@ -217,6 +220,9 @@ class IQQuantizer(HfQuantizer):
         for name in self.stored:
             if not isinstance(model.get_parameter(name), IQTensor):
                 raise CheckpointError(f"config.json lists the packed weight {name!r}, no file of the checkpoint has it: a file is missing")
+        for name, parameter in model.named_parameters():
+            if self.pre_quantized and not isinstance(parameter, IQTensor) and parameter.dtype == torch.uint8:
+                raise CheckpointError(f"the file has packed bytes for {name!r}, which config.json does not list; the checkpoint was edited")
         for module in model.modules():
             if isinstance(getattr(module, "weight", None), IQTensor):
                 module.__class__ = PACKED_CLASS.get(type(module), type(module))
