@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from .formats import Format, format_by_ggml_type, get_format, list_formats
 from .hf.hook import install as install_hook
-from .linear import Embedding, Linear
+from .linear import Conv1d, Embedding, Linear
 from .model import quantize_model
 from .ops import kernel_info, set_activation_precision, set_backend
 from .quantize import quantize
@@ -25,6 +25,7 @@ from .tensor_ops import set_fallback
 __version__ = "0.1.0"
 
 __all__ = [
+    "Conv1d",
     "Embedding",
     "Format",
     "IQTensor",

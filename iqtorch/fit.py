@@ -157,7 +157,7 @@ class _Reference:
         original = site.weight.detach().clone()
         try:
             with torch.no_grad():
-                site.weight.copy_(value.mT if site.transposed else value)
+                site.matrix.copy_(value)  # a view of the weight
             total = tokens = 0.0
             for batch, base in zip(self.batches, self.log_probs, strict=True):
                 base = base.to(batch.device)

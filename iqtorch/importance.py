@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from .errors import ImportanceError, MissingDependencyError
 from .files import replacing
+from .linear import is_conv1d, is_pointwise
 
 __all__ = ["Importance", "ImportanceEntry", "collect_importance"]
 
@@ -400,8 +401,9 @@ def _first_names(model: nn.Module) -> dict[int, str]:
 
 
 def _watch_linear(collector: Collector) -> Callable[..., None]:
-    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        collector.add(args[0] if args else kwargs["input"])
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = args[0] if args else kwargs["input"]
+        collector.add(x.mT if is_pointwise(module) else x)
 
     return hook
 
@@ -440,7 +442,7 @@ def observe_inputs(
 
     for module_name, module in model.named_modules():
         prefix = f"{module_name}." if module_name else ""
-        if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":  # Conv1D: GPT-2's linear layer, weight transposed
+        if isinstance(module, nn.Linear) or is_conv1d(module) or is_pointwise(module):
             own = collector_of(first_name[id(module.weight)], None)
             hooks.append(module.register_forward_pre_hook(_watch_linear(own), with_kwargs=True))
             continue

@@ -1,7 +1,8 @@
-"""Drop-in layers with a packed weight. They are what `quantize_model` makes of `nn.Linear` and `nn.Embedding`."""
+"""Drop-in layers with a packed weight. They are what `quantize_model` makes of linear layers, embeddings and pointwise convolutions."""
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .encode import Objective
@@ -66,8 +67,33 @@ class Embedding(_Packed, nn.Embedding):
         return cls(quantize(layer.weight, format, importance, objective), layer.padding_idx)
 
 
+class Conv1d(_Packed, nn.Conv1d):
+    """`nn.Conv1d` of kernel size 1, without padding or groups, whose weight is an `IQTensor` `[out_channels, in_channels]`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`[.., in_channels, length]` -> `[.., out_channels, length / stride]`."""
+        return F.linear(input[..., :: self.stride[0]].mT, self.weight, self.bias).mT
+
+
 #: Classes whose instances become the packed class when their weight is swapped in place (exact type: a subclass keeps its own).
-PACKED_CLASS: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: Linear, nn.Embedding: Embedding}
+PACKED_CLASS: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: Linear, nn.Embedding: Embedding, nn.Conv1d: Conv1d}
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """transformers' `Conv1D` (GPT-2): a linear layer with weight `[in, out]`."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def is_pointwise(module: nn.Module) -> bool:
+    """A convolution that is a linear layer of each position."""
+    return type(module) is nn.Conv1d and module.kernel_size == (1,) and module.groups == 1 and module.padding in ((0,), "same", "valid")
+
+
+def matrix_of(module: nn.Module, weight: Tensor) -> Tensor:
+    """A layer's weight as the matrix `[N, K]` that is packed; experts stay `[E, N, K]` or transposed."""
+    if is_conv1d(module):
+        return weight.mT
+    return weight.squeeze(-1) if isinstance(module, nn.Conv1d) else weight
 
 
 def set_weight(module: nn.Module, name: str, weight: IQTensor) -> None:
@@ -76,11 +102,15 @@ def set_weight(module: nn.Module, name: str, weight: IQTensor) -> None:
     module.__class__ = PACKED_CLASS.get(type(module), type(module))
 
 
-def linear_from_conv1d(module: nn.Module, weight: IQTensor) -> Linear:
-    """The packed layer of a GPT-2 `Conv1D` (whose weight is `[in, out]`), from its transposed, quantized weight `[out, in]`."""
-    layer = Linear(weight, module._parameters.get("bias"))
-    layer.train(module.training)
-    return layer
+def packable(module: nn.Module) -> nn.Module:
+    """The module that a packed weight goes into: itself, or for a `Conv1D` of GPT-2 an `nn.Linear` with its bias."""
+    weight = module._parameters.get("weight")
+    if weight is None or not is_conv1d(module):
+        return module
+    inner, outer = weight.shape
+    linear = nn.Linear(inner, outer, bias=False, device="meta", dtype=weight.dtype)
+    linear.register_parameter("bias", module._parameters.get("bias"))
+    return linear.train(module.training)
 
 
-__all__ = ["Embedding", "Linear", "linear_from_conv1d", "packed_parameter", "set_weight"]
+__all__ = ["Conv1d", "Embedding", "Linear", "packed_parameter", "set_weight"]

@@ -14,7 +14,7 @@ from .encode import Objective, Speed
 from .errors import CalibrationError, ImportanceError
 from .formats import get_format
 from .hf import adopt
-from .linear import linear_from_conv1d, set_weight
+from .linear import is_conv1d, is_pointwise, matrix_of, packable, set_weight
 from .quantize import OBJECTIVES, ROUNDINGS, SPEEDS, Rounding, check_finite, check_importance, check_weight, quantize
 from .recipe import ModelFacts, Recipe, WeightFacts, layer_of, role_of
 from .tensor import IQTensor
@@ -32,10 +32,10 @@ NOTES = "_iqtorch_notes"
 #: How the notes begin on weights that the caller asked to keep.
 ASKED = ("skipped by the caller", "rule ", "no rule names it")
 
-#: Weights that the reference never quantizes: routers, position and token-type tables, small convolution-like projections.
+#: Weights that the reference never quantizes: routers, position and token-type tables, small projections of state-space layers.
 _NEVER = re.compile(
     r"(^|\.)(router|gate|shared_expert_gate|wpe|position_embeddings?|embed_positions?|token_type_embeddings?|relative_attention_bias"
-    r"|pos_embed\w*|conv1d|x_proj|dt_proj)\.(weight|classifier\.weight)$|norm[^.]*\.weight$"
+    r"|pos_embed\w*|x_proj|dt_proj)\.(weight|classifier\.weight)$|norm[^.]*\.weight$"
 )
 
 
@@ -47,7 +47,7 @@ class Site:
         name: its first parameter name.
         places: `(module, attribute)` of every place (more than one: tied weights).
         weight: the floating-point parameter, as the model has it.
-        transposed: the model keeps it as `[.., K, N]` (GPT-2 `Conv1D`, some experts); it is stored as `[.., N, K]`.
+        transposed: experts that the model keeps as `[E, K, N]`; they are stored as `[E, N, K]`, and seen transposed.
         role: see `WeightFacts`.
     """
 
@@ -60,7 +60,8 @@ class Site:
     @property
     def matrix(self) -> Tensor:
         """The weight as `[.., N, K]`."""
-        return self.weight.detach().mT if self.transposed else self.weight.detach()
+        matrix = matrix_of(self.places[0][0], self.weight.detach())
+        return matrix.mT if self.transposed else matrix
 
 
 @dataclass(frozen=True)
@@ -69,11 +70,6 @@ class Choice:
 
     format: str | None
     reason: str
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """transformers' `Conv1D` (GPT-2): a linear layer with weight `[in, out]`."""
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and not isinstance(module, nn.Conv1d)
 
 
 def _is_experts(module: nn.Module, name: str, parameter: Tensor) -> bool:
@@ -108,7 +104,7 @@ def find_sites(model: nn.Module) -> tuple[list[Site], dict[str, str]]:
             elif reason := _why_not(module, attribute, name, parameter):
                 kept[name] = reason
             else:
-                transposed = is_conv1d(module) or (parameter.dim() == 3 and _experts_transposed(module))
+                transposed = parameter.dim() == 3 and _experts_transposed(module)
                 role = "embedding" if isinstance(module, nn.Embedding) else role_of(name)
                 if parameter is output and role != "embedding":
                     role = "output"
@@ -124,8 +120,10 @@ def _why_not(module: nn.Module, attribute: str, name: str, parameter: Tensor) ->
         return f"dtype {parameter.dtype}"
     if _NEVER.search(name):
         return "router, position table or the like"
-    if attribute == "weight" and (isinstance(module, (nn.Linear, nn.Embedding)) or is_conv1d(module)):
+    if attribute == "weight" and (isinstance(module, (nn.Linear, nn.Embedding)) or is_conv1d(module) or is_pointwise(module)):
         return None
+    if attribute == "weight" and isinstance(module, nn.Conv1d) and module.kernel_size == (1,):
+        return f"convolution with groups {module.groups} and padding {module.padding}: only groups=1, padding=0 is a linear layer"
     if _is_experts(module, attribute, parameter):
         return None
     return f"no linear layer, embedding or expert ({type(module).__name__}.{attribute})"
@@ -224,9 +222,9 @@ def quantize_model(
 ) -> M:
     """Packs the weights of a model, in place.
 
-    `nn.Linear`, `nn.Embedding`, GPT-2's `Conv1D` and 3-D expert weights are packed; norms, biases, other 1-D tensors, routers and
-    position tables are kept. Tied weights are packed once and stay tied. Rows that a format cannot hold take its fallback
-    format. `iqtorch.report(model)` lists what every parameter became, and why.
+    `nn.Linear`, `nn.Embedding`, `nn.Conv1d` of kernel size 1, GPT-2's `Conv1D` and 3-D expert weights are packed; norms, biases,
+    other 1-D tensors, routers and position tables are kept. Tied weights are packed once and stay tied. Rows that a format cannot
+    hold take its fallback format. `iqtorch.report(model)` lists what every parameter became, and why.
 
     Args:
         model: any `nn.Module` with its weights loaded, on any device.
@@ -311,15 +309,15 @@ def _packed(
 
 def _install(model: nn.Module, site: Site, weight: IQTensor) -> None:
     """Puts a packed weight in every place of its site; the places share one parameter."""
-    conv = is_conv1d(site.places[0][0])
-    value = weight._swapped() if site.transposed and not conv else weight
-    first = site.places[0]
-    if conv:
-        replace_module(model, first[0], linear_from_conv1d(first[0], value))
-        return
-    set_weight(*first, value)
+    if site.transposed:
+        weight = weight._swapped()
+    module, attribute = site.places[0]
+    target = packable(module)
+    if target is not module:
+        replace_module(model, module, target)
+    set_weight(target, attribute, weight)
     for module, attribute in site.places[1:]:
-        set_weight(module, attribute, first[0]._parameters[first[1]])  # type: ignore[arg-type]
+        set_weight(module, attribute, target._parameters[site.places[0][1]])  # type: ignore[arg-type]
 
 
 def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:

@@ -370,3 +370,46 @@ def test_layers_from_float() -> None:
     table = nn.Embedding(16, 256, padding_idx=3)
     small = iqtorch.Embedding.from_float(table, "iq6_k")
     assert small.padding_idx == 3 and (small(IDS) - table(IDS)).norm() < 0.05 * table(IDS).norm()
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_pointwise_convolutions_are_packed(stride: int) -> None:
+    torch.manual_seed(0)
+    layers = [
+        nn.Conv1d(64, 96, 1, stride=stride, padding="valid" if stride == 1 else 0),
+        nn.Conv1d(96, 32, 1, bias=False, dilation=3),
+        nn.Conv1d(32, 32, 1, groups=2),
+        nn.Conv1d(32, 32, 1, padding=1),
+        nn.Conv1d(32, 32, 3),
+    ]
+    model = nn.Sequential(*layers)
+    x = torch.randn(2, 64, 13)
+    importance = iqtorch.collect_importance(model, [{"input": x}])
+    assert torch.allclose(importance["0.weight"], x.square().mean((0, 2)), rtol=1e-4)
+    iqtorch.set_backend("torch")
+    try:
+        iqtorch.quantize_model(model, "q8_0", importance=importance, skip=[r"^[234]\."], progress=False)
+        assert [type(m) for m in model] == [iqtorch.Conv1d, iqtorch.Conv1d, nn.Conv1d, nn.Conv1d, nn.Conv1d]
+        assert model[0].weight.shape == (96, 64)
+        plain = [nn.Conv1d(64, 96, 1, stride=stride), nn.Conv1d(96, 32, 1, bias=False)]
+        for layer, packed in zip(plain, model):
+            layer.weight = nn.Parameter(packed.weight.dequantize().unsqueeze(-1))
+        plain[0].bias = model[0].bias
+        x.requires_grad_()
+        got = nn.Sequential(*model[:2])(x)
+        (gradient,) = torch.autograd.grad(got.square().sum(), x)
+        want = nn.Sequential(*plain)(x)
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(gradient, torch.autograd.grad(want.square().sum(), x)[0], rtol=1e-4, atol=1e-4)
+        assert model(torch.randn(64, 13)).shape == model(torch.randn(1, 64, 13)).shape[1:]  # unbatched
+    finally:
+        iqtorch.set_backend(None)
+
+
+def test_convolutions_that_are_no_linear_layer_say_why() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.Conv1d(32, 32, 1, groups=2), nn.Conv1d(32, 32, 1, padding=1), nn.Conv1d(32, 32, 3))
+    with pytest.warns(UserWarning, match="are packed"):
+        iqtorch.quantize_model(model, "q8_0", progress=False)
+    reasons = {row.name: row.reason for row in iqtorch.report(model).rows}
+    assert "groups 2" in reasons["1.weight"] and "padding (1,)" in reasons["2.weight"] and "Conv1d" in reasons["3.weight"]
+    assert [type(m) for m in model[1:]] == [nn.Conv1d] * 3

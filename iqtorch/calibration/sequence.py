@@ -26,7 +26,7 @@ from ..encode.encoder import Objective
 from ..encode.feedback import Metric, encode_with_feedback
 from ..errors import CalibrationError
 from ..formats import Format, get_format
-from ..model import is_conv1d
+from ..linear import is_conv1d
 from ..tensor import IQTensor
 from .moments import HELD_OUT, SAMPLE, Batch, Calibration, add_products, calibrate, checked_batches, zero_products
 from .rounding import DAMPING, FEEDBACK, NEAREST, quantize_calibrated, shrunk

@@ -50,13 +50,18 @@ def transformers() -> Any:
 
 
 def adopt(model: nn.Module, recipe: Recipe) -> None:
-    """Makes a model whose weights were packed by `recipe` one that its library can save, if it is a transformers model."""
-    modeling = sys.modules.get("transformers.modeling_utils")  # not imported: no model of transformers
-    if modeling is not None and isinstance(model, modeling.PreTrainedModel):
+    """Makes a model whose weights were packed by `recipe`, or the transformers models inside it, such that transformers can save them."""
+    modeling = sys.modules.get("transformers.modeling_utils")
+    if modeling is None:
+        return  # not imported: no model of transformers
+    if isinstance(model, modeling.PreTrainedModel):
+        from . import quantizer
         from .config import IQConfig
-        from .quantizer import adopt
 
-        adopt(model, IQConfig(recipe=recipe))
+        quantizer.adopt(model, IQConfig(recipe=recipe))
+        return
+    for child in model.children():  # a sentence transformer, for example
+        adopt(child, recipe)
 
 
 def load_causal_lm(path: str | Path, dtype: torch.dtype | str = "auto") -> tuple[nn.Module, Any]:

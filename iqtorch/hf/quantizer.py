@@ -17,8 +17,8 @@ from transformers.quantizers.base import HfQuantizer
 
 from ..errors import CheckpointError, IQTorchError, UnsupportedOperationError
 from ..formats import Format, get_format
-from ..linear import PACKED_CLASS, packed_parameter
-from ..model import NOTES, importance_table, is_conv1d, lookup_importance, plan_formats, replace_module
+from ..linear import PACKED_CLASS, matrix_of, packable, packed_parameter
+from ..model import NOTES, importance_table, lookup_importance, plan_formats, replace_module
 from ..quantize import quantize
 from ..report import warn_if_kept
 from ..tensor import IQTensor
@@ -34,13 +34,17 @@ def register() -> None:
 
 @dataclass(frozen=True)
 class Planned:
-    """How a weight is quantized while it is loaded: format name, importance, and whether the checkpoint has it transposed."""
+    """How a weight is quantized while it is loaded: format name, importance, and how its matrix lies in the checkpoint.
+
+    Attributes:
+        layer: the layer of the original model, on the meta device (see `matrix_of`).
+        transposed: experts that the model keeps transposed.
+    """
 
     format: str
     importance: Tensor | None
+    layer: nn.Module
     transposed: bool
-    #: The parameter is the transposed view, as the checkpoint has it (experts); else it is stored as `[N, K]` (Conv1D).
-    view: bool
 
 
 class IQQuantizer(HfQuantizer):
@@ -94,12 +98,11 @@ class IQQuantizer(HfQuantizer):
             if choice.format is None:
                 continue
             module = site.places[0][0]
-            conv = is_conv1d(module)
-            plan = Planned(choice.format, lookup_importance(table, site), site.transposed, site.transposed and not conv)
+            plan = Planned(choice.format, lookup_importance(table, site), module, site.transposed)
             for place in self._names(model, site.places):
                 self.planned[place] = plan
-            if conv:
-                _conv1d_to_linear(model, module)
+            if packable(module) is not module:
+                replace_module(model, module, packable(module))
 
     @staticmethod
     def _names(model: nn.Module, places: list[tuple[nn.Module, str]]) -> list[str]:
@@ -113,21 +116,21 @@ class IQQuantizer(HfQuantizer):
         ]
 
     def _plan_reading(self, model: Any) -> None:
-        shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+        weights = model.state_dict()
         prefix = f"{model.base_model_prefix}."
         for name, stored in self.quantization_config.tensors.items():
             # A headless model reads the checkpoint of a model with head, and the reverse: transformers adds or drops the prefix.
-            found = next((n for n in (name, prefix + name, name.removeprefix(prefix)) if n in shapes), None)
+            found = next((n for n in (name, prefix + name, name.removeprefix(prefix)) if n in weights), None)
             if found is None:
                 continue  # a part that this class of model lacks
             module = model.get_submodule(found.rpartition(".")[0])
-            if is_conv1d(module):
-                shapes[found] = shapes[found][::-1]
-                _conv1d_to_linear(model, module)
-            if shapes[found] != stored.shape:
+            shape = matrix_of(module, weights[found]).shape
+            if packable(module) is not module:
+                replace_module(model, module, packable(module))
+            if shape != stored.shape:
                 raise CheckpointError(
                     f"quantization_config gives {name!r} the shape {list(stored.shape)}, the model of config.json has "
-                    f"{list(shapes[found])}: the checkpoint does not belong to this config"
+                    f"{list(shape)}: the checkpoint does not belong to this config"
                 )
             self.stored[found] = stored
 
@@ -177,10 +180,10 @@ class IQQuantizer(HfQuantizer):
             return None
         plan = self.planned[name]
         try:
-            packed = quantize(
-                weight.mT if plan.transposed else weight, plan.format, plan.importance, self.quantization_config.objective, name=name
-            )
-            return self._parameter(model, name, packed.to_blocks(), packed.format, packed.dtype, plan.view)
+            matrix = matrix_of(plan.layer, weight)
+            matrix = matrix.mT if plan.transposed else matrix
+            packed = quantize(matrix, plan.format, plan.importance, self.quantization_config.objective, name=name)
+            return self._parameter(model, name, packed.to_blocks(), packed.format, packed.dtype, plan.transposed)
         except (IQTorchError, ValueError) as error:
             self.error = error
             return None
@@ -290,12 +293,6 @@ def adopt(model: Any, config: IQConfig) -> None:
     model.quantization_method = METHOD
     model.config.quantization_config = config
     use_packed_experts(model)
-
-
-def _conv1d_to_linear(model: nn.Module, module: Any) -> None:
-    """Exchanges a `Conv1D` on the meta device for the `nn.Linear` that its packed weight will need."""
-    linear = nn.Linear(module.nx, module.nf, bias=module.bias is not None, device="meta", dtype=module.weight.dtype)
-    replace_module(model, module, linear.train(module.training))
 
 
 def name_patterns(names: Any) -> list[str]:
