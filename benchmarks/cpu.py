@@ -5,8 +5,8 @@
 
 Products are `x [M, K] @ W.T` with weights `[N, K]` of random bytes. `--megabytes` weights are used in turn, so that they come
 from memory (at least 190 on a machine with large caches) or from a cache. Each repeat times the dense product directly before
-the packed one; figures are medians over repeats, and the speed-up is the median of the ratios of neighbours. With one thread the
-clock is the thread's CPU time, which other processes of a shared machine disturb less than wall time.
+the packed one, and with `--ik` the same product of a local ik_llama.cpp directly after it; figures are medians over repeats, and
+ratios medians of the ratios of neighbours. With one thread the clock is the thread's CPU time.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import argparse
 import csv
 import os
 import platform
-import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from datetime import date
 from pathlib import Path
 
+import ik_ggml
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -29,6 +29,7 @@ from iqtorch import cpu_ext
 from iqtorch.formats import Format, get_format, list_formats
 
 COLUMNS = ("format", "isa", "precision", "m", "n", "k", "threads", "weights_mb", "ms", "gb_per_s", "gflops", "dense_bf16_ms", "speedup")
+COLUMNS += ("ik_ms", "over_ik", "difference")
 
 
 def cpu_name() -> str:
@@ -50,8 +51,8 @@ def machine(threads: int) -> list[str]:
     ]
 
 
-def packed_weights(fmt: Format, n: int, k: int, megabytes: float) -> list[Tensor]:
-    """Matrices of random bytes whose float scales are small, as many as fill `megabytes`."""
+def random_blocks(fmt: Format, n: int, k: int) -> Tensor:
+    """Random bytes whose float scales are small: canonical blocks of a matrix."""
     generator = torch.Generator().manual_seed(0)
     blocks = torch.randint(0, 256, (n, fmt.row_bytes(k)), dtype=torch.uint8, generator=generator)
     for name in {"d", "dmin"} & fmt.fields.keys():  # the top byte of a half near 0.01, or the exponent of 2^-8
@@ -63,16 +64,99 @@ def packed_weights(fmt: Format, n: int, k: int, megabytes: float) -> list[Tensor
     if fmt.row_header_bytes:
         header = torch.full((n, 1), 0.01, dtype=torch.float16 if fmt.row_header_bytes == 2 else torch.float32)
         blocks[:, : fmt.row_header_bytes] = header.view(torch.uint8)
-    first = cpu_ext.pack(blocks, fmt)
-    return [first, *(cpu_ext.pack(blocks, fmt) for _ in range(max(1, round(megabytes * 1e6 / first.nbytes)) - 1))]
+    return blocks
 
 
-def timed(call: Callable[[Tensor], Tensor], weights: Sequence[Tensor], clock: Callable[[], float]) -> float:
-    """Milliseconds per call over all weights in turn."""
+def timed(call: Callable[[int], object], count: int, clock: Callable[[], float]) -> float:
+    """Milliseconds per call with each of `count` matrices in turn."""
     start = clock()
-    for weight in weights:
-        call(weight)
-    return (clock() - start) / len(weights) * 1e3
+    for i in range(count):
+        call(i)
+    return (clock() - start) / count * 1e3
+
+
+def read_bandwidth(megabytes: float, threads: int) -> float:
+    """GB/s of the fastest way found to read `megabytes` of memory in huge pages."""
+    data = cpu_ext.empty_packed(round(megabytes * 1e6) // 64 * 64).view(torch.int64).zero_()
+    clock = clock_of(threads)
+    best = 0.0
+    for values, reduce in ((data.view(torch.float32), torch.sum), (data, torch.sum), (data.view(torch.float32), torch.amax)):
+        for _ in range(5):
+            start = clock()
+            reduce(values)
+            best = max(best, data.nbytes / (clock() - start) / 1e9)
+    return best
+
+
+def clock_of(threads: int) -> Callable[[], float]:
+    """CPU time of the thread if there is only one, which other processes disturb less than wall time."""
+    return time.thread_time if threads == 1 else time.perf_counter
+
+
+class Case:
+    """One format: packed weights, the same weights for ik_llama.cpp, and what is compared with them."""
+
+    def __init__(self, fmt: Format, args: argparse.Namespace, dense: list[Tensor], library: ik_ggml.Library | None) -> None:
+        self.fmt, self.args, self.dense = fmt, args, dense
+        blocks = random_blocks(fmt, args.n, args.k)
+        first = cpu_ext.pack(blocks, fmt)
+        count = max(1, round(args.megabytes * 1e6 / first.nbytes))
+        self.weights = [first, *(cpu_ext.empty_packed(first.nbytes).copy_(first) for _ in range(count - 1))]
+        self.peer = ik_ggml.Matrices(library, blocks, fmt.ggml_type, args.k, len(self.weights)) if library else None
+
+    def measure(self, m: int) -> Iterator[dict[str, object]]:
+        """A row of results for each instruction set and precision."""
+        args, fmt = self.args, self.fmt
+        x = torch.randn(m, args.k).bfloat16()
+        peer = ik_ggml.Products(self.peer, x.float()) if self.peer else None
+        for isa in args.isa:
+            cpu_ext.select_isa(isa)
+            for precision in args.precision:
+                code = int(precision == "int8")
+
+                def product(i: int, code: int = code) -> Tensor:
+                    return cpu_ext.linear(x, self.weights[i], fmt, args.n, None, code)
+
+                calls: list[tuple[Callable[[int], object], int]] = [
+                    (lambda i: F.linear(x, self.dense[i]), len(self.dense)),
+                    (product, len(self.weights)),
+                ]
+                if peer:
+                    calls.append((peer.run, len(self.weights)))
+                times = torch.tensor([[timed(*call, clock_of(args.threads)) for call in calls] for _ in range(args.repeats + 1)])[1:]
+                ms = times.median(0).values.tolist()
+                ratios = (times / times[:, 1:2]).median(0).values.tolist()
+                row: dict[str, object] = {
+                    "format": fmt.name,
+                    "isa": isa,
+                    "precision": precision,
+                    "m": m,
+                    "n": args.n,
+                    "k": args.k,
+                    "threads": args.threads,
+                    "weights_mb": round(sum(w.nbytes for w in self.weights) / 1e6),
+                    "ms": round(ms[1], 3),
+                    "gb_per_s": round(self.weights[0].nbytes / ms[1] / 1e6, 2),
+                    "gflops": round(2 * m * args.n * args.k / ms[1] / 1e6, 1),
+                    "dense_bf16_ms": round(ms[0], 3),
+                    "speedup": round(ratios[0], 2),
+                }
+                if peer:
+                    mine, theirs = product(0).double(), peer.result(0).double()
+                    row |= {
+                        "ik_ms": round(ms[2], 3),
+                        "over_ik": round(ratios[2], 2),
+                        "difference": f"{float((mine - theirs).norm() / mine.norm()):.1e}",
+                    }
+                yield row
+        cpu_ext.select_isa(None)
+        if peer:
+            peer.close()
+
+    def close(self) -> None:
+        """Frees the memory outside torch."""
+        if self.peer:
+            self.peer.close()
 
 
 def main() -> None:
@@ -87,60 +171,36 @@ def main() -> None:
     parser.add_argument("--megabytes", type=float, default=24, help="packed weights used in turn")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--ik", type=Path, help="a build directory of ik_llama.cpp with a shared libggml, to measure beside (ik_ggml.py)")
     parser.add_argument("--csv", type=Path, help="file to write; a header of comment lines describes the machine")
     args = parser.parse_args()
 
     torch.set_num_threads(args.threads)
-    clock = time.thread_time if args.threads == 1 else time.perf_counter
     header = machine(args.threads)
+    header.append(f"read bandwidth: {read_bandwidth(args.megabytes, args.threads):.1f} GB/s of {args.megabytes:g} MB")
+    if args.ik:
+        header.append(
+            "ik: products of ik_llama.cpp's ggml in the same process; over_ik: its time / ours; difference: of the results, relative"
+        )
     print("\n".join(header))
+    library = ik_ggml.Library(args.ik, args.threads) if args.ik else None
     # as many dense matrices as keep them in the same kind of memory as the packed ones
     dense_count = max(1, min(8, round(args.megabytes * 1e6 / (2 * args.n * args.k))))
     dense = [torch.randn(args.n, args.k).bfloat16() for _ in range(dense_count)]
     rows: list[dict[str, object]] = []
     for name in args.formats:
-        fmt = get_format(name)
-        weights = packed_weights(fmt, args.n, args.k, args.megabytes)
+        case = Case(get_format(name), args, dense, library)
         for m in args.m:
-            x = torch.randn(m, args.k).bfloat16()
-            for isa in args.isa:
-                cpu_ext.select_isa(isa)
-                for precision in args.precision:
-
-                    def product(w: Tensor, x: Tensor = x, fmt: Format = fmt, code: int = int(precision == "int8")) -> Tensor:
-                        return cpu_ext.linear(x, w, fmt, args.n, None, code)
-
-                    def reference(w: Tensor, x: Tensor = x) -> Tensor:
-                        return F.linear(x, w)
-
-                    pairs = [(timed(reference, dense, clock), timed(product, weights, clock)) for _ in range(args.repeats + 1)][1:]
-                    ms = statistics.median(mine for _, mine in pairs)
-                    row = {
-                        "format": name,
-                        "isa": isa,
-                        "precision": precision,
-                        "m": m,
-                        "n": args.n,
-                        "k": args.k,
-                        "threads": args.threads,
-                        "weights_mb": round(sum(w.nbytes for w in weights) / 1e6),
-                        "ms": round(ms, 3),
-                        "gb_per_s": round(weights[0].nbytes / ms / 1e6, 2),
-                        "gflops": round(2 * m * args.n * args.k / ms / 1e6, 1),
-                        "dense_bf16_ms": round(statistics.median(dense_ms for dense_ms, _ in pairs), 3),
-                        "speedup": round(statistics.median(dense_ms / mine for dense_ms, mine in pairs), 2),
-                    }
-                    rows.append(row)
-                    print(
-                        "  ".join(f"{key} {row[key]}" for key in ("format", "isa", "precision", "m", "ms", "gb_per_s", "speedup")),
-                        flush=True,
-                    )
-        cpu_ext.select_isa(None)
+            for row in case.measure(m):
+                rows.append(row)
+                shown = ("format", "isa", "precision", "m", "ms", "gb_per_s", "speedup", "over_ik", "difference")
+                print("  ".join(f"{key} {row[key]}" for key in shown if key in row), flush=True)
+        case.close()
     if args.csv:
         args.csv.parent.mkdir(parents=True, exist_ok=True)
         with args.csv.open("w", newline="") as file:
             file.writelines(f"# {line}\n" for line in header)
-            writer = csv.DictWriter(file, COLUMNS)
+            writer = csv.DictWriter(file, COLUMNS if library else COLUMNS[:-3])
             writer.writeheader()
             writer.writerows(rows)
 
