@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import os
 import re
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cpu import machine
 from torch import Tensor, nn
 
 import iqtorch
@@ -41,7 +43,7 @@ BLOCKS_OF_32 = ("q4_k", "q5_k", "q6_k", "iq5_k", "iq1_kt", "iq2_kt", "iq3_kt", "
 
 
 def output_of(command: list[str]) -> str:
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    run = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tempfile.gettempdir())  # it leaves a log there
     if run.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{(run.stdout + run.stderr)[-2000:]}")
     return run.stdout + run.stderr
@@ -100,12 +102,13 @@ def round_activations(model: nn.Module, block: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("perplexity", help="llama-perplexity of ik_llama.cpp")
-    parser.add_argument("quantize", help="llama-quantize of ik_llama.cpp")
+    parser.add_argument("perplexity", type=os.path.abspath, help="llama-perplexity of ik_llama.cpp")
+    parser.add_argument("quantize", type=os.path.abspath, help="llama-quantize of ik_llama.cpp")
     parser.add_argument("--formats", nargs="*", default=[f for f in iqtorch.list_formats() if iqtorch.get_format(f).plain is None])
     parser.add_argument("--characters", type=int, default=None, help="only the beginning of the text")
     args = parser.parse_args()
     text = data.heldout_text()[: args.characters]
+    print(*(f"# {line}" for line in machine(torch.get_num_threads())), sep="\n")
     writer = csv.DictWriter(sys.stdout, FIELDS, lineterminator="\n")
     writer.writeheader()
     found: dict[str, list[tuple[float, str]]] = {way: [] for way in WAYS}

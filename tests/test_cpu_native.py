@@ -12,7 +12,9 @@ import pytest
 import torch
 from test_cpu_kernels import PLAIN, activations, random_blocks, random_bytes, rounded_to_int8, weights
 
+import iqtorch
 from iqtorch.cpu_ext.layout import layout
+from iqtorch.formats import Format
 
 ROOT = Path(__file__).parent.parent
 SOURCES = ROOT / "iqtorch" / "cpu_ext" / "csrc"
@@ -24,9 +26,15 @@ AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx51
 pytestmark = pytest.mark.slow
 
 
-def write_cases(path: Path) -> None:
+def damaged(fmt: Format, rows: int, k: int, seed: int) -> torch.Tensor:
+    """Bytes as a broken or hostile file may have them: all ones, all zeros, or random ones."""
+    if seed in (0, 255):
+        return torch.full((rows, fmt.row_bytes(k)), seed, dtype=torch.uint8)
+    return random_bytes(fmt, rows, k, seed)
+
+
+def write_cases(path: Path, seed: int = 7, rows: int = 21, m: int = 5) -> None:
     """Formats, matrices and float64 results, in the order that kernels_main.cpp reads."""
-    rows, m = 21, 5
     with path.open("wb") as file:
         file.write(np.int32(len(PLAIN)).tobytes())
         for fmt in PLAIN:
@@ -35,7 +43,7 @@ def write_cases(path: Path) -> None:
             exact = weights(fmt, blocks).double()
             sizes = np.array([made.table.size, made.units.size, len(made.terms), rows, k, m, fmt.row_bytes(k)], np.int32)
             numbers = (sizes, made.ints, made.floats, made.table, made.units, made.terms)
-            for part in (*numbers, blocks.numpy(), random_bytes(fmt, rows, k, 7).numpy()):
+            for part in (*numbers, blocks.numpy(), damaged(fmt, rows, k, seed).numpy()):
                 file.write(part.tobytes())
             results = (x, g, exact, x.double() @ exact.T, rounded_to_int8(x) @ exact.T, g.double() @ exact)
             for part in results:
@@ -59,8 +67,8 @@ def build(folder: Path, compiler: str, flags: tuple[str, ...], isas: dict[str, t
     return folder / "kernels"
 
 
-def run(command: list[str], cases: Path) -> str:
-    write_cases(cases)
+def run(command: list[str], cases: Path, seed: int = 7, rows: int = 21, m: int = 5) -> str:
+    write_cases(cases, seed, rows, m)
     done = subprocess.run([*command, str(cases)], capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{len(PLAIN)} formats" in done.stdout and "0 failures" in done.stdout
@@ -84,4 +92,8 @@ def test_neon_under_an_emulator(tmp_path: Path) -> None:
 def test_sanitizers_on_random_bytes(tmp_path: Path) -> None:
     isas = {"scalar": (), "avx2": AVX2, "avx512": AVX512, "amx": (*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16")}
     flags = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-    run([str(build(tmp_path, "clang++", flags, isas))], tmp_path / "cases")
+    program = str(build(tmp_path, "clang++", flags, isas))
+    here = {name for name, state in iqtorch.cpu.capabilities().items() if name in isas and state == "available"}
+    for seed, rows, m in ((0, 17, 1), (255, 16, 2), (7, 21, 5), (8, 33, 34)):
+        told = run([program], tmp_path / "cases", seed, rows, m)
+        assert {line.split(":")[0] for line in told.splitlines() if line.endswith(": checked")} == here

@@ -114,7 +114,10 @@ def _read_rope(family: Family, file: GGUFFile, config: dict[str, Any]) -> dict[s
         rope |= _llama3_from_factors(file, rope["rope_theta"], config)
     if family.rope_dims is _partial_dims and "dimension_count" in meta:
         head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-        rope["partial_rotary_factor"] = meta["dimension_count"] / head_dim
+        dims = _plausible(file, f"{family.arch}.rope.dimension_count", meta["dimension_count"])
+        if not 0 < dims <= head_dim:
+            raise GGUFMetadataError(f"{file.path}: {family.arch}.rope.dimension_count is {dims}, a head has {head_dim} dimensions")
+        rope["partial_rotary_factor"] = dims / head_dim
     return {"rope_parameters": rope}
 
 

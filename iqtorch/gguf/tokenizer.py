@@ -179,38 +179,49 @@ def load_tokenizer(path: str | Path | GGUFFile) -> Any:
             raise GGUFTokenizerError(f"{file.path}: {_ORIGINAL} cannot be read: {error}") from error
     else:
         backend = _rebuilt(file)
-    tokens = meta.get("tokenizer.ggml.tokens", [])
+    tokens = _list(file, "tokenizer.ggml.tokens", str)
     special = {}
     for name, attribute in _SPECIAL.items():
         i = meta.get(f"tokenizer.ggml.{name}_token_id")
-        if isinstance(i, int) and i < len(tokens):
+        if isinstance(i, int) and 0 <= i < len(tokens):
             special[attribute] = tokens[i]
-    tokenizer = hf.PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **special)
+    try:
+        tokenizer = hf.PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **special)
+    except Exception as error:  # as above: it copies the backend by way of its text
+        raise GGUFTokenizerError(f"{file.path}: the vocabulary makes no tokenizer: {error}; {_ASK_ORIGINAL}") from error
     if isinstance(meta.get("tokenizer.chat_template"), str):
         tokenizer.chat_template = meta["tokenizer.chat_template"]
     return tokenizer
+
+
+def _list(file: GGUFFile, key: str, kind: type) -> list[Any]:
+    """A list in the metadata, [] where there is none."""
+    value = file.metadata.get(key, [])
+    if not isinstance(value, list) or not all(isinstance(element, kind) for element in value):
+        raise GGUFTokenizerError(f"{file.path}: {key} must be an array of {kind.__name__}, got {value!r:.80}; {_ASK_ORIGINAL}")
+    return value
 
 
 def _rebuilt(file: GGUFFile) -> Any:
     from tokenizers import AddedToken, Tokenizer, models, processors
 
     meta = file.metadata
-    kind, tokens = meta.get("tokenizer.ggml.model"), meta.get("tokenizer.ggml.tokens")
-    if kind not in ("gpt2", "llama") or not isinstance(tokens, list) or not tokens or not all(isinstance(t, str) for t in tokens):
+    kind, tokens = meta.get("tokenizer.ggml.model"), _list(file, "tokenizer.ggml.tokens", str)
+    if kind not in ("gpt2", "llama") or not tokens:
         raise GGUFTokenizerError(
-            f"{file.path}: tokenizers of kind {kind!r} cannot be rebuilt, only 'gpt2' and 'llama'; use the original model's tokenizer"
+            f"{file.path}: {len(tokens)} tokens of kind {kind!r} cannot be rebuilt, only 'gpt2' and 'llama'; {_ASK_ORIGINAL}"
         )
-    kinds = meta.get("tokenizer.ggml.token_type", [NORMAL] * len(tokens))
+    kinds = _list(file, "tokenizer.ggml.token_type", int) or [NORMAL] * len(tokens)
     vocab = {token: i for i, token in enumerate(tokens)}
     if len(kinds) != len(tokens) or len(vocab) != len(tokens):
         raise GGUFTokenizerError(f"{file.path}: {len(tokens)} tokens, {len(vocab)} of them different, {len(kinds)} types: they must agree")
-    merges = [tuple(merge.split(" ", 1)) for merge in meta.get("tokenizer.ggml.merges", [])]
+    merges = [tuple(merge.split(" ", 1)) for merge in _list(file, "tokenizer.ggml.merges", str)]
     try:
         if kind == "gpt2":
             backend = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=_split_of(file) == "llama-bpe"))
             _cut_byte_level(backend, _split_of(file))
         else:
-            scores = meta.get("tokenizer.ggml.scores", [])
+            scores = _list(file, "tokenizer.ggml.scores", float)
             unknown = next((tokens[i] for i, k in enumerate(kinds) if k == UNKNOWN), None)
             backend = Tokenizer(
                 models.BPE(
@@ -221,12 +232,12 @@ def _rebuilt(file: GGUFFile) -> Any:
     except GGUFTokenizerError:
         raise
     except Exception as error:  # the tokenizers package raises plain Exception
-        raise GGUFTokenizerError(f"{file.path}: the vocabulary makes no tokenizer: {error}") from error
+        raise GGUFTokenizerError(f"{file.path}: the vocabulary makes no tokenizer: {error}; {_ASK_ORIGINAL}") from error
     for special in (True, False):
         chosen = [tokens[i] for i, k in enumerate(kinds) if k == (CONTROL if special else USER_DEFINED)]
         backend.add_tokens([AddedToken(token, normalized=False, special=special) for token in chosen])
     bos = meta.get("tokenizer.ggml.bos_token_id")
-    if meta.get("tokenizer.ggml.add_bos_token", kind == "llama") and isinstance(bos, int) and bos < len(tokens):
+    if meta.get("tokenizer.ggml.add_bos_token", kind == "llama") and isinstance(bos, int) and 0 <= bos < len(tokens):
         backend.post_processor = processors.TemplateProcessing(
             single=f"{tokens[bos]}:0 $A:0", pair=f"{tokens[bos]}:0 $A:0 $B:1", special_tokens=[(tokens[bos], bos)]
         )
