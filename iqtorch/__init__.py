@@ -55,6 +55,7 @@ _LAZY = {
     "cpu": ("cpu_ext", ""),
     "evaluate": ("evaluate", ""),
     "load_gguf": ("gguf", "load_gguf"),
+    "quantize_checkpoint": ("checkpoint", "quantize_checkpoint"),
     "save_gguf": ("gguf", "save_gguf"),
 }
 
@@ -63,6 +64,7 @@ if TYPE_CHECKING:
     from . import evaluate as evaluate
     from .calibration import Calibration as Calibration
     from .calibration import calibrate as calibrate
+    from .checkpoint import quantize_checkpoint as quantize_checkpoint
     from .gguf import load_gguf as load_gguf
     from .gguf import save_gguf as save_gguf
     from .hf import IQConfig as IQConfig

@@ -15,7 +15,7 @@ from .errors import CalibrationError, ImportanceError
 from .formats import get_format
 from .hf import adopt
 from .linear import is_conv1d, is_pointwise, matrix_of, packable, set_weight
-from .quantize import OBJECTIVES, ROUNDINGS, SPEEDS, Rounding, check_finite, check_importance, check_weight, quantize
+from .quantize import ROUNDINGS, Rounding, check_finite, check_importance, check_options, check_weight, quantize
 from .recipe import ModelFacts, Recipe, WeightFacts, layer_of, role_of
 from .tensor import IQTensor
 
@@ -62,6 +62,10 @@ class Site:
         """The weight as `[.., N, K]`."""
         matrix = matrix_of(self.places[0][0], self.weight.detach())
         return matrix.mT if self.transposed else matrix
+
+
+#: A weight to pack, its format, and its importance.
+Planned = tuple[Site, str, "Tensor | None"]
 
 
 @dataclass(frozen=True)
@@ -254,10 +258,7 @@ def quantize_model(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"quantize_model needs an nn.Module, got {type(model).__name__}; iqtorch.quantize packs a single tensor")
-    if objective not in OBJECTIVES:
-        raise ValueError(f"objective must be one of {list(OBJECTIVES)}, got {objective!r}")
-    if speed not in SPEEDS:
-        raise ValueError(f"speed must be one of {list(SPEEDS)}, got {speed!r}")
+    check_options(objective, speed)
     if rounding not in ROUNDINGS:
         raise ValueError(f"rounding must be one of {list(ROUNDINGS)}, got {rounding!r}")
     if (rounding == "nearest") != (calibration is None):
@@ -266,28 +267,45 @@ def quantize_model(
         )
     chosen = Recipe.of(recipe)
     table = importance_table(importance)
-    choices, notes = plan_formats(model, chosen, skip, has_importance=bool(table) or calibration is not None)
-    plan: list[tuple[Site, str, Tensor | None]] = []
+    plan, notes = plan_packing(model, chosen, table, skip, has_importance=bool(table) or calibration is not None)
+    for site, _, _ in plan:
+        check_finite(site.matrix, site.name)
+    packed = list(_progress(_packed(model, plan, calibration, objective, speed, notes), plan, progress))
+    install_packed(model, packed, notes, chosen)
+    return model
+
+
+def plan_packing(
+    model: nn.Module, recipe: Recipe, table: Mapping[str, Tensor], skip: Iterable[str], has_importance: bool
+) -> tuple[list[Planned], dict[str, str]]:
+    """The weights that a recipe packs, each with its format and its checked importance, and the notes of `plan_formats`.
+
+    Raises:
+        WeightError, ShapeError, ImportanceError: a weight that its format cannot hold, importance that does not fit.
+    """
+    choices, notes = plan_formats(model, recipe, skip, has_importance)
+    plan: list[Planned] = []
     for site, choice in choices:
         if choice.format is not None:
             check_weight(site.matrix, get_format(choice.format), site.name)
-            check_finite(site.matrix, site.name)
             plan.append((site, choice.format, check_importance(lookup_importance(table, site), site.matrix, site.name)))
+    return plan, notes
 
-    packed = list(_progress(_packed(model, plan, calibration, objective, speed, notes), plan, progress))
+
+def install_packed(model: nn.Module, packed: Iterable[tuple[Site, IQTensor]], notes: Mapping[str, str], recipe: Recipe) -> None:
+    """Puts packed weights in their places, and makes the model one that can be reported on and saved."""
     for site, weight in packed:
         _install(model, site, weight)
     setattr(model, NOTES, {**getattr(model, NOTES, {}), **notes})
-    adopt(model, chosen)
+    adopt(model, recipe)
     from .report import warn_if_kept  # which imports this module
 
     warn_if_kept(model)
-    return model
 
 
 def _packed(
     model: nn.Module,
-    plan: list[tuple[Site, str, Tensor | None]],
+    plan: list[Planned],
     calibration: Calibration | Iterable[Tensor | Mapping[str, Any]] | None,
     objective: Objective,
     speed: Speed,
@@ -351,9 +369,7 @@ def lookup_importance(table: Mapping[str, Tensor], site: Site) -> Tensor | None:
     return found if found is not None else table.get(site.name.removesuffix(".weight"))
 
 
-def _progress(
-    packed: Iterator[tuple[Site, IQTensor]], plan: list[tuple[Site, str, Tensor | None]], show: bool
-) -> Iterator[tuple[Site, IQTensor]]:
+def _progress(packed: Iterator[tuple[Site, IQTensor]], plan: list[Planned], show: bool) -> Iterator[tuple[Site, IQTensor]]:
     """What is packed, under a progress bar that counts weights."""
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 

@@ -48,27 +48,37 @@ def quantize(
     """
     fmt = get_format(format)
     check_weight(weight, fmt, name)
-    if objective not in OBJECTIVES:
-        raise ValueError(f"objective must be one of {list(OBJECTIVES)}, got {objective!r}")
-    if speed not in SPEEDS:
-        raise ValueError(f"speed must be one of {list(SPEEDS)}, got {speed!r}")
+    check_options(objective, speed)
     importance = check_importance(importance, weight, name)
     check_finite(weight, name)
     if fmt.plain:
         fmt = get_format(fmt.plain)
 
     dtype = weight.dtype if weight.dtype != torch.float64 else torch.float32
-    with torch.no_grad():
-        if weight.dim() == 2:
-            blocks = encode(weight.detach().float(), fmt, importance, objective, speed)
-        else:
-            blocks = torch.stack(
-                [
-                    encode(expert.detach().float(), fmt, None if importance is None else importance[e], objective, speed)
-                    for e, expert in enumerate(weight)
-                ]
-            )
-        return IQTensor.from_blocks(blocks, fmt, dtype)
+    return IQTensor.from_blocks(encode_blocks(weight, fmt, importance, objective, speed), fmt, dtype)
+
+
+@torch.no_grad()
+def encode_blocks(weight: Tensor, fmt: Format, importance: Tensor | None, objective: Objective, speed: Speed) -> Tensor:
+    """uint8 `[..., N, row_bytes]`: `encode` for a matrix, or for each expert; arguments as `quantize` has checked them.
+
+    The same bytes wherever the weights lie in memory (sums of a transposed view would be rounded in another order).
+    """
+    if weight.dim() == 2:
+        return encode(weight.detach().float().contiguous(), fmt, importance, objective, speed)
+    experts = (
+        encode(expert.detach().float().contiguous(), fmt, None if importance is None else importance[e], objective, speed)
+        for e, expert in enumerate(weight)
+    )
+    return torch.stack(list(experts))
+
+
+def check_options(objective: str, speed: str) -> None:
+    """Raises ValueError for an objective or a speed that does not exist."""
+    if objective not in OBJECTIVES:
+        raise ValueError(f"objective must be one of {list(OBJECTIVES)}, got {objective!r}")
+    if speed not in SPEEDS:
+        raise ValueError(f"speed must be one of {list(SPEEDS)}, got {speed!r}")
 
 
 def check_weight(weight: Tensor, fmt: Format, name: str) -> None:
@@ -91,14 +101,15 @@ def check_weight(weight: Tensor, fmt: Format, name: str) -> None:
         raise ShapeError(f"{error} ({name!r})") from None
 
 
-def check_finite(weight: Tensor, name: str) -> None:
-    """Raises WeightError naming the first NaN or Inf."""
+def check_finite(weight: Tensor, name: str, first_row: int = 0) -> None:
+    """Raises WeightError naming the first NaN or Inf; `first_row`: where in dimension 0 of the whole weight this part of it starts."""
     finite = torch.isfinite(weight)
     if not bool(finite.all()):
         bad = (~finite).nonzero()
         position = tuple(bad[0].tolist())
+        place = (position[0] + first_row, *position[1:])
         raise WeightError(
-            f"{name!r} has {len(bad)} NaN or Inf values, the first at {position}: {weight[position].item()}; repair the checkpoint"
+            f"{name!r} has {len(bad)} NaN or Inf values, the first at {place}: {weight[position].item()}; repair the checkpoint"
         )
 
 

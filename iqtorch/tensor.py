@@ -11,6 +11,7 @@ from torch import Tensor
 from . import ops
 from .errors import ShapeError, UnsupportedOperationError, WeightError
 from .formats import Format, get_format
+from .lazy import LazyTensor
 
 FROZEN = (
     "packed weights are frozen: requires_grad=True has no meaning for {fmt}; train an adapter (LoRA), or use "
@@ -135,7 +136,8 @@ class IQTensor(torch.Tensor):
     def _place(cls, blocks: Tensor, fmt: Format, dtype: torch.dtype, transposed: bool = False) -> IQTensor:
         """Canonical bytes of a plain format -> tensor in the layout that suits their device."""
         rows, k = blocks.shape[-2], fmt.row_length(blocks.shape[-1])
-        backend = ops.choose_backend(fmt, rows, k, blocks.device)
+        # bytes that are still in a file stay in their order: they are written, not computed with
+        backend = "torch" if isinstance(blocks, LazyTensor) else ops.choose_backend(fmt, rows, k, blocks.device)
         packed = ops.get_backend(backend).pack(blocks, fmt)
         shape = (*blocks.shape[:-2], k, rows) if transposed else (*blocks.shape[:-2], rows, k)
         return cls(packed, fmt, backend, shape, dtype, transposed)
