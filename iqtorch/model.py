@@ -300,7 +300,7 @@ def install_packed(model: nn.Module, packed: Iterable[tuple[Site, IQTensor]], no
     adopt(model, recipe)
     from .report import warn_if_kept  # which imports this module
 
-    warn_if_kept(model)
+    warn_if_kept(model, stacklevel=4)  # whoever called quantize_model
 
 
 def _packed(

@@ -107,7 +107,7 @@ def report(model: nn.Module) -> Report:
 EXPECTED = 0.99
 
 
-def warn_if_kept(model: nn.Module) -> None:
+def warn_if_kept(model: nn.Module, stacklevel: int = 3) -> None:
     """Warns if more than one in a hundred weights in matrices was kept that nobody asked to keep."""
     rows = [row for row in report(model).rows if len(row.shape) >= 2 and (row.packed or not row.reason.startswith(ASKED))]
     kept = sorted((row for row in rows if not row.packed), key=_count, reverse=True)
@@ -118,5 +118,5 @@ def warn_if_kept(model: nn.Module) -> None:
         warnings.warn(
             f"only {100 * packed:.1f} % of the weights in this model's matrices are packed. The largest that are kept: {largest}. "
             "print(iqtorch.report(model)) lists them all; skip=[...] tells that this is wanted",
-            stacklevel=3,
+            stacklevel=stacklevel,
         )
