@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import triton.language as tl
 from numpy.typing import NDArray
+from triton._C.libtriton import interpreter as memory
 
 from iqtorch.kernels import decode
 
@@ -40,14 +41,24 @@ def dp4a(kind: str, a: Word, b: Word, c: Word) -> Word:
     return total.astype(np.int32).view(np.uint32)
 
 
-def half2(operation: str, a: Word, b: Word) -> Word:
+def half2(operation: str, a: Word, b: Word, *c: Word) -> Word:
     """Each 16-bit half rounded on its own, as f16x2 instructions do."""
     out = np.zeros(a.shape, np.uint32)
     for shift in (0, 16):
         x, y = ((v >> np.uint32(shift)).astype(np.uint16).view(np.float16) for v in (a, b))
-        r = np.asarray(x + y if operation == "add" else x * y, np.float16)
+        # exact in float64, so rounded once
+        x, y = x.astype(np.float64), y.astype(np.float64)
+        z = (c[0] >> np.uint32(shift)).astype(np.uint16).view(np.float16) if c else 0.0
+        r = np.asarray({"add": x + y, "mul": x * y, "fma": x * y + z}[operation], np.float16)
         out |= r.view(np.uint16).astype(np.uint32) << np.uint32(shift)
     return out
+
+
+def load_words(address: Word, count: int) -> list[Word]:
+    """`count` neighbouring words from each address."""
+    where = np.ascontiguousarray(address).astype(np.uint64)
+    all_of = np.ones(where.shape, bool)
+    return [memory.load(where + np.uint64(4 * i), all_of, np.zeros(where.shape, np.uint32), np.dtype(np.uint32)) for i in range(count)]
 
 
 class Machine:
@@ -83,13 +94,20 @@ class Machine:
             if opcode == "mov.u32" and sources == ["%laneid"]:
                 self.write(target, np.zeros(self.shape, np.uint32))
                 continue
-            v = [self.read(s) for s in sources]
+            v = [self.read(s.strip("[]")) for s in sources]
             if opcode.startswith("prmt"):
                 result = prmt(*v)
             elif opcode.startswith("dp4a"):
                 result = dp4a(opcode, *v)
             elif opcode.endswith("f16x2"):
                 result = half2(opcode[:3], *v)
+            elif opcode == "mad.wide.u32":
+                result = v[0].astype(np.uint64) * v[1].astype(np.uint64) + v[2].astype(np.uint64)
+            elif opcode.startswith("ld.global.nc"):
+                parts = target.strip("{}").split(",")
+                for part, word in zip(parts, load_words(v[0], len(parts)), strict=True):
+                    self.write(part, word)
+                continue
             elif opcode == "xor.b32":
                 result = v[0] ^ v[1]
             elif opcode == "abs.s32":
@@ -115,7 +133,9 @@ def create_inline_asm(self: Any, text: str, constraints: str, values: list[Any],
 
     def as_word(data: Word) -> Word:
         data = np.ascontiguousarray(data)
-        return data.view(np.uint16).astype(np.uint32) if data.dtype.itemsize == 2 else data.view(np.uint32)
+        if data.dtype.itemsize == 2:
+            return data.view(np.uint16).astype(np.uint32)
+        return data.view(np.uint64 if data.dtype.itemsize == 8 else np.uint32)
 
     machine = Machine([as_word(v.data) for v in values], len(types))
     machine.run(text)

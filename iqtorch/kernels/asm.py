@@ -126,6 +126,24 @@ def from_lane(code, table):
 
 
 @triton.jit
+def fetch(table, at):
+    """Word `at` of a table of int32 in memory, for any int32 tensor `at`.
+
+    Triton moves the results of its own loads between threads as suits coalescing, through shared memory; look-ups have no
+    order to gain from.
+    """
+    text: tl.constexpr = "{.reg .b64 a; mad.wide.u32 a, $2, 4, $1; ld.global.nc.b32 $0, [a];}"
+    return tl.inline_asm_elementwise(text, "=r,l,r", [table.to(tl.int64), at], dtype=tl.int32, is_pure=True, pack=1)
+
+
+@triton.jit
+def fetch_pair(table, at):
+    """Words 2 `at` and 2 `at` + 1 of a table, see `fetch`."""
+    text: tl.constexpr = "{.reg .b64 a; mad.wide.u32 a, $3, 8, $2; ld.global.nc.v2.b32 {$0, $1}, [a];}"
+    return tl.inline_asm_elementwise(text, "=r,=r,l,r", [table.to(tl.int64), at], dtype=(tl.int32, tl.int32), is_pure=True, pack=1)
+
+
+@triton.jit
 def permute(a, b, PATTERN: tl.constexpr):
     """Bytes of (a, b) chosen by the nibbles of PATTERN (PTX prmt)."""
     text: tl.constexpr = "prmt.b32 $0, $1, $2, " + PATTERN + ";"
@@ -155,6 +173,12 @@ def negate_bytes(v, mask):
 
 
 @triton.jit
+def negate_positive_bytes(v, mask):
+    """`negate_bytes` for bytes 1 .. 127: 256 - v in every byte, and no borrow between them."""
+    return (v & (mask ^ -1)) | (0x01010100 - v) & mask
+
+
+@triton.jit
 def byte_sum(v, ASM: tl.constexpr):
     """Sum of four bytes whose sum is below 256, minus 126 (the values of the trellis generator)."""
     if ASM:
@@ -173,6 +197,29 @@ def magnitude(v, ASM: tl.constexpr):
     else:
         v = tl.abs(v)
     return v
+
+
+@triton.constexpr_function
+def cubic_text(coefficients):
+    """PTX of `cubic`: codes in the mantissa of 1024.0, Horner's rule, the result in the low byte of 1024 + 256 + value."""
+    words = [f"0x{word:04x}{word:04x}" for word in (int(getattr(c, "value", c)) for c in coefficients)]
+    constants = "".join(f"mov.b32 c{i}, {word};" for i, word in enumerate(words) if i != 3)
+    steps = "".join(
+        f"prmt.b32 x, $1, $2, {half}; add.rn.f16x2 x, x, c0; fma.rn.f16x2 {y}, x, c4, $3;"
+        f"fma.rn.f16x2 {y}, {y}, x, c2; fma.rn.f16x2 {y}, {y}, x, c1;"
+        for y, half in (("a", "0x4140"), ("b", "0x4342"))
+    )
+    return "{.reg .b32 x, a, b, c0, c1, c2, c4; " + constants + steps + "prmt.b32 $0, a, b, 0x6420;}"
+
+
+@triton.jit
+def cubic(q, magic, square, COEFFICIENTS: tl.constexpr):
+    """Four values of a cubic polynomial, as bytes, for the codes in the bytes of q. The twin is a table.
+
+    See `layout.CUBIC`; the constants that cannot be part of an instruction, 0x64646464 and the square's, come in registers.
+    """
+    text: tl.constexpr = cubic_text(COEFFICIENTS)
+    return tl.inline_asm_elementwise(text, "=r,r,r,r", [q, magic, square], dtype=tl.int32, is_pure=True, pack=1)
 
 
 @triton.jit

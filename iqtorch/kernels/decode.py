@@ -19,11 +19,16 @@ from .asm import (
     TRELLIS_MASK,
     byte_mask,
     byte_sum,
+    bytes_of,
     choose,
+    cubic,
+    fetch,
+    fetch_pair,
     from_lane,
     lane,
     magnitude,
     negate_bytes,
+    negate_positive_bytes,
     opaque,
     pack4,
     permute,
@@ -148,6 +153,18 @@ def direct_quads(data, row, run, rows, runs, held, S: tl.constexpr, ASM: tl.cons
 
 
 @triton.jit
+def cubic_quads(data, row, run, rows, runs, held, S: tl.constexpr, ASM: tl.constexpr):
+    """Codes whose table is a rounded cubic polynomial."""
+    codes = direct_quads(data, row, run, rows, runs, held, S, ASM)
+    if ASM:
+        q = cubic(codes, held[0], held[1], S.cubic)
+    else:
+        v0, v1, v2, v3 = split4(tl.load(held[0] + bytes_of(codes, False)))
+        q = pack4(v0, v1, v2, v3, ASM)
+    return q
+
+
+@triton.jit
 def restore_parity(w):
     """IQ4_KSS: words of 32 weights with the bits restored that gave way to the scale."""
     lo, hi = tl.split(tl.permute(tl.reshape(w, (w.shape[0], w.shape[1], 2, 2)), (0, 1, 3, 2)))
@@ -178,6 +195,8 @@ def prepare(book, S: tl.constexpr, ASM: tl.constexpr):
         held = (tl.load(book + lane()), tl.load(book + 32 + lane()))
     elif ASM and S.family == "table":
         held = table_slice(book + (1 << S.code_bits) + lane(), 0, table_words(S))
+    elif ASM and S.family == "cubic":
+        held = table_slice(book + (1 << S.code_bits) + lane(), 0, 2)
     else:
         held = (book,)
     return held
@@ -315,10 +334,13 @@ def code_low(s, i):
 
 
 @triton.jit
-def word_pairs(table, at):
+def word_pairs(table, at, ASM: tl.constexpr):
     """Entries `at [A, B, n]` of a table of eight bytes -> words `[A, B, 2n]`."""
-    both = tl.load(table.to(tl.pointer_type(tl.int64), bitcast=True) + at)
-    return interleave(both.to(tl.int32), (both >> 32).to(tl.int32))
+    if ASM:
+        low, high = fetch_pair(table, at)
+    else:
+        low, high = tl.load(table + 2 * at), tl.load(table + 2 * at + 1)
+    return interleave(low, high)
 
 
 @triton.jit
@@ -329,10 +351,10 @@ def sign_masks(code, data, row, run, rows, runs, held, S: tl.constexpr, ASM: tl.
         word = load_words(data, row, run, rows, runs, S, S.sign_plane, ASM)
         m = byte_mask(spread(word, 1, S.quads), ASM)
     elif S.sign == "code":
-        m = word_pairs(patterns, code >> S.code_bits)
+        m = word_pairs(patterns, code >> S.code_bits, ASM)
     else:
         word = load_words(data, row, run, rows, runs, S, S.sign_plane, ASM)
-        m = word_pairs(patterns, spread(word, 7, halving(S.quads)) & 127)
+        m = word_pairs(patterns, spread(word, 7, halving(S.quads)) & 127, ASM)
     return m
 
 
@@ -342,11 +364,13 @@ def grid_quads(data, row, run, rows, runs, held, S: tl.constexpr, ASM: tl.conste
     code = natural_codes(data, row, run, rows, runs, S, ASM)
     index = code & low_mask(S.code_bits)
     if S.vec == 8:
-        q = word_pairs(held[0], index)
+        q = word_pairs(held[0], index, ASM)
+    elif ASM:
+        q = fetch(held[0], index)
     else:
         q = tl.load(held[0] + index)
     if S.sign != "":
-        q = negate_bytes(q, sign_masks(code, data, row, run, rows, runs, held, S, ASM))
+        q = negate_positive_bytes(q, sign_masks(code, data, row, run, rows, runs, held, S, ASM))
     return q
 
 
@@ -411,6 +435,8 @@ def quads(data, row, run, rows, runs, held, S: tl.constexpr, ASM: tl.constexpr):
     """Values of runs as bytes, int32 `[A, B, S.quads]` (see the module)."""
     if S.family == "direct":
         return direct_quads(data, row, run, rows, runs, held, S, ASM)
+    elif S.family == "cubic":
+        return cubic_quads(data, row, run, rows, runs, held, S, ASM)
     elif S.family == "table":
         return table_quads(data, row, run, rows, runs, held, S, ASM)
     elif S.family == "pairs":

@@ -31,6 +31,9 @@ from ..formats.layout import signed_bytes
 ALIGN = 16
 #: Pad scales to whole bytes where the whole layout stays within this factor of the canonical bytes.
 PAD_LIMIT = 1.03
+#: Tables of 64 entries are too many registers for byte permutes, but IQ6_K's is a rounded cubic polynomial: this one gives all 64
+#: entries exactly in float16. Bits of (-1024 - center, 1024 + 256 + constant, linear, square, cube), the variable code - center.
+CUBIC = tuple(int(np.float16(c).view(np.uint16)) for c in (-1024 - 26, 1024 + 256 - 19, 2.8457, -0.01921, 0.0012121))
 
 
 def _int32(value: int) -> int:
@@ -43,7 +46,7 @@ class Scheme:
     """Constants of one format for the kernels. Planes are named by their index; tuples of planes list the lowest bits first.
 
     Attributes:
-        family: how a code becomes values: `direct`, `table`, `pairs`, `grid` or `trellis`.
+        family: how a code becomes values: `direct`, `table`, `cubic`, `pairs`, `grid` or `trellis`.
         run: weights of one row that one thread handles together.
         vec: weights per code.
         planes: bits per 256 weights of each plane; 0 for planes with one item per row.
@@ -66,6 +69,7 @@ class Scheme:
         code_bits: bits of the code alone (sign bits may lie above).
         entries: size of the codebook (all variants).
         start: first state of the trellis generator.
+        cubic: coefficients of the polynomial that the table is (`CUBIC`), or ().
         steps: its multiplier to the powers 1 .. vec.
         absolute: trellis values are magnitudes.
         parity: the lowest bit of weights 2i (i < 8) of each 32 holds bit i of the scale; the bit itself follows from the even
@@ -102,6 +106,7 @@ class Scheme:
     code_bits: int
     entries: int
     start: int
+    cubic: tuple[int, ...]
     steps: tuple[int, ...]
     absolute: bool
     parity: bool
@@ -201,7 +206,9 @@ class Layout:
                 low += part
             return tuple(made)
 
-        slices = {"direct": 8, "table": 4, "pairs": 8}
+        if family == "table" and code_bits == 6:
+            family = "cubic"
+        slices = {"direct": 8, "cubic": 8, "table": 4, "pairs": 8}
         scale_bits = fields["scale"].width + (1 if variant and not self._variant_in_code else 0) if "scale" in fields else 0
         spare = code_bits == 15 and scale_bits == group // vec == 8
         stored_code = 16 if spare else code_bits + (fields["sign"].width if sign == "code" else 0)
@@ -254,6 +261,7 @@ class Layout:
             code_bits=code_bits,
             entries=book.variants * book.entries,
             start=OFFSET if trellis else 0,
+            cubic=CUBIC if family == "cubic" else (),
             steps=tuple(_int32(pow(MULTIPLIER, i + 1, 1 << 32)) for i in range(vec)) if trellis else (),
             absolute=trellis and bool((values >= 0).all()),
             parity=bool(fmt.code_parity),
@@ -384,7 +392,8 @@ class Layout:
         """`(book, lut)` for the kernels (cached): the codebook, and float32 values of scales that are no sequence.
 
         `book` is int32. `table`: the value of each entry as an integer, then the same as bytes in words, each word 32
-        times (of the first variant). `pairs`: both values as bytes, then as float16. `grid`: the values of each entry as bytes;
+        times (of the first variant). `cubic`: the values, then two constants of `asm.cubic`, 32 times each. `pairs`: both values as
+        bytes, then as float16. `grid`: the values of each entry as bytes;
         then, for 7-bit signs, the byte masks of 128 sign patterns.
         """
         return _tables(self.fmt.name, device)
@@ -437,7 +446,10 @@ def _tables(name: str, device: torch.device) -> tuple[Tensor, Tensor]:
     fmt = get_format(name)
     s, values = layout(fmt).scheme, fmt.codebook.values.reshape(-1, fmt.vec)
     book = np.zeros(4, np.int32)
-    if s.family == "table":
+    if s.family == "cubic":
+        held = np.array([0x64646464, 0x10001 * s.cubic[3]], np.uint32).view(np.int32)
+        book = np.concatenate([fmt.codebook.values[0, :, 0].astype(np.int32), held.repeat(32)])
+    elif s.family == "table":
         first = fmt.codebook.values[0, :, 0]
         book = np.concatenate([first.astype(np.int32), first.view(np.int32).repeat(32)])
     elif s.family == "pairs":
