@@ -15,7 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from iqtorch.formats import get_format
-from iqtorch.kernels import skeletons
+from iqtorch.kernels import launch, skeletons
 from iqtorch.kernels.layout import layout
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -47,7 +47,7 @@ def gemv(
         "bias": None, "ids": None, "per_token": 1,
     }  # fmt: skip
     pointers = {"x": dtype, "data": "*u8", "book": "*i32", "lut": "*fp32", "y": dtype}
-    return compile_kernel(skeletons.gemv, constants, pointers, arch, 4), rows * passes * s.run
+    return compile_kernel(skeletons.gemv, constants, pointers, arch, 4, **launch.gemv_options(asm > 0)), rows * passes * s.run
 
 
 def gemm(name: str, arch: int | str = 90, tokens: int = 16, asm: int = 1, grouped: bool = False) -> tuple[Any, float]:

@@ -29,10 +29,8 @@ LIMITS = {
     "iq2_kl": 2.6,
     "iq2_kt": 4.2,
     **dict.fromkeys(["iq4_k", "iq4_ks", "iq4_kss", "iq4_nl", "iq4_xs", "mxfp4", "q4_0", "q4_1", "q4_k"], 3.6),
-    # beyond the general limit of 6: 64-entry tables by byte permutes, magnitudes of the generator, 9-bit codes for 4 weights
-    "iq6_k": 7.7,
+    # beyond the general limit of 6: each magnitude of the generator takes three instructions, and then its sign (docs/gpu.md)
     "iq3_kt": 8.0,
-    "iq3_s": 7.5,
 }
 
 

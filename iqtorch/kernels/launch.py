@@ -47,6 +47,11 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
+def gemv_options(asm: bool) -> dict[str, int]:
+    """Compiler options of `gemv`: all registers, or ptxas spills a few to fit one more program on a processor."""
+    return {"maxnreg": 255} if asm else {}
+
+
 def _power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
@@ -179,6 +184,7 @@ def _gemv(
         x, data, book, lut, bias, ids, out, tokens, rows, runs, x.stride(0), data.shape[-1], experts, per_token,
         S=s, MODE=mode, DIGITS=_digits(x.dtype, precision), TOKENS=group, ROWS=tile.rows, PASSES=tile.passes, RUNS=tile.runs,
         EP=_power_of_two(experts), ASM=2 * facts.asm, num_warps=tile.warps,
+        **gemv_options(facts.asm),
     )  # fmt: skip
     return out
 
