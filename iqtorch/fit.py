@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .encode import Objective
 from .errors import RecipeError
 from .formats import Format, get_format
-from .model import Site, find_sites, importance_table, lookup_importance
+from .model import Site, check_coverage, find_sites, importance_table, lookup_importance
 from .quantize import check_importance, quantize
 from .recipe import Recipe
 
@@ -104,6 +104,7 @@ def fit(
     table = importance_table(importance)
     kept = [re.compile(pattern) for pattern in skip]
     sites = [s for s in find_sites(model)[0] if s.matrix.shape[-1] % 32 == 0 and not any(pattern.search(s.name) for pattern in kept)]
+    check_coverage(table, sites, sites)
     reference = _Reference(model, list(batches))
     options: dict[str, list[_Option]] = {}
     sensitivity: dict[str, float] = {}

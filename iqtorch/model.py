@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -284,6 +284,7 @@ def plan_packing(
         WeightError, ShapeError, ImportanceError: a weight that its format cannot hold, importance that does not fit.
     """
     choices, notes = plan_formats(model, recipe, skip, has_importance)
+    check_coverage(table, [site for site, _ in choices], [site for site, choice in choices if choice.format])
     plan: list[Planned] = []
     for site, choice in choices:
         if choice.format is not None:
@@ -358,6 +359,35 @@ def importance_table(importance: Mapping[str, Tensor] | str | None) -> Mapping[s
         return Importance.load(importance)
     except TypeError:
         raise ImportanceError(f"importance must be a mapping, an Importance or a file path, got {type(importance).__name__}") from None
+
+
+def check_coverage(table: Mapping[str, Tensor], sites: Sequence[Site], packed: Sequence[Site]) -> None:
+    """Warns of weights without importance, which are packed with unit importance.
+
+    Args:
+        table: importance by name; empty: nothing is checked.
+        sites: all weights of the model that can be packed.
+        packed: those that will be.
+
+    Raises:
+        ImportanceError: none of them has an entry: the names are those of another model.
+    """
+
+    def known(site: Site) -> bool:
+        return site.name in table or site.name.removesuffix(".weight") in table
+
+    if not table or not sites:
+        return
+    if not any(map(known, sites)):
+        raise ImportanceError(
+            f"importance has no entry for any of the {len(sites)} weights of this model, such as {sites[-1].name!r}; "
+            f"its {len(table)} entries are named like {next(iter(table))!r}: was it made with another model?"
+        )
+    # a lookup of embeddings has no inputs, so nobody collects importance for it
+    missing = [site.name for site in packed if site.role != "embedding" and not known(site)]
+    if missing:
+        some = ", ".join(missing[:4]) + (", ..." if len(missing) > 4 else "")
+        logger.warning("no importance for %d of %d weights, taken as 1 for all their columns: %s", len(missing), len(packed), some)
 
 
 def lookup_importance(table: Mapping[str, Tensor], site: Site) -> Tensor | None:

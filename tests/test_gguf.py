@@ -249,6 +249,23 @@ def test_interleaved_rows_are_unpacked(tmp_path: Path) -> None:
     assert assert_same_weights(load_gguf(path), model) == 21
 
 
+@pytest.mark.parametrize("name", ["gemma", "llama-tied-biased"])
+def test_vectors_that_are_quantized(tmp_path: Path, name: str) -> None:
+    """Nobody gains by it, but files may have it: norms that are shifted, biases whose rows are permuted."""
+    model = tiny(name)
+    save_gguf(model, tmp_path / "a.gguf")
+
+    def pack_vectors(name: str, info: Any, source: TensorSource) -> TensorSource:
+        if len(info.shape) != 1 or info.shape[0] % 32:
+            return source
+        blocks = iqtorch.quantize(source.load().float()[None], "q8_0").to_blocks()
+        return TensorSource(name, info.shape, get_format("q8_0"), lambda: blocks)
+
+    again = load_gguf(rewrite(tmp_path / "a.gguf", tmp_path / "b.gguf", pack_vectors))
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(again.state_dict()[key], value, rtol=0, atol=0.02)
+
+
 def test_split_files(tmp_path: Path) -> None:
     from iqtorch.gguf.writer import Typed
 

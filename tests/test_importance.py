@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+import iqtorch
 from iqtorch.errors import ImportanceError, MissingDependencyError
 from iqtorch.gguf import names
 from iqtorch.gguf.errors import GGUFError, GGUFMetadataError
@@ -367,3 +368,59 @@ def test_summary() -> None:
         "mean": 1.0, "max": 2.0, "top_percent_share": pytest.approx(2 / 3),
     }  # fmt: skip
     assert (rows[1]["experts"], rows[1]["tokens"]) == (2, (512, 1536))
+
+
+# -- importance of another model, or of a part of this one ---------------------------------------------------
+
+
+def packed_with(table: object, skip: tuple[str, ...] = ()) -> nn.Module:
+    return iqtorch.quantize_model(tiny_llama(tie=False), iqtorch.Recipe.pure("iq4_nl"), table, skip=("down_proj", *skip), progress=False)
+
+
+def test_names_of_another_model_are_refused(tmp_path: Path) -> None:
+    other = Importance({"encoder.block.0.wi.weight": torch.ones(32), "encoder.block.1.wi.weight": torch.ones(32)})
+    with pytest.raises(
+        ImportanceError, match=r"no entry for any of the 16 weights.*such as .*its 2 entries.*encoder\.block\.0.*another model"
+    ):
+        packed_with(other)
+    with pytest.raises(ImportanceError, match="another model"):
+        packed_with({"encoder": torch.ones(32)})
+    tiny_llama(tie=False).save_pretrained(tmp_path)
+    with pytest.raises(ImportanceError, match="another model"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=iqtorch.IQConfig("iq4_nl", importance=other))
+
+
+def test_lengths_of_another_model_are_refused() -> None:
+    other = Importance({"blk.0.attn_q.weight": torch.ones(64)})
+    with pytest.raises(ImportanceError, match=r"blk\.0\.attn_q.* has 64 values.*q_proj.*needs 32.*another model"):
+        packed_with(other)
+
+
+def test_part_of_the_entries_is_enough(caplog: pytest.LogCaptureFixture) -> None:
+    """Missing entries never abort; the weights that get unit importance are named once."""
+    part = Importance({"blk.0.attn_q.weight": torch.ones(32), "blk.0.attn_k.weight": torch.ones(32)})
+    with caplog.at_level(logging.WARNING, "iqtorch"):
+        model = packed_with(part)
+    assert sum(isinstance(p, iqtorch.IQTensor) for p in model.parameters()) == 14
+    assert "no importance for 11 of 14 weights" in caplog.text  # the embedding has none in any file
+    caplog.clear()
+    found = collect_importance(tiny_llama(tie=False), [ids()])
+    packed_with(found)
+    packed_with({name.removesuffix(".weight"): value for name, value in found.items()})
+    packed_with(part, ("layers.1", "mlp", "lm_head", "[vo]_proj"))
+    assert "no importance" not in caplog.text
+
+
+def test_experts_of_a_file_that_saw_no_token(tmp_path: Path) -> None:
+    """Unit importance for them, whichever way a file says it; nothing is NaN, and the model is packed."""
+    model = tiny_moe(experts=16)
+    found = collect_importance(model, [ids(1, 4)])
+    for suffix in (".dat", ".gguf"):
+        found.save(tmp_path / f"a{suffix}")
+        again = Importance.load(tmp_path / f"a{suffix}")
+        name = "model.layers.0.mlp.experts.gate_up_proj"
+        unseen = found.entry(name).count == 0
+        assert unseen.any()
+        assert (again.for_weight(name, (16, 32, 32))[unseen] == 1).all()
+    packed = iqtorch.quantize_model(model, iqtorch.Recipe.pure("iq4_nl"), again, skip=["down_proj"], progress=False)
+    assert all(p.dequantize().isfinite().all() for p in packed.parameters() if isinstance(p, iqtorch.IQTensor))

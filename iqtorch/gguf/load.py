@@ -158,6 +158,9 @@ def _read(file: GGUFFile, binding: Binding, old: Tensor, dtype: torch.dtype, dev
         shape = tuple(old.shape)
         stored = binding.to_model([file.data(info.name) for info in infos], rows_at=max(len(infos[0].shape) - 2, 0))
         return stored.reshape(shape).to(device, old.dtype, copy=True)
+    if old.ndim < 2:  # vectors are never packed, whatever a file does
+        values = [_dequantized(file, info).flatten() for info in infos]
+        return binding.to_model(values, rows_at=0).reshape(old.shape).to(device, old.dtype)
     formats = {info.format for info in infos}
     if len(formats) > 1:
         kinds = ", ".join(f"{info.name} {info.type_name}" for info in infos)
@@ -167,8 +170,6 @@ def _read(file: GGUFFile, binding: Binding, old: Tensor, dtype: torch.dtype, dev
     blocks, fmt = zip(*(_plain_blocks(file, info) for info in infos), strict=True)
     rows = binding.to_model(list(blocks), rows_at=blocks[0].ndim - 2).to(device)
     weight = IQTensor.from_blocks(rows, fmt[0], dtype)
-    if old.ndim < 2 or binding.shift:
-        return weight.dequantize(old.dtype).reshape(old.shape)
     if weight.packed.untyped_storage().data_ptr() == rows.untyped_storage().data_ptr():
         weight = IQTensor.from_blocks(rows.clone(), fmt[0], dtype)  # no weight may live in the mapped file
     return weight

@@ -18,7 +18,7 @@ from transformers.quantizers.base import HfQuantizer
 from ..errors import CheckpointError, IQTorchError, UnsupportedOperationError
 from ..formats import Format, get_format
 from ..linear import PACKED_CLASS, matrix_of, packable, packed_parameter
-from ..model import NOTES, importance_table, lookup_importance, plan_formats, replace_module
+from ..model import NOTES, check_coverage, importance_table, lookup_importance, plan_formats, replace_module
 from ..quantize import quantize
 from ..report import warn_if_kept
 from ..tensor import IQTensor
@@ -94,6 +94,7 @@ class IQQuantizer(HfQuantizer):
         with torch.device("cpu"):  # transformers makes every new tensor a meta tensor here
             table = importance_table(config.importance)
         choices, self._notes = plan_formats(model, config.recipe, config.skip, has_importance=bool(table))
+        check_coverage(table, [site for site, _ in choices], [site for site, choice in choices if choice.format])
         for site, choice in choices:
             if choice.format is None:
                 continue
