@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..formats.base import Format
 from . import affine, search
+from .choose import parity_words
 from .nearest import CellNearest, GridNearest, IntegerLookup, TableNearest, nearest
 from .search import Effort, Found, ScaleGrid, Units
 
@@ -165,3 +166,64 @@ def run(units: Units, fmt: Format, effort: Effort) -> Found:
         dmin=heads[1] if fmt.affine else None,
         minimum=shared[1] if fmt.affine else None,
     )
+
+
+def feedback(
+    fmt: Format,
+    shortlist: int,
+    order: Tensor,
+    lower: Tensor,
+    form: Tensor,
+    wanted: tuple[Tensor, Tensor, Tensor, Tensor],
+    scales: tuple[Tensor, Tensor, Tensor, Tensor],
+    state: tuple[Tensor, Tensor, Tensor],
+    out: tuple[Tensor, Tensor, Tensor, Tensor],
+) -> None:
+    """`Rounding._round_block`, compiled (csrc/feedback.inl), for some whole groups of columns.
+
+    Args:
+        order: int64 `[B]`: the columns.
+        lower, form: their part of the metric, `[B, B]` and `[B / vec, vec, vec]`.
+        wanted: float32: targets and weights `[B, R]`; `d` and `dmin` of each group `[G, R]`.
+        scales: values by rank, and neighbours of each rank `[S, count]`; the same for minima.
+        state: int32 `[G, R]` ranks of scale and minimum, and variants; overwritten.
+        out: codes int32 `[B / vec, R]`, values and errors float32 `[B, R]`; costs `[R]`, added to.
+    """
+    near = nearest(fmt, torch.device("cpu"), 1)
+    table = near if isinstance(near, TableNearest) else None
+    kinds = fmt.codebook.variants if fmt.variant_size == fmt.group_size else 1
+    entries = fmt.codebook.entries * (fmt.codebook.variants // kinds)
+    book, square = _book(fmt, kinds), form[:0]
+    signs = "none" if "sign" not in fmt.fields else "even" if fmt.sign_parity else "free"
+    if table is None:
+        if signs == "none":
+            square = torch.stack([((book @ f) * book).sum(-1) for f in form])
+        else:
+            square = form.diagonal(0, 1, 2) @ book.square().mT
+        square = square.contiguous()
+    none = torch.zeros(0, dtype=torch.int32)
+    word = torch.tensor(parity_words(table, order % fmt.group_size), dtype=torch.int32) if table and fmt.code_parity else none
+    lookup = table.lookup if table else None
+    torch.ops.iqtorch_cpu.feedback(
+        *wanted,
+        lower.contiguous(),
+        form,
+        square,
+        book,
+        *scales,
+        lookup.index if lookup else none,
+        lookup.value if lookup else form[:0].flatten(),
+        table.other if table and fmt.code_parity else none,
+        table.odd.to(torch.int32) if table and fmt.code_parity else none,
+        word,
+        *state,
+        *out,
+        [fmt.group_size, fmt.vec, entries, kinds, lookup.cells if lookup else 0, SIGNS[signs], shortlist],
+        [lookup.low, lookup.high] if lookup else [0.0, 0.0],
+    )
+
+
+@lru_cache(maxsize=64)
+def _book(fmt: Format, kinds: int) -> Tensor:
+    """float32 `[kinds, entries, vec]`."""
+    return torch.from_numpy(fmt.codebook.values.astype(np.float32)).reshape(kinds, -1, fmt.vec).contiguous()

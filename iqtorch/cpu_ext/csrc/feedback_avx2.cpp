@@ -1,0 +1,6 @@
+#define IQTORCH_ISA avx2
+#include "feedback.inl"
+
+namespace iqtorch {
+IQTORCH_FEEDBACK(avx2)
+}

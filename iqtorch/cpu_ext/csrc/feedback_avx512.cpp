@@ -1,0 +1,6 @@
+#define IQTORCH_ISA avx512
+#include "feedback.inl"
+
+namespace iqtorch {
+IQTORCH_FEEDBACK(avx512)
+}

@@ -1,0 +1,114 @@
+// `iqtorch_cpu::feedback`: rounding of some groups of columns with error feedback (see feedback.h; called from encode/compiled.py).
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#include "dispatch.h"
+#include "feedback.h"
+
+namespace {
+
+using namespace iqtorch;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+using Run = void (*)(const FeedbackData&, void*, int64_t, int64_t);
+
+Run feedback_of(const char* isa) {
+#ifdef IQTORCH_HAVE_AVX512
+  if (!std::strcmp(isa, "avx512") || !std::strcmp(isa, "amx")) return feedback_avx512;
+#endif
+#ifdef IQTORCH_HAVE_AVX2
+  if (!std::strcmp(isa, "avx2")) return feedback_avx2;
+#endif
+  (void)isa;
+  return feedback_scalar;
+}
+
+void check(const Tensor& t, ScalarType type, int64_t elements, const char* name) {
+  STD_TORCH_CHECK(t.scalar_type() == type && t.is_contiguous() && t.numel() == elements, "feedback: ", name, " must be contiguous, with ",
+                  elements, " elements of the right type; it has ", t.numel());
+}
+
+const float* floats(const Tensor& t, int64_t elements, const char* name) {
+  check(t, ScalarType::Float, elements, name);
+  return elements ? t.const_data_ptr<float>() : nullptr;
+}
+const int32_t* ints(const Tensor& t, int64_t elements, const char* name) {
+  check(t, ScalarType::Int, elements, name);
+  return elements ? t.const_data_ptr<int32_t>() : nullptr;
+}
+float* floats(Tensor& t, int64_t elements, const char* name) {
+  check(t, ScalarType::Float, elements, name);
+  return t.mutable_data_ptr<float>();
+}
+int32_t* ints(Tensor& t, int64_t elements, const char* name) {
+  check(t, ScalarType::Int, elements, name);
+  return elements ? t.mutable_data_ptr<int32_t>() : nullptr;
+}
+
+Neighbours neighbours(const Tensor& value, const Tensor& rank, bool used) {
+  const int64_t count = used ? value.numel() : 1, steps = used ? rank.numel() / count : 1;
+  if (!used) return {nullptr, nullptr, 1, 1};
+  return {floats(value, count, "values of scales"), ints(rank, steps * count, "neighbours of scales"), steps, count};
+}
+
+struct Free {
+  void operator()(void* p) const { std::free(p); }
+};
+
+void feedback(const Tensor& x, const Tensor& w, const Tensor& d, const Tensor& dmin, const Tensor& lower, const Tensor& form,
+              const Tensor& square, const Tensor& book, const Tensor& scale, const Tensor& scale_near, const Tensor& minimum,
+              const Tensor& minimum_near, const Tensor& cell_code, const Tensor& cell_value, const Tensor& other, const Tensor& odd,
+              const Tensor& word, Tensor scale_rank, Tensor minimum_rank, Tensor kind, Tensor code, Tensor value, Tensor error, Tensor cost,
+              std::vector<int64_t> numbers, std::vector<double> bounds) {
+  STD_TORCH_CHECK(numbers.size() == 7 && bounds.size() == 2 && x.dim() == 2,
+                  "feedback: the compiled module is of another version than iqtorch/encode/compiled.py; build it again");
+  FeedbackData b{};
+  b.columns = x.size(0), b.rows = x.size(1);
+  b.group = numbers[0], b.vec = numbers[1], b.entries = numbers[2], b.kinds = numbers[3], b.cells = numbers[4], b.signs = numbers[5];
+  b.shortlist = numbers[6], b.low = (float)bounds[0], b.high = (float)bounds[1];
+  const bool vec_ok = b.vec == 1 || b.vec == 2 || b.vec == 4 || b.vec == 8;
+  STD_TORCH_CHECK(vec_ok && b.group > 0 && b.group <= kMaxGroup && b.group % 16 == 0 && b.columns % b.group == 0 && b.shortlist > 0,
+                  "feedback: no room for ", b.columns, " columns in groups of ", b.group, " and steps of ", b.vec, "; see feedback.h");
+  const int64_t all = b.columns * b.rows, groups = b.columns / b.group * b.rows, steps = b.columns / b.vec;
+  const bool affine = minimum.numel() > 0, parity = word.numel() > 0;
+  b.x = floats(x, all, "x"), b.w = floats(w, all, "w"), b.d = floats(d, groups, "d"), b.dmin = floats(dmin, affine ? groups : 0, "dmin");
+  b.lower = floats(lower, b.columns * b.columns, "lower"), b.form = floats(form, steps * b.vec * b.vec, "form");
+  b.square = floats(square, b.vec > 1 ? steps * b.kinds * b.entries : 0, "square");
+  b.book = floats(book, b.kinds * b.entries * b.vec, "book");
+  b.scale = neighbours(scale, scale_near, true), b.minimum = neighbours(minimum, minimum_near, affine);
+  b.cell_code = ints(cell_code, b.kinds * b.cells, "cell_code"), b.cell_value = floats(cell_value, b.kinds * b.cells, "cell_value");
+  b.other = ints(other, parity ? b.kinds * b.cells : 0, "other"), b.odd = ints(odd, parity ? b.entries : 0, "odd");
+  b.word = ints(word, parity ? b.columns : 0, "word");
+  b.scale_rank = ints(scale_rank, groups, "scale_rank"), b.minimum_rank = ints(minimum_rank, affine ? groups : 0, "minimum_rank");
+  b.kind = ints(kind, groups, "kind"), b.code = ints(code, steps * b.rows, "code");
+  b.value = floats(value, all, "value"), b.error = floats(error, all, "error"), b.cost = floats(cost, b.rows, "cost");
+  const Run run = feedback_of(kernels().name);
+  const size_t bytes = feedback_scratch(b);
+  const auto part = [&](int64_t first, int64_t last) {
+    std::unique_ptr<void, Free> scratch(std::aligned_alloc(64, bytes));
+    STD_TORCH_CHECK(scratch, "out of memory: ", bytes, " bytes of scratch for rounding");
+    run(b, scratch.get(), first, last);
+  };
+  torch::stable::parallel_for(0, (b.rows + kFeedbackRows - 1) / kFeedbackRows, 1, part);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(iqtorch_cpu, m) {
+  m.def(
+      "feedback(Tensor x, Tensor w, Tensor d, Tensor dmin, Tensor lower, Tensor form, Tensor square, Tensor book, Tensor scale, "
+      "Tensor scale_near, Tensor minimum, Tensor minimum_near, Tensor cell_code, Tensor cell_value, Tensor other, Tensor odd, "
+      "Tensor word, Tensor(a!) scale_rank, Tensor(b!) minimum_rank, Tensor(c!) kind, Tensor(d!) code, Tensor(e!) value, "
+      "Tensor(f!) error, Tensor(g!) cost, int[] numbers, float[] bounds) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(iqtorch_cpu, CPU, m) { m.impl("feedback", TORCH_BOX(&feedback)); }

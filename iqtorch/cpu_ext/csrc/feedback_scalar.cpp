@@ -1,0 +1,6 @@
+#define IQTORCH_ISA scalar
+#include "feedback.inl"
+
+namespace iqtorch {
+IQTORCH_FEEDBACK(scalar)
+}
