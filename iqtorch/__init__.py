@@ -52,6 +52,7 @@ _LAZY = {
     "Importance": ("importance", "Importance"),
     "calibrate": ("calibration", "calibrate"),
     "collect_importance": ("importance", "collect_importance"),
+    "refine": ("refine", "refine"),
     "cpu": ("cpu_ext", ""),
     "evaluate": ("evaluate", ""),
     "load_gguf": ("gguf", "load_gguf"),
@@ -72,6 +73,7 @@ if TYPE_CHECKING:
     from .hf.placement import place as place
     from .importance import Importance as Importance
     from .importance import collect_importance as collect_importance
+    from .refine import refine as refine
 
 # Saved models load through transformers whatever the order of imports.
 install_hook()

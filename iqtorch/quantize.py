@@ -14,7 +14,7 @@ from .tensor import IQTensor
 
 OBJECTIVES = get_args(Objective)
 SPEEDS = get_args(Speed)
-Rounding = Literal["nearest", "ldlq"]
+Rounding = Literal["nearest", "ldlq", "yaqa"]
 ROUNDINGS = get_args(Rounding)
 
 

@@ -20,7 +20,11 @@ __all__ = ["Batch", "Calibration", "Moments", "Target", "calibrate", "quantize_c
 
 
 def round_weights(
-    model: nn.Module, targets: Sequence[Target], calibration: Calibration | Iterable[Batch], objective: Objective = "model"
+    model: nn.Module,
+    targets: Sequence[Target],
+    calibration: Calibration | Iterable[Batch],
+    objective: Objective = "model",
+    curvature: bool = False,
 ) -> Iterator[tuple[str, IQTensor, str]]:
     """Rounds the weights that calibration covers with error feedback: by a `Calibration` each for itself, by batches in sequence.
 
@@ -31,7 +35,7 @@ def round_weights(
         CalibrationError: calibration that does not fit the model.
     """
     if not isinstance(calibration, Calibration):
-        yield from quantize_in_sequence(model, targets, calibration, objective)
+        yield from quantize_in_sequence(model, targets, calibration, objective, curvature)
         return
     fitting = [(t, calibration.for_weight(t.name, t.matrix.shape)) for t in targets]
     for target, moments in fitting:

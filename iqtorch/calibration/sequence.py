@@ -21,15 +21,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..encode import encode
 from ..encode.encoder import Objective
-from ..encode.feedback import Metric, encode_with_feedback
+from ..encode.feedback import Metric
 from ..errors import CalibrationError
 from ..formats import Format, get_format
 from ..linear import is_conv1d
 from ..tensor import IQTensor
+from .curvature import Curvatures, block_gradients, frozen
 from .moments import HELD_OUT, SAMPLE, Batch, Calibration, add_products, calibrate, checked_batches, zero_products
-from .rounding import DAMPING, FEEDBACK, NEAREST, quantize_calibrated, shrunk
+from .rounding import DAMPING, FEEDBACK, NEAREST, best_of, quantize_calibrated, shrunk
 
 logger = logging.getLogger("iqtorch")
 
@@ -51,11 +51,14 @@ class _Block:
     module: nn.Module
     rest: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
 
-    @torch.no_grad()
-    def run(self, module: nn.Module, i: int, hidden: Tensor) -> Tensor:
+    def call(self, module: nn.Module, i: int, hidden: Tensor) -> Tensor:
         args, kwargs = self.rest[i]
         out = module(hidden, *args, **kwargs)
         return out if isinstance(out, Tensor) else out[0]
+
+    def run(self, module: nn.Module, i: int, hidden: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self.call(module, i, hidden)
 
 
 class _Enough(Exception):
@@ -63,7 +66,7 @@ class _Enough(Exception):
 
 
 def quantize_in_sequence(
-    model: nn.Module, targets: Sequence[Target], batches: Iterable[Batch], objective: Objective = "model"
+    model: nn.Module, targets: Sequence[Target], batches: Iterable[Batch], objective: Objective = "model", curvature: bool = False
 ) -> Iterator[tuple[str, IQTensor, str]]:
     """Rounds the weights of a model with error feedback, in the order in which the text meets them.
 
@@ -74,6 +77,7 @@ def quantize_in_sequence(
         model: a model that is called with token ids; not changed.
         targets: the weights, as `[N, K]` or `[E, N, K]`.
         batches: int64 `[B, T]` token ids, or dictionaries of arguments.
+        curvature: whether rows make up for each other too, by the curvature of the loss in the outputs (backward passes).
 
     Yields:
         Name, packed weight and a note, for each target that saw any input.
@@ -97,24 +101,31 @@ def quantize_in_sequence(
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        for block in chain:
+        with _without_cache(model):
+            gradients = block_gradients(model, [block.module for block in chain], texts) if curvature and chain else []
+        for b, block in enumerate(chain):
             mine = {t.name: t for t in targets if t.name in linears and linears[t.name][0] is block}
+            paths = {name: linears[name][1] for name in mine}
             twin = copy.deepcopy(block.module)
-            for names, calls in _stages(block, [(name, linears[name][1]) for name in mine], full[0]):
-                paths = [linears[name][1] for name in names]
+            stages = _stages(block, list(paths.items()), full[0])
+            watched = Curvatures({name: block.module.get_submodule(path) for name, path in paths.items()} if curvature else {})
+            original = _Originals(block, [paths[names[0]] for names, _ in stages], watched)
+            for i in range(len(texts)):
+                full[i] = original.run(i, full[i], gradients[b][i] if curvature else None)
+            for names, calls in stages:
+                path = paths[names[0]]
                 seen = _Pairs()
+                weights = original.weights(names)
                 for i in range(len(texts)):
-                    x = _inputs(block, block.module, paths[0], calls, i, full[i])
-                    seen.add(x, _inputs(block, twin, paths[0], calls, i, packed[i]))
+                    seen.add(original.inputs(path, i), _inputs(block, twin, path, calls, i, packed[i]), weights[i])
                 statistics = seen.finish(names[0])
-                for name, path in zip(names, paths, strict=True):
-                    weight, note = statistics.round(mine[name].matrix, mine[name].format, objective)
-                    layer: Any = twin.get_submodule(path)
+                for name in names:
+                    weight, note = statistics.round(mine[name].matrix, mine[name].format, objective, watched.mean(name))
+                    layer: Any = twin.get_submodule(paths[name])
                     decoded = weight.dequantize(torch.float32).to(layer.weight)
                     layer.weight = nn.Parameter(decoded.T if is_conv1d(layer) else decoded, requires_grad=False)
                     yield name, weight, note
             for i in range(len(texts)):
-                full[i] = block.run(block.module, i, full[i])
                 packed[i] = block.run(twin, i, packed[i])
     finally:
         for module in training:
@@ -232,6 +243,55 @@ def _stages(block: _Block, layers: list[tuple[str, str]], hidden: Tensor) -> lis
     return stages
 
 
+class _Originals:
+    """One pass of the texts through an original block: the inputs of some of its layers, its outputs, and, where gradients in its outputs
+    are given, those of its layers."""
+
+    def __init__(self, block: _Block, paths: list[str], watched: Curvatures) -> None:
+        self.block, self.watched = block, watched
+        self.found: dict[str, list[list[Tensor]]] = {path: [] for path in paths}
+
+    def run(self, i: int, hidden: Tensor, gradient: Tensor | None) -> Tensor:
+        module = self.block.module
+        hooks = []
+        for path, found in self.found.items():
+            found.append([])
+            hooks.append(module.get_submodule(path).register_forward_pre_hook(self._hook(found[-1]), with_kwargs=True))
+        try:
+            if gradient is None:
+                return self.block.run(module, i, hidden)
+            with frozen(module), torch.enable_grad(), self.watched.watching():
+                out = self.block.call(module, i, hidden.detach().requires_grad_())
+                out.backward(gradient.to(out))
+                return out.detach()
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    @staticmethod
+    def _hook(found: list[Tensor]) -> Any:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = args[0] if args else kwargs["input"]
+            found.append(x.detach().reshape(-1, x.shape[-1]))
+
+        return hook
+
+    def weights(self, names: list[str]) -> list[Tensor | None]:
+        """For each text, how much its tokens count: half alike, half by the squared gradients in the outputs of some layers, which is the
+        step of YAQA's power iteration that starts from equal outputs. Half, because few tokens would count for most otherwise."""
+        energy = [self.watched.energy.pop(name) for name in names if name in self.watched.energy]
+        if not energy:
+            return [None] * len(self.found[next(iter(self.found))])
+        total = [torch.stack(parts).sum(0) for parts in zip(*energy, strict=True)]
+        mean = torch.cat(total).mean().clamp(min=1e-30)
+        return [0.5 + 0.5 * own / mean for own in total]
+
+    def inputs(self, path: str, i: int) -> Tensor:
+        """float32 `[tokens, K]`; can be asked for once."""
+        found, self.found[path][i] = self.found[path][i], []
+        return torch.cat(found).float()
+
+
 def _inputs(block: _Block, module: nn.Module, path: str, calls: int, i: int, hidden: Tensor) -> Tensor:
     """What a linear layer gets in batch `i`: float32 `[tokens, K]`."""
     seen: list[Tensor] = []
@@ -265,7 +325,7 @@ class _Pairs:
         self.sample: list[tuple[Tensor, Tensor]] = []
         self.stride = HELD_OUT
 
-    def add(self, x: Tensor, y: Tensor) -> None:
+    def add(self, x: Tensor, y: Tensor, weight: Tensor | None = None) -> None:
         aside = torch.zeros(len(x), dtype=torch.bool, device=x.device)
         aside[self.stride // 2 :: self.stride] = True
         self.sample.append((x[aside], y[aside]))
@@ -274,6 +334,9 @@ class _Pairs:
             self.sample = [(x_all[::2], y_all[::2])]
             self.stride *= 2
         x, y = x[~aside], y[~aside]
+        if weight is not None:
+            root = weight[~aside].sqrt()[:, None]
+            x, y = x * root, y * root
         if self.products is None or self.cross is None:
             self.products, self.cross = zero_products(y), zero_products(y)
         add_products(self.products, y, y)
@@ -286,24 +349,23 @@ class _Pairs:
         if not bool(torch.isfinite(self.products.diagonal()).all()):
             raise CalibrationError(f"the inputs of {name!r} are not finite; look for NaN or Inf in the model, or use float32")
         k = len(self.products)
-        moments = shrunk(self.products / self.count, self.count)
-        damped = moments.double() + torch.diag((DAMPING * moments.double().diagonal().mean().clamp(min=1e-30)).expand(k))
-        correction = torch.linalg.solve(damped, self.cross.double().T / (self.count + k)).T
+        moments = shrunk(self.products / self.count, self.count).float()
+        cross = (self.cross / (self.count + k)).float()
         x, y = (torch.cat(t) for t in zip(*self.sample, strict=True))
-        return _Statistics(moments.float(), correction.float(), x, y)
+        return _Statistics(moments, cross, x, y)
 
 
 @dataclass(frozen=True)
 class _Statistics:
-    """Moments of y, what W is to be multiplied by (less the identity), pairs kept aside, and metrics by format."""
+    """Moments of y, those of x - y with y, pairs kept aside, and metrics by format."""
 
     moments: Tensor
-    correction: Tensor
+    cross: Tensor
     x: Tensor
     y: Tensor
     metrics: dict[str, Metric] = field(default_factory=dict)
 
-    def round(self, weight: Tensor, fmt: Format, objective: Objective) -> tuple[IQTensor, str]:
+    def round(self, weight: Tensor, fmt: Format, objective: Objective, curvature: Tensor | None) -> tuple[IQTensor, str]:
         """The best of: W' with feedback, and W to nearest, by the outputs for the pairs kept aside."""
         device, dtype = weight.device, weight.dtype
         weight = weight.float()
@@ -311,9 +373,7 @@ class _Statistics:
         if fmt.name not in self.metrics:
             self.metrics[fmt.name] = Metric(self.moments.to(device), fmt, DAMPING)
         metric = self.metrics[fmt.name]
-        fed = encode_with_feedback(weight + weight @ self.correction.to(device), fmt, metric, objective)
-        plain = encode(weight, fmt, metric.importance, objective)
-        x, y = self.x.to(device), self.y.to(device)
-        ours, theirs = ((weight @ x.T - (fmt.decode(b) * fmt.runtime_scale) @ y.T).square().sum() for b in (fed, plain))
-        blocks, note = (fed, FEEDBACK) if bool(ours <= theirs) else (plain, NEAREST)
+        wanted = weight + metric.solve(weight @ self.cross.to(device))
+        blocks, helped = best_of(weight, wanted, fmt, metric, objective, self.x.to(device), self.y.to(device), curvature)
+        note = FEEDBACK if helped else NEAREST
         return IQTensor.from_blocks(blocks, fmt, dtype if dtype != torch.float64 else torch.float32), note

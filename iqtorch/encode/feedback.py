@@ -42,7 +42,7 @@ class Feedback:
     between them, entries of a codebook with separate signs compared in full. Codebooks of thousands of entries, which fit any scale
     well and take long, get fewer scales."""
 
-    passes: int = 1
+    passes: int = 2
     reach: int = 4
     stride: float = 0.03
     shortlist: int = 32
@@ -152,9 +152,9 @@ class Metric:
     def solve(self, right: Tensor) -> Tensor:
         """float32 `[R, K]`: `right` times the inverse of the damped moments; columns in their natural order."""
         lower, step = self.lower, self.form.shape[1]
-        x = torch.linalg.solve_triangular(lower.T, right[:, self.order], upper=True, left=False, unitriangular=True)
+        x = torch.linalg.solve_triangular(lower, right[:, self.order], upper=False, left=False, unitriangular=True)
         x = torch.linalg.solve(self.form, x.view(len(x), -1, step).permute(1, 2, 0)).permute(2, 0, 1).reshape(x.shape)
-        x = torch.linalg.solve_triangular(lower, x, upper=False, left=False, unitriangular=True)
+        x = torch.linalg.solve_triangular(lower.T, x, upper=True, left=False, unitriangular=True)
         return x[:, self.order.argsort()]
 
 
@@ -429,11 +429,7 @@ class Rounding:
         if self.minima is not None:
             found["min"] = self.minima.stored[self.state["min"][groups].T]
         if "sign" in fmt.fields:
-            negative = torch.signbit(self.state["value"][back].T).to(torch.int32)
-            if fmt.sign_parity:
-                shifts = torch.arange(7, device=negative.device, dtype=torch.int32)
-                negative = (negative.unflatten(1, (-1, 8))[..., :7] << shifts).sum(-1, dtype=torch.int32)
-            found["sign"] = negative
+            found["sign"] = fmt.fold_signs(torch.signbit(self.state["value"][back].T))
         parts.update({name: t.contiguous() for name, t in found.items() if name in fmt.fields})
         return fmt.pack({name: parts[name].reshape(rows, -1) for name in parts})
 

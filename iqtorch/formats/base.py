@@ -377,6 +377,14 @@ class Format:
         seven = (sign[..., None] >> shifts) & 1
         return torch.cat([seven, seven.sum(-1, keepdim=True, dtype=sign.dtype) & 1], -1).flatten(1).bool()
 
+    def fold_signs(self, negative: Tensor) -> Tensor:
+        """int32 sign field from bool `[R, K]`: inverse of `expand_signs`."""
+        bits = negative.to(torch.int32)
+        if not self.sign_parity:
+            return bits
+        shifts = torch.arange(7, device=bits.device, dtype=torch.int32)
+        return (bits.unflatten(1, (-1, 8))[..., :7] << shifts).sum(-1, dtype=torch.int32)
+
     def weights(self, parts: Parts) -> Tensor:
         """float32 `[R, K]` weights of unpacked integers, without `runtime_scale`."""
         values = self.values(parts)
