@@ -17,7 +17,7 @@ from .calibration.curvature import call
 from .calibration.moments import checked_batches
 from .encode.nearest import Nearest, nearest
 from .errors import CalibrationError
-from .formats.base import Format, bits_to_float, float_to_bits
+from .formats.base import bits_to_float, float_to_bits
 from .linear import set_weight
 from .tensor import IQTensor
 

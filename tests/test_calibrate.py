@@ -22,7 +22,6 @@ from iqtorch.errors import CalibrationError
 transformers = pytest.importorskip("transformers")
 
 FORMATS = [name for name in iqtorch.list_formats() if iqtorch.get_format(name).plain is None]
-SLOW = {"iq2_kt", "iq3_kt", "iq4_kt"}  # tens of thousands of codes, on one thread
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +69,7 @@ def tokens(vocabulary: int = 64, batches: int = 3, shape: tuple[int, int] = (4, 
 # -- error feedback ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in FORMATS])
+@pytest.mark.parametrize("name", FORMATS)
 def test_every_format_gains(name: str) -> None:
     """The error that the moments measure falls for the matrix, and the bytes decode to the weights that the search worked with."""
     x = correlated(512, 2048)
