@@ -54,6 +54,7 @@ _LAZY = {
     "collect_importance": ("importance", "collect_importance"),
     "refine": ("refine", "refine"),
     "cpu": ("cpu_ext", ""),
+    "convert_checkpoint": ("checkpoint", "convert_checkpoint"),
     "evaluate": ("evaluate", ""),
     "load_gguf": ("gguf", "load_gguf"),
     "quantize_checkpoint": ("checkpoint", "quantize_checkpoint"),
@@ -65,6 +66,7 @@ if TYPE_CHECKING:
     from . import evaluate as evaluate
     from .calibration import Calibration as Calibration
     from .calibration import calibrate as calibrate
+    from .checkpoint import convert_checkpoint as convert_checkpoint
     from .checkpoint import quantize_checkpoint as quantize_checkpoint
     from .gguf import load_gguf as load_gguf
     from .gguf import save_gguf as save_gguf

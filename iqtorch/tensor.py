@@ -264,6 +264,10 @@ def repack_rows(blocks: Tensor, source: Format, target: Format) -> Tensor:
     rows = blocks.shape[-2]
     if rows % merged:
         raise ShapeError(f"{target.name} merges {merged} rows: the number of rows must be a multiple of {merged}, got {rows}")
+    if isinstance(blocks, LazyTensor):
+        return LazyTensor.of(
+            blocks.shape, torch.uint8, lambda start, stop: repack_rows(blocks.read(), source, target)[start:stop], sliceable=False
+        )
     flat = blocks.reshape(-1, blocks.shape[-1])
     return target.pack(source.unpack(flat)).reshape(blocks.shape)
 

@@ -355,26 +355,29 @@ def test_arguments_that_cannot_be(tmp_path: Path) -> None:
 # -- memory ----------------------------------------------------------------------------------------------------
 
 #: Prints by how many bytes the resident memory grew at most, from the moment that the packages are imported.
-MEASURED_RUN = """
-import sys, json, torch, transformers, iqtorch
-from iqtorch.checkpoint import stream
-import iqtorch.hf.lazy
-iqtorch.quantize(torch.randn(64, 256), "iq2_kl")
+MEASURED = """
+import sys, torch, transformers, iqtorch, iqtorch.checkpoint, iqtorch.hf.lazy, iqtorch.gguf.lazy, huggingface_hub
 from transformers.models.llama import modeling_llama
+iqtorch.quantize(torch.randn(64, 256), "iq2_kl")
 def peak():
     fields = dict(line.split(":", 1) for line in open("/proc/self/status"))
     return int(fields["VmHWM"].split()[0]) * 1024
 open("/proc/self/clear_refs", "w").write("5")
 before = peak()
-iqtorch.quantize_checkpoint(sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), speed="fast", progress=False)
+{}
 print(peak() - before)
 """
 
 
-def grown(source: Path, output: Path, recipe: dict[str, str | None]) -> int:
-    done = subprocess.run([sys.executable, "-c", MEASURED_RUN, source, output, json.dumps(recipe)], capture_output=True, text=True)
+def peak_growth(code: str, *arguments: object) -> int:
+    command = [sys.executable, "-c", MEASURED.format(code), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return int(done.stdout)
+
+
+def grown(source: Path, output: Path, recipe: dict[str, str | None]) -> int:
+    return peak_growth(f"iqtorch.quantize_checkpoint(*sys.argv[1:3], {recipe!r}, speed='fast', progress=False)", source, output)
 
 
 def write_llama(folder: Path, hidden: int, intermediate: int, layers: int, vocabulary: int) -> int:
@@ -386,11 +389,13 @@ def write_llama(folder: Path, hidden: int, intermediate: int, layers: int, vocab
     config.save_pretrained(folder)
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in transformers.LlamaForCausalLM(config).named_parameters()}
-    weight_map, generator = {}, torch.Generator().manual_seed(0)
+    weight_map, values = {}, torch.randn(1 << 16, generator=torch.Generator().manual_seed(0)).mul(0.02).bfloat16()
     for layer in range(-1, layers):
         names = [n for n in shapes if (f"layers.{layer}." in n if layer >= 0 else "layers" not in n)]
         file = f"model-{layer + 2:05d}-of-{layers + 1:05d}.safetensors"
-        save_file({n: torch.empty(shapes[n], dtype=torch.bfloat16).normal_(std=0.02, generator=generator) for n in names}, folder / file)
+        save_file(
+            {n: values.repeat(-(-shapes[n].numel() // len(values)))[: shapes[n].numel()].view(shapes[n]) for n in names}, folder / file
+        )
         weight_map |= dict.fromkeys(names, file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))

@@ -2,11 +2,11 @@
 
 shards    safetensors folders: what they hold, and the layout of the files to write
 job       writing large files piece by piece: parallel, resumable
-stream    `quantize_checkpoint`
+stream    `quantize_checkpoint` and `convert_checkpoint`
 """
 
 from __future__ import annotations
 
-from .stream import quantize_checkpoint
+from .stream import convert_checkpoint, quantize_checkpoint
 
-__all__ = ["quantize_checkpoint"]
+__all__ = ["convert_checkpoint", "quantize_checkpoint"]

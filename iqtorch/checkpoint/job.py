@@ -80,19 +80,19 @@ class Job:
         folder: where they go.
         files: what they hold.
         facts: what the result depends on; a journal with other facts is of another job.
+        label: what the progress bar says.
         finish: writes the small files that belong to them into the folder it is given; they follow the large ones, `last` the last.
         obsolete: patterns of names that an older checkpoint in the folder may have, and this one does not.
         last: name of the file without which the result is not taken for complete.
-        label: what the progress bar says.
     """
 
     folder: Path
     files: list[Layout]
     facts: dict[str, Any]
+    label: str
     finish: Callable[[Path], None] | None = None
     obsolete: tuple[str, ...] = ()
     last: str = "config.json"
-    label: str = "quantizing"
 
     def __post_init__(self) -> None:
         name = self.files[0].name if self.finish is None else "iqtorch"
@@ -192,7 +192,8 @@ class Job:
             running: dict[Future[None], int] = {}
 
             def collect() -> None:
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                ended = wait(running, return_when=FIRST_COMPLETED).done
+                for future in sorted(ended, key=lambda future: future.exception() is not None):  # what was made is noted before
                     number = running.pop(future)
                     future.result()
                     log.add(number)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..formats import Format, get_format
 from ..hf import adopt, transformers
+from ..lazy import LazyTensor
 from ..linear import packed_parameter, set_weight
 from ..recipe import Recipe
 from ..tensor import IQTensor, repack_rows
@@ -52,8 +53,13 @@ def load_gguf(
             another shape than the configuration's. All before the first tensor is read.
         MissingDependencyError: transformers or gguf is not installed.
     """
-    file = GGUFFile(path, id_map=id_map)
-    hf = transformers()
+    device = _single_device(device_map)
+    return _dispatch(model_of(GGUFFile(path, id_map=id_map), config, dtype, device), device_map, device)
+
+
+def model_of(file: GGUFFile, config: Any, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """The model of an open file; arguments and errors of `load_gguf`."""
+    path, hf = file.path, transformers()
     try:
         family = family_of_file(file)
     except GGUFArchitectureError:
@@ -75,7 +81,6 @@ def load_gguf(
     bindings = split_heads(bind(wanted, str(file.metadata.get("general.architecture")), family, text), file.tensors, text)
     check_names(path, bindings, file.tensors)
     _check_shapes(file, bindings, wanted)
-    device = _single_device(device_map)
     places = _places(model)
     for binding in bindings:
         old = wanted[binding.name]
@@ -86,7 +91,7 @@ def load_gguf(
         file.release(binding.tensors)
     _set_special_tokens(model)
     adopt(model.eval(), Recipe())
-    return _dispatch(model, device_map, device)
+    return model
 
 
 def _empty_model(hf: Any, config: Any, dtype: torch.dtype) -> nn.Module:
@@ -170,7 +175,7 @@ def _read(file: GGUFFile, binding: Binding, old: Tensor, dtype: torch.dtype, dev
     blocks, fmt = zip(*(_plain_blocks(file, info) for info in infos), strict=True)
     rows = binding.to_model(list(blocks), rows_at=blocks[0].ndim - 2).to(device)
     weight = IQTensor.from_blocks(rows, fmt[0], dtype)
-    if weight.packed.untyped_storage().data_ptr() == rows.untyped_storage().data_ptr():
+    if not isinstance(rows, LazyTensor) and weight.packed.untyped_storage().data_ptr() == rows.untyped_storage().data_ptr():
         weight = IQTensor.from_blocks(rows.clone(), fmt[0], dtype)  # no weight may live in the mapped file
     return weight
 

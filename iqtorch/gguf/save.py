@@ -48,6 +48,11 @@ def save_gguf(model: nn.Module, path: str | Path, tokenizer: Any = None, *, name
         GGUFTokenizerError: a kind of tokenizer that cannot be converted.
         MissingDependencyError: the gguf package is not installed.
     """
+    write_gguf(path, *contents(model, tokenizer, name))
+
+
+def contents(model: nn.Module, tokenizer: Any = None, name: str | None = None) -> tuple[dict[str, Any], list[TensorSource]]:
+    """Metadata and tensors of the file of a model; arguments and errors of `save_gguf`."""
     config: Any = getattr(model, "config", None)
     if config is None:
         raise GGUFArchitectureError(f"{type(model).__name__} has no config; save_gguf writes transformers models")
@@ -60,7 +65,7 @@ def save_gguf(model: nn.Module, path: str | Path, tokenizer: Any = None, *, name
     metadata = _general(family, config, parameters, name) | metadata_from_config(family, config)
     if tokenizer is not None:
         metadata |= metadata_from_tokenizer(tokenizer, config.vocab_size)
-    write_gguf(path, metadata, sources)
+    return metadata, sources
 
 
 def _general(family: Family, config: Any, parameters: dict[str, Tensor], name: str | None) -> dict[str, Any]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -82,26 +82,32 @@ def write_gguf(path: str | Path, metadata: Mapping[str, Any], tensors: Iterable[
         GGUFTensorError: a name that is too long or there twice, a wrong dtype, or data that are not what the header says.
     """
     sources = list(tensors)
-    alignment = limits.DEFAULT_ALIGNMENT
+    header, _, _ = layout(path, metadata, sources)
     with replacing(path) as file:
-        file.write(b"GGUF" + struct.pack("<IQQ", limits.VERSIONS[-1], len(sources), len(metadata)))
-        for key, value in metadata.items():
-            file.write(_text(key) + _value(key, value))
-        offset, names = 0, set()
-        for source in sources:
-            name = _text(source.name)
-            if source.name in names or len(name) - 8 > limits.MAX_NAME_BYTES or not 1 <= len(source.shape) <= limits.MAX_DIMENSIONS:
-                raise GGUFTensorError(
-                    f"{path}: tensor {source.name!r} of shape {source.shape}: name taken or too long, or too many dimensions"
-                )
-            names.add(source.name)
-            ne = source.shape[::-1]
-            file.write(name + struct.pack(f"<I{len(ne)}QIQ", len(ne), *ne, source.ggml_type, offset))
-            offset += -(-source.nbytes // alignment) * alignment
-        _pad(file, alignment)
+        file.write(header)
         for source in sources:
             file.write(_data(source))
-            _pad(file, alignment)
+            file.write(b"\0" * (-file.tell() % limits.DEFAULT_ALIGNMENT))
+
+
+def layout(path: str | Path, metadata: Mapping[str, Any], sources: Sequence[TensorSource]) -> tuple[bytes, list[int], int]:
+    """The first bytes of a file, the byte at which each tensor starts, and the length of the file; arguments and errors of `write_gguf`."""
+    alignment = limits.DEFAULT_ALIGNMENT
+    parts = [b"GGUF" + struct.pack("<IQQ", limits.VERSIONS[-1], len(sources), len(metadata))]
+    parts += [_text(key) + _value(key, value) for key, value in metadata.items()]
+    offsets, offset, names = [], 0, set()
+    for source in sources:
+        name = _text(source.name)
+        if source.name in names or len(name) - 8 > limits.MAX_NAME_BYTES or not 1 <= len(source.shape) <= limits.MAX_DIMENSIONS:
+            raise GGUFTensorError(f"{path}: tensor {source.name!r} of shape {source.shape}: name taken or too long, or too many dimensions")
+        names.add(source.name)
+        ne = source.shape[::-1]
+        parts.append(name + struct.pack(f"<I{len(ne)}QIQ", len(ne), *ne, source.ggml_type, offset))
+        offsets.append(offset)
+        offset += -(-source.nbytes // alignment) * alignment
+    header = b"".join(parts)
+    header += b"\0" * (-len(header) % alignment)
+    return header, [len(header) + offset for offset in offsets], len(header) + offset
 
 
 def _data(source: TensorSource) -> memoryview:
@@ -114,10 +120,6 @@ def _data(source: TensorSource) -> memoryview:
         )
     view: memoryview = raw.numpy().data
     return view
-
-
-def _pad(file: BinaryIO, alignment: int) -> None:
-    file.write(b"\0" * (-file.tell() % alignment))
 
 
 def _text(value: str) -> bytes:

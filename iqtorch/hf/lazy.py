@@ -51,6 +51,7 @@ def lazy_model(folder: Path, tensors: Mapping[str, LazyTensor]) -> Any:
         )
     if info["unexpected_keys"]:
         logger.warning("%s: left out, for the model has no such part: %s", folder, _some(info["unexpected_keys"]))
+    model.config._name_or_path = str(folder)  # as from_pretrained(folder) does
     if (folder / "generation_config.json").is_file() and model.can_generate():
         model.generation_config = hf.GenerationConfig.from_pretrained(folder)
     return model.eval()
