@@ -272,4 +272,4 @@ def repack_rows(blocks: Tensor, source: Format, target: Format) -> Tensor:
     return target.pack(source.unpack(flat)).reshape(blocks.shape)
 
 
-from . import tensor_ops  # noqa: E402 (it needs the class, and fills the handler tables)
+from . import tensor_ops  # noqa: E402 (they need the class, and fill the handler tables)

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import peft
 import torch
 import torch.distributed as dist
 import transformers
+from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from transformers.distributed import DistributedConfig
 
 import iqtorch
@@ -44,16 +50,22 @@ def tensor_parallel(path: str) -> dict[str, bool]:
     for model in (whole, parts):
         model(IDS, labels=IDS).loss.backward()
     checks["gradient"] = close(parts.model.layers[0].input_layernorm.weight.grad, whole.model.layers[0].input_layernorm.weight.grad)
-    try:
-        parts.save_pretrained("nowhere")
-        checks["save"] = False
-    except iqtorch.errors.UnsupportedOperationError:
-        checks["save"] = True
+    parts.save_pretrained(f"{path}/again")  # put together again: the same bytes as from one process
+    dist.barrier()
+    checks["save"] = same_bytes(f"{path}/again", path)
+    config = [json.loads(Path(folder, "config.json").read_text())["quantization_config"] for folder in (path, f"{path}/again")]
+    checks["config"] = config[0]["tensors"] == config[1]["tensors"]
     return checks
 
 
-def sharded_adapters(path: str) -> dict[str, bool]:
-    """FSDP2 shards what is trained; frozen packed weights stay whole. One step equals that of one process."""
+def same_bytes(first: str, second: str) -> bool:
+    """Whether two checkpoints have the same tensors."""
+    a, b = (load_file(Path(folder, "model.safetensors")) for folder in (first, second))
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def fsdp(path: str, whole: bool) -> dict[str, bool]:
+    """FSDP2, with packed weights sharded too, or whole in every process: one step of adapters equals that of one process."""
 
     def adapted() -> nn.Module:
         torch.manual_seed(0)
@@ -63,30 +75,85 @@ def sharded_adapters(path: str) -> dict[str, bool]:
                 nn.init.normal_(parameter, std=0.05)
         return model
 
-    def step(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    def step(model: nn.Module, ids: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
         model(input_ids=ids, labels=ids).loss.backward()
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
         optimizer.step()
         with torch.no_grad():
-            return model(input_ids=IDS).logits
+            return model(input_ids=IDS).logits, gradients
 
-    want = step(adapted(), IDS)
+    world = dist.get_world_size()
+    ids = IDS.repeat(world // 2, 1)
+    want, gradients = step(adapted(), ids)
     model = adapted()
     packed = {p for p in model.parameters() if isinstance(p, IQTensor)}
+    ignored = packed if whole else set()
     for layer in model.base_model.model.model.layers:
-        fully_shard(layer, ignored_params=packed)
-    fully_shard(model, ignored_params=packed)
+        fully_shard(layer, ignored_params=ignored)
+    fully_shard(model, ignored_params=ignored)
     trained = [p for p in model.parameters() if p.requires_grad]
-    got = step(model, IDS[dist.get_rank() :: dist.get_world_size()])  # each process has its own part of the batch
-    return {"sharded": len(trained) > 0 and all(isinstance(p, DTensor) for p in trained), "step": close(got, want)}
+    parts = [p.to_local() for p in model.parameters() if isinstance(p, DTensor) and isinstance(p.to_local(), IQTensor)]
+    nbytes = sum(p.to_blocks().nbytes for p in packed)
+    got, sharded = step(model, ids[dist.get_rank() :: world])  # each process has its own part of the batch
+    checks = {
+        "sharded": len(trained) > 0 and all(isinstance(p, DTensor) for p in trained),
+        "step": close(got, want),
+        "gradients": all(close(sharded[name].full_tensor(), gradients[name]) for name in gradients) and gradients.keys() == sharded.keys(),
+    }
+    checks["packed"] = len(parts) == (0 if whole else len(packed))
+    if not whole:
+        checks["bytes"] = sum(p.nbytes for p in parts) * world == nbytes
+        # the kernels of this machine, and the bytes of the whole put together
+        iqtorch.set_backend(None)
+        one, many = load(path), load(path)
+        for layer in many.model.layers:
+            fully_shard(layer)
+        fully_shard(many)
+        with torch.no_grad():
+            for _ in range(2):  # the second time into the memory of the first
+                checks["kernels"] = checks.get("kernels", True) and torch.equal(many(IDS).logits, one(IDS).logits)
+        many.save_pretrained(f"{path}/again", is_main_process=dist.get_rank() == 0)
+        dist.barrier()
+        checks["save"] = same_bytes(f"{path}/again", path)
+    return checks
 
+
+def dtensor(path: str) -> dict[str, bool]:
+    """PyTorch's own tensor parallelism on packed linear layers."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    checks = {}
+    for bias in (True, False):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(512, 1024, bias=bias), nn.GELU(), nn.Linear(1024, 512, bias=bias))
+        iqtorch.quantize_model(model, iqtorch.Recipe.pure("iq4_ks" if bias else "q8_0"), progress=False)
+        x = torch.randn(3, 512)
+        results = []
+        for split in (False, True):
+            if split:
+                parallelize_module(model, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()}, src_data_rank=None)
+            leaf = x.clone().requires_grad_()
+            y = model(leaf)
+            y.square().sum().backward()
+            results.append((y.detach(), leaf.grad))
+        checks[f"equal, bias {bias}"] = all(close(got, want) for want, got in zip(*results))
+        checks[f"packed, bias {bias}"] = isinstance(model[0].weight.to_local(), IQTensor)
+    return checks
+
+
+MODES = {
+    "tensor_parallel": tensor_parallel,
+    "fsdp": partial(fsdp, whole=False),
+    "fsdp_adapters": partial(fsdp, whole=True),
+    "dtensor": dtensor,
+}
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
     iqtorch.set_backend("torch")  # the same float32 products whatever the size of the parts
     dist.init_process_group("gloo")
-    results = {"tensor_parallel": tensor_parallel, "sharded_adapters": sharded_adapters}[sys.argv[1]](sys.argv[2])
+    results = MODES[sys.argv[1]](sys.argv[2])
     failed = [name for name, passed in results.items() if not passed]
     dist.barrier()
     dist.destroy_process_group()

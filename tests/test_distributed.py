@@ -19,7 +19,7 @@ pytest.importorskip("peft")
 
 from tiny_models import tiny_model
 
-from iqtorch.hf.parallel import split_blocks
+from iqtorch.sharding import join_blocks, split_blocks
 
 TESTS = Path(__file__).parent
 
@@ -58,8 +58,22 @@ def test_tensor_parallel_of_a_tied_model(tmp_path: Path) -> None:
     spawn(2, "tensor_parallel", save("llama", tmp_path, tie_word_embeddings=True))
 
 
-def test_adapters_under_fsdp2_on_two_processes(tmp_path: Path) -> None:
-    spawn(2, "sharded_adapters", save("llama", tmp_path))
+def test_fsdp2_with_packed_shards_on_two_processes(tmp_path: Path) -> None:
+    spawn(2, "fsdp", save("llama", tmp_path))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mode", "processes", "kind"),
+    [("fsdp", 4, "llama"), ("fsdp", 2, "mixtral"), ("fsdp", 4, "gpt_oss"), ("fsdp_adapters", 2, "llama"), ("fsdp_adapters", 4, "llama")],
+)
+def test_fsdp2(mode: str, processes: int, kind: str, tmp_path: Path) -> None:
+    spawn(processes, mode, save(kind, tmp_path))
+
+
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_dtensor(processes: int, tmp_path: Path) -> None:
+    spawn(processes, "dtensor", tmp_path)
 
 
 @pytest.mark.parametrize("name", ["iq2_kl", "iq4_ks", "iq4_k", "q6_k", "q8_0"])
@@ -75,6 +89,8 @@ def test_parts_of_blocks_are_parts_of_the_weights(name: str) -> None:
                 part = IQTensor.from_blocks(split_blocks(blocks, fmt, dim, 2, rank, groups).contiguous(), fmt, plain.dtype)
                 want = torch.cat([g.chunk(2, dim)[rank] for g in plain.chunk(groups, dim)], dim)
                 assert torch.equal(part.dequantize(), want)
+            parts = [split_blocks(blocks, fmt, dim, 2, rank, groups) for rank in range(2)]
+            assert torch.equal(join_blocks(parts, fmt, dim, groups), blocks)
     with pytest.raises(ShapeError, match=f"rows of {k} weights.*3 processes"):
         split_blocks(blocks, fmt, 2, 3, 0)
     with pytest.raises(ShapeError, match="8 rows cannot be split over 3"):

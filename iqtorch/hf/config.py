@@ -41,9 +41,12 @@ class StoredTensor:
     dtype: torch.dtype | None = None
 
     @classmethod
-    def of(cls, weight: IQTensor, model_dtype: torch.dtype) -> StoredTensor:
-        """The entry of a packed weight."""
-        return cls(weight.format.name, tuple(weight.shape), weight.transposed, None if weight.dtype == model_dtype else weight.dtype)
+    def of(cls, weight: IQTensor, model_dtype: torch.dtype, blocks: Tensor) -> StoredTensor:
+        """The entry of a packed weight, of which a process may have a part, from the bytes of the whole."""
+        *leading, rows = blocks.shape[:-1]
+        k = weight.format.row_length(blocks.shape[-1])
+        shape = (*leading, k, rows) if weight.transposed else (*leading, rows, k)
+        return cls(weight.format.name, shape, weight.transposed, None if weight.dtype == model_dtype else weight.dtype)
 
     @classmethod
     def parse(cls, name: str, entry: Any) -> StoredTensor:

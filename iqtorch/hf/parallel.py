@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES, replace_layer_number_by_wildcard
 from transformers.distributed.tensor_parallel import TensorParallelLayer
 
-from ..errors import ShapeError
 from ..formats import Format
+from ..sharding import SHARDS, split_blocks, stored_dim
 
-#: Attributes of a module: names of its parameters that will be packed; `{name: (mesh, placements)}` of those that are split.
-PACKED, SHARDS = "_iqtorch_packed", "_iqtorch_shards"
+#: Attribute of a module: names of its parameters that will be packed.
+PACKED = "_iqtorch_packed"
 
 
 class PackedStyle(TensorParallelLayer):
@@ -79,35 +78,7 @@ def local_part(module: nn.Module, attribute: str, blocks: Tensor, fmt: Format, t
     for axis, placement in enumerate(placements):
         if not hasattr(placement, "dim"):
             continue
-        # Dimension of the parameter -> dimension of the stored bytes: the last two are exchanged if it is transposed.
-        dim = placement.dim % blocks.ndim
-        if transposed and dim >= blocks.ndim - 2:
-            dim = 2 * blocks.ndim - 3 - dim
+        dim = stored_dim(placement.dim, blocks.ndim, transposed)
         parts, rank = mesh.size(axis), mesh.get_local_rank(axis)
         blocks = split_blocks(blocks, fmt, dim, parts, rank, getattr(placement, "split_factor", 1), name)
     return blocks.contiguous()
-
-
-def split_blocks(blocks: Tensor, fmt: Format, dim: int, parts: int, rank: int, groups: int = 1, name: str = "weight") -> Tensor:
-    """Part `rank` of `parts` of canonical bytes uint8 `[.., N, row_bytes]`, along `dim`; rows keep their header.
-
-    Args:
-        groups: the dimension holds this many matrices one after the other (fused gate and up), each is split.
-
-    Raises:
-        ShapeError: a part would be empty or, along the last dimension, not of whole blocks.
-    """
-    last = dim == blocks.ndim - 1
-    size = fmt.row_length(blocks.shape[-1]) if last else blocks.shape[dim]
-    unit = fmt.block_size if last else 1
-    if size % (groups * parts * unit):
-        what = f"rows of {size} weights in blocks of {unit}" if last else f"{size} rows"
-        raise ShapeError(f"{name!r}: {what} cannot be split over {parts} processes ({fmt.name}); use fewer, or a format of smaller blocks")
-    if last:
-        header, body = blocks[..., : fmt.row_header_bytes], blocks[..., fmt.row_header_bytes :]
-        return torch.cat([header, _pick(body, dim, parts, rank, groups)], dim=-1)
-    return _pick(blocks, dim, parts, rank, groups)
-
-
-def _pick(x: Tensor, dim: int, parts: int, rank: int, groups: int) -> Tensor:
-    return torch.cat([group.chunk(parts, dim)[rank] for group in x.chunk(groups, dim)], dim)

@@ -11,16 +11,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 
-from ..errors import CheckpointError, IQTorchError, UnsupportedOperationError
+from ..errors import CheckpointError, IQTorchError, MissingDependencyError, UnsupportedOperationError
 from ..formats import Format, get_format
 from ..linear import PACKED_CLASS, matrix_of, packable, packed_parameter
 from ..model import NOTES, check_coverage, importance_table, lookup_importance, plan_formats, replace_module
 from ..quantize import quantize
 from ..report import warn_if_kept
+from ..sharding import SHARDS, gather_blocks
 from ..tensor import IQTensor
 from .config import METHOD, IQConfig, StoredTensor
 from .experts import use_packed_experts
@@ -138,8 +140,12 @@ class IQQuantizer(HfQuantizer):
     def update_parallel_plan(self, model: Any, plan: dict[str, str]) -> None:
         """Has the packed weights of a tensor-parallel plan split by blocks."""
         if plan:
-            from .parallel import use_packed_styles
-
+            try:
+                from .parallel import use_packed_styles
+            except ImportError:
+                raise MissingDependencyError(
+                    f"tensor parallelism of packed weights needs transformers 5.22 or newer, this is {transformers.__version__}; update it"
+                ) from None
             use_packed_styles(model, {**self.planned, **self.stored}, plan)
 
     # -- sizes, for device_map="auto" ---------------------------------------------------------------------------
@@ -205,7 +211,7 @@ class IQQuantizer(HfQuantizer):
     def _parameter(model: nn.Module, name: str, blocks: Tensor, fmt: Format, dtype: torch.dtype, transposed: bool) -> nn.Parameter:
         path, _, attribute = name.rpartition(".")
         module = model.get_submodule(path)
-        if hasattr(module, "_iqtorch_shards"):
+        if hasattr(module, SHARDS):
             from .parallel import local_part
 
             blocks = local_part(module, attribute, blocks, fmt, transposed, name)
@@ -240,18 +246,27 @@ class IQQuantizer(HfQuantizer):
     # -- saving -------------------------------------------------------------------------------------------------
 
     def get_state_dict_and_metadata(self, model: Any, safe_serialization: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """The state dict with canonical bytes for packed weights; fills in `quantization_config.tensors`."""
-        if any(hasattr(module, "_iqtorch_shards") for module in model.modules()):
-            raise UnsupportedOperationError("a packed model that is split over processes cannot be saved: save it before, from one process")
+        """The state dict with canonical bytes for packed weights; fills in `quantization_config.tensors`.
+
+        Of a model that is split over processes, each has to call this: they put its weights together.
+        """
         tensors: dict[str, StoredTensor] = {}
         blocks: dict[int, Tensor] = {}  # tied weights share their bytes, so that they are saved once
         state: dict[str, Tensor] = {}
         for name, value in model.state_dict().items():
+            path, _, attribute = name.rpartition(".")
+            mesh, placements = getattr(value, "device_mesh", None), getattr(value, "placements", ())  # of a DTensor (FSDP2)
+            if isinstance(getattr(value, "_local_tensor", None), IQTensor):
+                value = value._local_tensor
+            elif isinstance(value, IQTensor):
+                mesh, placements = getattr(model.get_submodule(path), SHARDS, {}).get(attribute, (None, ()))
+            elif mesh is not None and getattr(model.config, "distributed_config", None) is None:
+                value = value.full_tensor()  # split by the user; transformers puts together only what it has split
             if isinstance(value, IQTensor):
                 key = value.packed.data_ptr()
                 if key not in blocks:
-                    blocks[key] = value.to_blocks()
-                tensors[name], value = StoredTensor.of(value, model.dtype), blocks[key]
+                    blocks[key] = gather_blocks(value.to_blocks(), value.format, mesh, placements, value.transposed)
+                tensors[name], value = StoredTensor.of(value, model.dtype, blocks[key]), blocks[key]
             state[name] = value
         self.quantization_config.tensors = tensors
         # Conversions back to the layout of the model's authors would take the bytes for weights: see update_weight_conversions.

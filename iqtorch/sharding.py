@@ -1,0 +1,160 @@
+"""Parts of packed weights: canonical bytes cut at rows and blocks, and what DTensor and FSDP2 ask of a tensor.
+
+A part is kept as its canonical bytes. FSDP2 gathers these and the whole weight is packed for the device from them, so that every
+process computes with the same bits as one process alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
+
+from . import ops
+from .errors import ShapeError
+from .formats import Format
+from .tensor import IQTensor, dispatch_handler
+from .tensor_ops import fallback
+
+aten = torch.ops.aten
+
+#: Attribute of a module whose packed parameters are split over processes: `{name: (mesh, placements)}`.
+SHARDS = "_iqtorch_shards"
+
+
+def split_blocks(blocks: Tensor, fmt: Format, dim: int, parts: int, rank: int, groups: int = 1, name: str = "weight") -> Tensor:
+    """Part `rank` of `parts` of canonical bytes uint8 `[.., N, row_bytes]`, along `dim`; rows keep their header.
+
+    Args:
+        groups: the dimension holds this many matrices one after the other (fused gate and up), each is split.
+
+    Raises:
+        ShapeError: a part would be empty or, along the last dimension, not of whole blocks.
+    """
+    last = dim == blocks.ndim - 1
+    size = fmt.row_length(blocks.shape[-1]) if last else blocks.shape[dim]
+    unit = fmt.block_size if last else 1
+    if size % (groups * parts * unit):
+        what = f"rows of {size} weights in blocks of {unit}" if last else f"{size} rows"
+        raise ShapeError(f"{name!r}: {what} cannot be split over {parts} processes ({fmt.name}); use fewer, or a format of smaller blocks")
+    if last:
+        header, body = blocks[..., : fmt.row_header_bytes], blocks[..., fmt.row_header_bytes :]
+        return torch.cat([header, _pick(body, dim, parts, rank, groups)], dim=-1)
+    return _pick(blocks, dim, parts, rank, groups)
+
+
+def _pick(x: Tensor, dim: int, parts: int, rank: int, groups: int) -> Tensor:
+    return torch.cat([group.chunk(parts, dim)[rank] for group in x.chunk(groups, dim)], dim)
+
+
+def join_blocks(parts: list[Tensor], fmt: Format, dim: int, groups: int = 1) -> Tensor:
+    """The whole, from all parts of `split_blocks`."""
+    last = dim == parts[0].ndim - 1
+    header = parts[0][..., : fmt.row_header_bytes if last else 0]
+    bodies = [part[..., fmt.row_header_bytes :].chunk(groups, dim) if last else part.chunk(groups, dim) for part in parts]
+    whole = torch.cat([bodies[rank][group] for group in range(groups) for rank in range(len(parts))], dim)
+    return torch.cat([header, whole], dim=-1) if last else whole
+
+
+def gather_blocks(blocks: Tensor, fmt: Format, mesh: Any, placements: Any, transposed: bool = False) -> Tensor:
+    """The whole of which each process of a mesh holds a part; every process must call it.
+
+    Args:
+        blocks: this process's canonical bytes.
+        mesh, placements: how DTensor would describe the split of the weight `[.., N, K]` (`[.., K, N]` if transposed).
+    """
+    for axis in reversed(range(len(placements))):
+        if hasattr(placements[axis], "dim"):
+            parts = [torch.empty_like(blocks) for _ in range(mesh.size(axis))]
+            dist.all_gather(parts, blocks.contiguous(), group=mesh.get_group(axis))
+            dim = stored_dim(placements[axis].dim, blocks.ndim, transposed)
+            blocks = join_blocks(parts, fmt, dim, getattr(placements[axis], "split_factor", 1))
+    return blocks
+
+
+def stored_dim(dim: int, ndim: int, transposed: bool) -> int:
+    """Dimension of the stored bytes for one of the weight: the last two are exchanged if it is transposed."""
+    dim %= ndim
+    return 2 * ndim - 3 - dim if transposed and dim >= ndim - 2 else dim
+
+
+# -- what cuts a tensor in parts, puts it together, or looks at it as something else ---------------------------
+
+
+def _as_stored(w: IQTensor, blocks: Tensor) -> IQTensor:
+    """A tensor like `w` of other canonical bytes, kept as they are."""
+    shape = [*blocks.shape[:-1], w.format.row_length(blocks.shape[-1])]
+    if w.transposed:
+        shape[-2:] = shape[:-3:-1]
+    return IQTensor(blocks, w.format, "torch", shape, w.dtype, w.transposed)
+
+
+@dispatch_handler(aten.split.Tensor)
+def _split(func: Any, args: Any, kwargs: Any) -> Any:
+    w, size, dim = (*args, 0)[:3]
+    if w.shape[dim] % size:
+        raise ShapeError(
+            f"dimension {dim} of a packed weight of shape {tuple(w.shape)} cannot be split in equal parts of {size}; "
+            "use a number of processes that divides it, or leave the weight whole (FSDP: ignored_params)"
+        )
+    parts, blocks, dim = w.shape[dim] // size, w.to_blocks(), stored_dim(dim, w.dim(), w.transposed)
+    return [_as_stored(w, split_blocks(blocks, w.format, dim, parts, rank)) for rank in range(parts)]
+
+
+@dispatch_handler(aten.slice.Tensor)
+def _slice(func: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
+    w, dim, start, end, step = list(args) + [0, None, None, 1][len(args) - 1 :]
+    dim = stored_dim(dim, w.dim(), w.transposed)
+    if dim == w.dim() - 1 or step != 1:
+        return fallback(func, args, kwargs)
+    # Of bytes kept as they are stored it is a view, which may be written to.
+    return _as_stored(w, aten.slice(w.to_blocks(), dim, start, end))
+
+
+@dispatch_handler(aten.new_zeros.default)
+def _new_zeros(func: Any, args: Any, kwargs: Any) -> Any:
+    w, size = args[:2]
+    if kwargs.get("dtype") not in (None, w.dtype) or len(size) != w.dim() or tuple(size[1:]) != tuple(w.shape[1:]):
+        return fallback(func, args, kwargs)
+    rows = () if w.leading else (size[1] if w.transposed else size[0],)
+    blocks = w.packed.new_zeros((*((size[0], w.rows) if w.leading else rows), w.format.row_bytes(w.k)), device=kwargs.get("device"))
+    return _as_stored(w, blocks)  # scales of zero: zeros in every format
+
+
+@dispatch_handler(aten.view.default, aten.as_strided.default)
+def _same_view(func: Any, args: Any, kwargs: Any) -> Any:
+    """FSDP2 asks for the flat and for the original view of what it holds, and looks at neither."""
+    w, size = args[:2]
+    if tuple(size) in ((-1,), tuple(w.shape)):
+        return w._with(w.packed)
+    return fallback(func, args, kwargs)
+
+
+# -- FSDP2: what is sent, and what becomes of it ---------------------------------------------------------------
+
+
+def _pre_all_gather(self: IQTensor, mesh: Any, outer_size: Any, outer_stride: Any, module: Any, mp_policy: Any) -> Any:
+    return (self.to_blocks(),), (self.format, self.dtype, self.transposed)
+
+
+def _post_all_gather(
+    self: IQTensor, all_gather_outputs: tuple[Tensor, ...], metadata: Any, param_dtype: torch.dtype, *, out: Any = None
+) -> Any:
+    fmt, dtype, transposed = metadata
+    (blocks,) = all_gather_outputs
+    if out is None:
+        whole = IQTensor.from_blocks(blocks, fmt, dtype, transposed=transposed)
+        if not whole.packed.untyped_storage().resizable():  # FSDP2 frees the whole between uses
+            whole = whole._with(whole.packed.clone())
+        return whole, (whole.packed,)
+    packed = ops.get_backend(out.backend).pack(blocks, fmt)
+    with _unsafe_preserve_version_counter(out.packed):  # the same bytes as before: what backward has saved stays valid
+        out.packed.copy_(packed)
+    return None
+
+
+IQTensor.fsdp_pre_all_gather = _pre_all_gather  # type: ignore[attr-defined]
+IQTensor.fsdp_post_all_gather = _post_all_gather  # type: ignore[attr-defined]
