@@ -41,11 +41,12 @@ class StoredTensor:
     dtype: torch.dtype | None = None
 
     @classmethod
-    def of(cls, weight: IQTensor, model_dtype: torch.dtype, blocks: Tensor) -> StoredTensor:
-        """The entry of a packed weight, of which a process may have a part, from the bytes of the whole."""
-        *leading, rows = blocks.shape[:-1]
-        k = weight.format.row_length(blocks.shape[-1])
-        shape = (*leading, k, rows) if weight.transposed else (*leading, rows, k)
+    def of(cls, weight: IQTensor, model_dtype: torch.dtype, whole: Tensor | None = None) -> StoredTensor:
+        """The entry of a packed weight; `whole`: the bytes of all of it, if the weight is one process's part."""
+        shape = tuple(weight.shape)
+        if whole is not None:
+            matrix = (whole.shape[-2], weight.format.row_length(whole.shape[-1]))
+            shape = (*whole.shape[:-2], *(matrix[::-1] if weight.transposed else matrix))
         return cls(weight.format.name, shape, weight.transposed, None if weight.dtype == model_dtype else weight.dtype)
 
     @classmethod
