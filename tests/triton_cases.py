@@ -10,7 +10,7 @@ import torch
 from conftest import golden
 from torch import Tensor
 
-from iqtorch.errors import BlockSizeError, UnsupportedOperationError
+from iqtorch.errors import BlockSizeError, ShapeError, UnsupportedOperationError
 from iqtorch.formats import Format, get_format, list_formats
 
 launch = pytest.importorskip("iqtorch.kernels.launch")
@@ -208,6 +208,43 @@ def test_experts(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch)
         check(routed[t, s][None], x[t][None], weights[e], sizes[e], 1, launch.layout(fmt).scheme.run)
 
 
+@pytest.mark.parametrize("name", SOME)
+def test_fused_experts(name: str) -> None:
+    """Gate, up and activation in one kernel, down and routing weights in another, against float64."""
+    fmt, blocks, _, w = matrix(name, 14)
+    stack = torch.stack([blocks, blocks.flip(0), blocks.roll(1, 0)])
+    packed, weights = kernels.pack(stack, fmt), torch.stack([w, w.flip(0), w.roll(1, 0)]).double()
+    unit = 1.0 / weights.abs().mean()  # so that the activation function matters
+    ids = torch.tensor([[0, 2], [1, 1], [2, 3], [-1, 0]])
+    known = ids.clamp(0, 2)
+    valid = ((ids >= 0) & (ids < 3)).double()[..., None]
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float16, 2e-3)):
+        x = (activations(4, w.shape[1], torch.float32) * float(unit) / w.shape[1] ** 0.5).to(dtype)
+        y = torch.einsum("tk,tsnk->tsn", x.double(), weights[known])
+        size = torch.einsum("tk,tsnk->tsn", x.double().abs(), weights[known].abs()).amax()
+        gate, up = y.chunk(2, -1)
+        for activation, function in (
+            ("silu", torch.nn.functional.silu),
+            ("gelu", torch.nn.functional.gelu),
+            ("gelu_tanh", lambda v: torch.nn.functional.gelu(v, approximate="tanh")),
+            ("relu", torch.nn.functional.relu),
+        ):
+            got = kernels.routed_gated(x, packed, ids, fmt, 14, activation, 0)
+            exact = function(gate) * up * valid
+            assert got.dtype == dtype and got.shape == (4, 2, 7)
+            assert ((got.double() - exact).abs() <= tolerance * (exact.abs() + size * (1 + up.abs()))).all(), activation
+        h = activations(8, w.shape[1], dtype).reshape(4, 2, -1)
+        mix = torch.rand(4, 2, generator=torch.Generator().manual_seed(1))
+        got = kernels.routed_weighted(h, packed, ids, mix, fmt, 14, 0)
+        each = torch.einsum("tsk,tsnk->tsn", h.double(), weights[known]) * valid * mix.double()[..., None]
+        bound = torch.einsum("tsk,tsnk->tn", h.double().abs(), weights[known].abs())
+        assert ((got.double() - each.sum(1)).abs() <= tolerance * bound).all()
+    with pytest.raises(UnsupportedOperationError, match="no kernel for the activation"):
+        kernels.routed_gated(x, packed, ids, fmt, 14, "tanh", 0)
+    with pytest.raises(ShapeError, match="do not fit together"):
+        kernels.routed_weighted(h[0], packed, ids, mix, fmt, 14, 0)
+
+
 def test_non_finite_and_huge_activations() -> None:
     fmt, _, packed, w = matrix("iq4_k")
     rows, k = w.shape
@@ -231,7 +268,10 @@ def test_refusals() -> None:
     assert "merges 4 rows" in str(kernels.supports(get_format("iq4_k_r4"), 4, 256))
 
 
-@pytest.mark.parametrize("operator", ["linear", "linear_transposed", "dequantize", "embedding", "grouped_linear", "routed_linear"])
+@pytest.mark.parametrize(
+    "operator",
+    ["linear", "linear_transposed", "dequantize", "embedding", "grouped_linear", "routed_linear", "routed_gated", "routed_weighted"],
+)
 def test_opcheck(operator: str) -> None:
     fmt, _, packed, w = matrix("iq2_kl")
     rows, k, kind = *w.shape, fmt.ggml_type
@@ -243,5 +283,7 @@ def test_opcheck(operator: str) -> None:
         "embedding": (torch.tensor([1, 0]), packed, kind, rows, k, torch.float32),
         "grouped_linear": (x, experts, torch.tensor([3], dtype=torch.int32), kind, rows, 1),
         "routed_linear": (x, experts, torch.zeros(3, 2, dtype=torch.int64), kind, rows, 1),
+        "routed_gated": (x, experts, torch.zeros(3, 2, dtype=torch.int64), kind, rows, "silu", 1),
+        "routed_weighted": (x[:, None], experts, torch.zeros(3, 1, dtype=torch.int64), x[:, :1].clone(), kind, rows, 1),
     }
     torch.library.opcheck(getattr(OPS, operator).default, arguments[operator])

@@ -25,7 +25,9 @@ __all__ = [
     "linear_transposed",
     "name",
     "pack",
+    "routed_gated",
     "routed_linear",
+    "routed_weighted",
     "supports",
     "unpack",
 ]
@@ -112,3 +114,16 @@ def routed_linear(x: Tensor, data: Tensor, ids: Tensor, fmt: Format, rows: int, 
     For few tokens (decoding): no sort, no host synchronisation. Ids out of range give zeros.
     """
     return torch.ops.iqtorch_triton.routed_linear.default(x, data, ids, fmt.ggml_type, rows, precision)
+
+
+def routed_gated(x: Tensor, data: Tensor, ids: Tensor, fmt: Format, rows: int, activation: str, precision: int) -> Tensor:
+    """`activation(gate) * up` of experts by id: `x [T, K]`, ids `[T, S]` -> `[T, S, rows / 2]`, like `routed_linear`.
+
+    The first half of an expert's `rows` is its gate, the second its up projection; `activation` is one of `library.ACTIVATIONS`.
+    """
+    return torch.ops.iqtorch_triton.routed_gated.default(x, data, ids, fmt.ggml_type, rows, activation, precision)
+
+
+def routed_weighted(x: Tensor, data: Tensor, ids: Tensor, weights: Tensor, fmt: Format, rows: int, precision: int) -> Tensor:
+    """Sum over S of `weights [T, S]` times the products of `x [T, S, K]` with experts `ids [T, S]`: `[T, rows]`, like `routed_linear`."""
+    return torch.ops.iqtorch_triton.routed_weighted.default(x, data, ids, weights, fmt.ggml_type, rows, precision)

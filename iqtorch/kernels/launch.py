@@ -67,14 +67,14 @@ class GemvTile:
     warps: int
 
 
-def gemv_tile(rows: int, runs: int, programs: int, processors: int, s: Scheme) -> GemvTile:
+def gemv_tile(rows: int, runs: int, programs: int, processors: int, s: Scheme, digits: int = 1) -> GemvTile:
     """Tile of a vector product: `programs` of them run beside each other for other tokens.
 
-    A warp's 32 threads take neighbouring runs of the same rows. Sixteen rows (eight for grids, whose look-ups take more
-    registers), in two passes, share one reading and rounding of the activations; fewer where processors would be left idle.
+    A warp's 32 threads take neighbouring runs of the same rows. Sixteen rows (eight for grids and for three digits, which take
+    more registers), in two passes, share one reading and rounding of the activations; fewer where processors would be left idle.
     """
     warps = 4 if runs >= 128 else 2 if runs >= 64 else 1
-    most = 8 if s.family == "grid" else 16
+    most = 8 if s.family == "grid" or digits == 3 else 16
     tile_rows = most
     while tile_rows > 1 and -(-rows // tile_rows) * programs < 3 * processors:
         tile_rows //= 2
@@ -176,13 +176,14 @@ def _gemv(
     if mode == "ids" and ids is not None:
         tokens, per_token = ids.numel(), ids.numel() // x.shape[0]
     group = _power_of_two(tokens) if mode == "one" else 1
-    tile = gemv_tile(rows, runs, -(-tokens // group), facts.processors, s)
+    digits = _digits(x.dtype, precision)
+    tile = gemv_tile(rows, runs, -(-tokens // group), facts.processors, s, digits)
     book, lut = plan.tables(x.device)
     experts = data.shape[0] if data.ndim > 1 else 1
     out = torch.empty((tokens, rows), dtype=x.dtype, device=x.device)
     skeletons.gemv[(triton.cdiv(rows, tile.rows * tile.passes), triton.cdiv(tokens, group))](
         x, data, book, lut, bias, ids, out, tokens, rows, runs, x.stride(0), data.shape[-1], experts, per_token,
-        S=s, MODE=mode, DIGITS=_digits(x.dtype, precision), TOKENS=group, ROWS=tile.rows, PASSES=tile.passes, RUNS=tile.runs,
+        S=s, MODE=mode, DIGITS=digits, TOKENS=group, ROWS=tile.rows, PASSES=tile.passes, RUNS=tile.runs,
         EP=_power_of_two(experts), ASM=2 * facts.asm, num_warps=tile.warps,
         **gemv_options(facts.asm),
     )  # fmt: skip

@@ -19,6 +19,11 @@ _lib.define("dequantize(Tensor data, int format, int rows, int k, ScalarType dty
 _lib.define("embedding(Tensor ids, Tensor data, int format, int rows, int k, ScalarType dtype) -> Tensor", tags=_TAGS)
 _lib.define("grouped_linear(Tensor x, Tensor data, Tensor offsets, int format, int rows, int precision) -> Tensor", tags=_TAGS)
 _lib.define("routed_linear(Tensor x, Tensor data, Tensor ids, int format, int rows, int precision) -> Tensor", tags=_TAGS)
+_lib.define("routed_gated(Tensor x, Tensor data, Tensor ids, int format, int rows, str activation, int precision) -> Tensor", tags=_TAGS)
+_lib.define("routed_weighted(Tensor x, Tensor data, Tensor ids, Tensor weights, int format, int rows, int precision) -> Tensor", tags=_TAGS)
+
+#: Activation functions of gates that `routed_gated` computes.
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 
 
 # torch.export's graphs call the operators with activations that may require gradients, hence no_grad in all of them.
@@ -64,6 +69,20 @@ def _routed_linear(x: Tensor, data: Tensor, ids: Tensor, format: int, rows: int,
     return launch.routed_linear(x, data, ids, format, rows, precision)
 
 
+@torch.no_grad()
+def _routed_gated(x: Tensor, data: Tensor, ids: Tensor, format: int, rows: int, activation: str, precision: int) -> Tensor:
+    from . import routed
+
+    return routed.routed_gated(x, data, ids, format, rows, activation, precision)
+
+
+@torch.no_grad()
+def _routed_weighted(x: Tensor, data: Tensor, ids: Tensor, weights: Tensor, format: int, rows: int, precision: int) -> Tensor:
+    from . import routed
+
+    return routed.routed_weighted(x, data, ids, weights, format, rows, precision)
+
+
 for _key, _fn in {
     "linear": _linear,
     "linear_transposed": _linear_transposed,
@@ -71,6 +90,8 @@ for _key, _fn in {
     "embedding": _embedding,
     "grouped_linear": _grouped_linear,
     "routed_linear": _routed_linear,
+    "routed_gated": _routed_gated,
+    "routed_weighted": _routed_weighted,
 }.items():
     for _device in ("CUDA", "CPU") if INTERPRETED else ("CUDA",):
         _lib.impl(_key, _fn, _device)
@@ -104,3 +125,13 @@ def _(x: Tensor, data: Tensor, offsets: Tensor, format: int, rows: int, precisio
 @torch.library.register_fake("iqtorch_triton::routed_linear", lib=_lib)
 def _(x: Tensor, data: Tensor, ids: Tensor, format: int, rows: int, precision: int) -> Tensor:
     return x.new_empty((*ids.shape, rows))
+
+
+@torch.library.register_fake("iqtorch_triton::routed_gated", lib=_lib)
+def _(x: Tensor, data: Tensor, ids: Tensor, format: int, rows: int, activation: str, precision: int) -> Tensor:
+    return x.new_empty((*ids.shape, rows // 2))
+
+
+@torch.library.register_fake("iqtorch_triton::routed_weighted", lib=_lib)
+def _(x: Tensor, data: Tensor, ids: Tensor, weights: Tensor, format: int, rows: int, precision: int) -> Tensor:
+    return x.new_empty((x.shape[0], rows))

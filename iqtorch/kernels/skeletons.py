@@ -62,16 +62,16 @@ def digits(x, DIGITS: tl.constexpr, ASM: tl.constexpr):
 
 
 @triton.jit
-def load_run(x, at, mask, FIRST: tl.constexpr, N: tl.constexpr, ASM: tl.constexpr):
-    """N activations from `at [M, B]` + FIRST as float32 `[M, B, N]`.
+def load_run(at, mask, FIRST: tl.constexpr, N: tl.constexpr, ASM: tl.constexpr):
+    """N activations from the pointers `at [M, B]` + FIRST as float32 `[M, B, N]`.
 
     With eight at a time every thread reads its own run, and nothing has to be exchanged between threads.
     """
     if N == 8 or not ASM:
-        v = tl.load(x + at[:, :, None] + (FIRST + tl.arange(0, N))[None, None, :], mask=mask[:, :, None], other=0.0).to(tl.float32)
+        v = tl.load(at[:, :, None] + (FIRST + tl.arange(0, N))[None, None, :], mask=mask[:, :, None], other=0.0).to(tl.float32)
     else:
         half: tl.constexpr = halving(N)
-        v = tl.join(load_run(x, at, mask, FIRST, half, ASM), load_run(x, at, mask, FIRST + half, half, ASM))
+        v = tl.join(load_run(at, mask, FIRST, half, ASM), load_run(at, mask, FIRST + half, half, ASM))
         v = tl.reshape(tl.permute(v, (0, 1, 3, 2)), (at.shape[0], at.shape[1], N))
     return v
 
@@ -290,15 +290,46 @@ def gemv(
         valid = (expert >= 0) & (expert < experts)
         data += tl.where(valid, expert, 0) * matrix_bytes
     source = token // per_token
-    next_row = tl.minimum(n + ROWS, rows - 1)[:, None]
-    acc = tl.zeros((TOKENS, ROWS, RUNS), tl.float32)
-    next_acc = acc
     held = prepare(book, S, ASM)
     lut = prepare_scales(lut, S, ASM)
+    next_row = tl.minimum(n + ROWS, rows - 1)[:, None]
+    acc, next_acc = row_sums(
+        x + source * x_stride, token < tokens, data, row, next_row, rows, runs, held, lut, S, DIGITS, TOKENS, ROWS, PASSES, RUNS, ASM
+    )
+    finish_rows(acc, y, bias, data, token, n, tokens, rows, runs, valid, S, ROWS)
+    if PASSES == 2:
+        finish_rows(next_acc, y, bias, data, token, n + ROWS, tokens, rows, runs, valid, S, ROWS)
+
+
+@triton.jit
+def row_sums(
+    x,
+    present,
+    data,
+    row,
+    next_row,
+    rows,
+    runs,
+    held,
+    lut,
+    S: tl.constexpr,
+    DIGITS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
+    PASSES: tl.constexpr,
+    RUNS: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """Products of activations `x [M]` (pointers to rows, read where `present`) with rows `row` and, in a second pass, `next_row`.
+
+    Two of float32 `[M, R, B]`, to be summed over the last dimension, without a `d` per row.
+    """
+    acc = tl.zeros((TOKENS, ROWS, RUNS), tl.float32)
+    next_acc = acc
     for first in range(0, runs, RUNS):
         run = (first + tl.arange(0, RUNS))[None, :]
-        inside = (token < tokens)[:, None] & (run < runs)
-        v = load_run(x, source[:, None] * x_stride + run * S.run, inside, 0, tl.constexpr(S.run), ASM)
+        inside = present[:, None] & (run < runs)
+        v = load_run(x[:, None] + run * S.run, inside, 0, tl.constexpr(S.run), ASM)
         q, step = digits(v, DIGITS, ASM)
         parts = all_digits(q, DIGITS, ASM)
         sums = all_sums(parts, S, DIGITS, ASM)
@@ -306,18 +337,22 @@ def gemv(
         acc += run_products(parts, sums, data, row, run, rows, runs, held, lut, S, DIGITS, ASM) * step[:, None, :]
         if PASSES == 2:
             next_acc += run_products(parts, sums, data, next_row, run, rows, runs, held, lut, S, DIGITS, ASM) * step[:, None, :]
-    finish_rows(acc, y, bias, data, token, n, tokens, rows, runs, valid, S, ROWS)
-    if PASSES == 2:
-        finish_rows(next_acc, y, bias, data, token, n + ROWS, tokens, rows, runs, valid, S, ROWS)
+    return acc, next_acc
+
+
+@triton.jit
+def row_totals(acc, data, row, rows, runs, S: tl.constexpr, ROWS: tl.constexpr):
+    """Sums `acc [M, R, B]` of `row_sums` over the runs, times the scales of the rows and the format: `[M, R]`."""
+    out = tl.sum(acc, axis=2)
+    if S.d_size == 0:
+        out *= tl.reshape(row_scale(data, row, rows, runs, S), (1, ROWS))
+    return out * S.factor
 
 
 @triton.jit
 def finish_rows(acc, y, bias, data, token, n, tokens, rows, runs, valid, S: tl.constexpr, ROWS: tl.constexpr):
     """Sums `acc [M, R, B]` over the runs and stores rows n."""
-    out = tl.sum(acc, axis=2)
-    if S.d_size == 0:
-        out *= tl.reshape(row_scale(data, tl.minimum(n, rows - 1)[:, None], rows, runs, S), (1, ROWS))
-    out *= S.factor
+    out = row_totals(acc, data, tl.minimum(n, rows - 1)[:, None], rows, runs, S, ROWS)
     out = tl.where(valid, out, 0.0)
     n = n[None, :]
     if bias is not None:

@@ -1,0 +1,179 @@
+"""Experts for a few tokens (decoding): two kernels per layer, expert ids read on the device.
+
+    gated      gate and up projection of each (token, expert), and the activation between them
+    weighted   down projection, and the sum over a token's experts with their routing weights
+
+Both are the vector kernel of skeletons.py around other rows. Nothing is sorted, no shape depends on the routing, sums have a fixed order.
+"""
+
+# mypy: ignore-errors
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..errors import ShapeError, UnsupportedOperationError
+from . import launch
+from .decode import prepare, prepare_scales
+from .layout import Layout
+from .library import ACTIVATIONS
+from .skeletons import row_sums, row_totals
+
+
+@triton.jit
+def activate(g, ACTIVATION: tl.constexpr):
+    """The activation function of a gate, float32."""
+    if ACTIVATION == "silu":
+        v = g / (1.0 + tl.exp(-g))
+    elif ACTIVATION == "gelu":
+        v = 0.5 * g * (1.0 + tl.erf(g * 0.7071067811865476))
+    elif ACTIVATION == "gelu_tanh":
+        # (1 + tanh z) / 2 = 1 / (1 + exp(-2 z))
+        v = g / (1.0 + tl.exp(-1.5957691216057308 * (g + 0.044715 * g * g * g)))
+    else:
+        tl.static_assert(ACTIVATION == "relu")
+        v = tl.where(g < 0.0, 0.0, g)
+    return v
+
+
+@triton.jit
+def matrix_of(data, ids, at, matrix_bytes, experts):
+    """The matrix of the expert `ids[at]`, and whether there is such an expert."""
+    expert = tl.load(ids + at).to(tl.int64)
+    valid = (expert >= 0) & (expert < experts)
+    return data + tl.where(valid, expert, 0) * matrix_bytes, valid
+
+
+@triton.jit(do_not_specialize=["experts"])
+def gated(
+    x,
+    data,
+    book,
+    lut,
+    ids,
+    y,
+    rows,
+    runs,
+    x_stride,
+    matrix_bytes,
+    experts,
+    slots,
+    S: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    DIGITS: tl.constexpr,
+    ROWS: tl.constexpr,
+    RUNS: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """y[p, n] = activate(gate) * up of the expert ids[p] and token p / slots; its matrix has `rows` of gate, then as many of up."""
+    pair = tl.program_id(1).to(tl.int64)
+    data, valid = matrix_of(data, ids, pair, matrix_bytes, experts)
+    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row = tl.minimum(n, rows - 1)[:, None]
+    held = prepare(book, S, ASM)
+    lut = prepare_scales(lut, S, ASM)
+    at = x + (pair // slots + tl.arange(0, 1)) * x_stride
+    both = 2 * rows
+    gate, up = row_sums(at, tl.arange(0, 1) >= 0, data, row, row + rows, both, runs, held, lut, S, DIGITS, 1, ROWS, 2, RUNS, ASM)
+    gate = row_totals(gate, data, row, both, runs, S, ROWS)
+    out = activate(gate, ACTIVATION) * row_totals(up, data, row + rows, both, runs, S, ROWS)
+    out = tl.where(valid, out, 0.0)
+    n = n[None, :]
+    tl.store(y + pair * rows + n, out.to(y.dtype.element_ty), mask=n < rows)
+
+
+@triton.jit(do_not_specialize=["experts"])
+def weighted(
+    x,
+    data,
+    book,
+    lut,
+    ids,
+    weights,
+    y,
+    rows,
+    runs,
+    x_stride,
+    matrix_bytes,
+    experts,
+    slots,
+    S: tl.constexpr,
+    DIGITS: tl.constexpr,
+    ROWS: tl.constexpr,
+    RUNS: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """y[t, n] = sum over s < slots of weights[t, s] * (row n of expert ids[t, s]) . x[t, s]; no expert adds nothing."""
+    token = tl.program_id(1).to(tl.int64)
+    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row = tl.minimum(n, rows - 1)[:, None]
+    held = prepare(book, S, ASM)
+    lut = prepare_scales(lut, S, ASM)
+    total = tl.zeros((1, ROWS), tl.float32)
+    for s in range(slots):
+        pair = token * slots + s
+        matrix, valid = matrix_of(data, ids, pair, matrix_bytes, experts)
+        at = x + (pair + tl.arange(0, 1)) * x_stride
+        acc, _ = row_sums(at, tl.arange(0, 1) >= 0, matrix, row, row, rows, runs, held, lut, S, DIGITS, 1, ROWS, 1, RUNS, ASM)
+        part = row_totals(acc, matrix, row, rows, runs, S, ROWS) * tl.load(weights + pair).to(tl.float32)
+        total += tl.where(valid, part, 0.0)
+    n = n[None, :]
+    tl.store(y + token * rows + n, total.to(y.dtype.element_ty), mask=n < rows)
+
+
+# -- operators -----------------------------------------------------------------------------------------------
+
+
+def _prepare(x: Tensor, data: Tensor, format: int, rows: int, ids: Tensor, leading: tuple[int, ...]) -> tuple[Layout, int, Tensor]:
+    """Layout, K, and activations as rows that the kernels can read."""
+    _fmt, plan, k = launch._prepare(x, data, format, rows)
+    if ids.device != x.device:
+        raise UnsupportedOperationError(f"expert ids are on {ids.device}, activations on {x.device}; move one with .to(device)")
+    if ids.dim() != 2 or tuple(x.shape[:-1]) != leading or data.dim() != 2:
+        raise ShapeError(f"activations {tuple(x.shape)}, ids {tuple(ids.shape)} and {data.dim() - 1}-fold experts do not fit together")
+    flat = launch._rows_of(x, k)
+    return plan, k, flat.float() if x.dtype == torch.float64 else flat
+
+
+def routed_gated(x: Tensor, data: Tensor, ids: Tensor, format: int, rows: int, activation: str, precision: int) -> Tensor:
+    if activation not in ACTIVATIONS:
+        raise UnsupportedOperationError(f"no kernel for the activation {activation!r}; there is {', '.join(ACTIVATIONS)}")
+    if rows % 2:
+        raise ShapeError(f"a gate and an up projection have an even number of rows together, got {rows}")
+    plan, k, flat = _prepare(x, data, format, rows, ids, tuple(ids.shape[:1]))
+    out = torch.empty((*ids.shape, rows // 2), dtype=flat.dtype, device=x.device)
+    s, facts = plan.scheme, launch.device_facts(x.device)
+    runs, pairs = k // s.run, ids.numel()
+    if pairs:
+        digits = launch._digits(flat.dtype, precision)
+        tile = launch.gemv_tile(rows, runs, pairs, facts.processors, s, digits)
+        tile_rows = max(tile.rows * tile.passes // 2, 1)
+        with launch._on(x.device):
+            gated[(triton.cdiv(rows // 2, tile_rows), pairs)](
+                flat, data, *plan.tables(x.device), ids.contiguous(), out, rows // 2, runs, flat.stride(0), data.shape[-1],
+                data.shape[0], ids.shape[1], S=s, ACTIVATION=activation, DIGITS=digits, ROWS=tile_rows, RUNS=tile.runs,
+                ASM=2 * facts.asm, num_warps=tile.warps, **launch.gemv_options(facts.asm),
+            )  # fmt: skip
+    return out.to(x.dtype)
+
+
+def routed_weighted(x: Tensor, data: Tensor, ids: Tensor, weights: Tensor, format: int, rows: int, precision: int) -> Tensor:
+    plan, k, flat = _prepare(x, data, format, rows, ids, tuple(ids.shape))
+    if weights.shape != ids.shape or weights.device != ids.device:
+        raise ShapeError(f"routing weights {tuple(weights.shape)} on {weights.device} for ids {tuple(ids.shape)} on {ids.device}")
+    out = torch.empty((ids.shape[0], rows), dtype=flat.dtype, device=x.device)
+    s, facts = plan.scheme, launch.device_facts(x.device)
+    runs, tokens = k // s.run, ids.shape[0]
+    if tokens:
+        digits = launch._digits(flat.dtype, precision)
+        tile = launch.gemv_tile(rows, runs, tokens, facts.processors, s, digits)
+        with launch._on(x.device):
+            weighted[(triton.cdiv(rows, tile.rows), tokens)](
+                flat, data, *plan.tables(x.device), ids.contiguous(), weights.contiguous(), out, rows, runs, flat.stride(0),
+                data.shape[-1], data.shape[0], ids.shape[1], S=s, DIGITS=digits, ROWS=tile.rows, RUNS=tile.runs,
+                ASM=2 * facts.asm, num_warps=tile.warps, **launch.gemv_options(facts.asm),
+            )  # fmt: skip
+    return out.to(x.dtype)
