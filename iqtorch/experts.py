@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import ops
 from .tensor import IQTensor
 from .tensor_ops import grouped_linear
 
@@ -29,6 +30,9 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
     Returns:
         `[T, H]`, of `hidden_states`' dtype.
     """
+    fused = _fused(module, hidden_states, top_k_index, top_k_weights)
+    if fused is not None:
+        return fused
     tokens, k = top_k_index.shape
     experts, order = torch.sort(top_k_index.reshape(-1), stable=True)
     offsets = torch.searchsorted(experts, torch.arange(module.num_experts, device=experts.device, dtype=experts.dtype), right=True)
@@ -49,6 +53,45 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
     weights = (top_k_weights.reshape(-1)[order] * (experts < module.num_experts)).unsqueeze(-1)
     back = torch.argsort(order)  # a gather and a sum: unlike index_add, the same result on every run
     return (x * weights)[back].reshape(tokens, k, x.shape[-1]).sum(dim=1).to(hidden_states.dtype)
+
+
+#: Up to this many pairs of token and expert the fused kernels win: beyond, tokens that share an expert should share its decoding.
+FUSED_PAIRS = 64
+
+_ACTIVATIONS = {
+    "silu": "silu",
+    "SiLU": "silu",
+    "SiLUActivation": "silu",
+    "GELUActivation": "gelu",
+    "GELUTanh": "gelu_tanh",
+    "PytorchGELUTanh": "gelu_tanh",
+    "ReLU": "relu",
+}
+
+
+def _activation(function: Any) -> str | None:
+    """Name of an activation function in the kernels."""
+    return _ACTIVATIONS.get(getattr(function, "__name__", type(function).__name__))
+
+
+def _fused(module: Any, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor | None:
+    """The layer as two kernels on the GPU that read the expert ids there, or None if this layer or call is another case."""
+    gate_up, down = getattr(module, "gate_up_proj", None), module.down_proj
+    if not isinstance(gate_up, IQTensor) or not isinstance(down, IQTensor) or gate_up.backend != "triton" or down.backend != "triton":
+        return None
+    plain = not (module.has_bias or module.is_transposed or gate_up.transposed or down.transposed)
+    plain = plain and not getattr(module, "has_post_expert_norm", False) and getattr(module, "is_concatenated", True)
+    own_gate = getattr(getattr(module, "_apply_gate", None), "__name__", "") != "_default_apply_gate"
+    activation = _activation(module.act_fn)
+    if not plain or own_gate or activation is None or ids.numel() > FUSED_PAIRS or x.dtype not in ops.KERNEL_DTYPES:
+        return None
+    if torch.is_grad_enabled() and (x.requires_grad or weights.requires_grad):
+        return None
+    from . import kernels
+
+    precision = ops.activation_precision()
+    h = kernels.routed_gated(x, gate_up.packed, ids, gate_up.format, gate_up.rows, activation, precision)
+    return kernels.routed_weighted(h, down.packed, ids, weights, down.format, down.rows, precision)
 
 
 def _grouped(x: Tensor, weight: Tensor, offsets: Tensor, transposed: bool) -> Tensor:
