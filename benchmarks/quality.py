@@ -27,7 +27,7 @@ from iqtorch import evaluate
 from iqtorch.data import calibration_text, heldout_text, load_tiny_llama
 
 RESULTS = Path(__file__).parent / "results"
-ROUNDINGS = ("nearest", "ldlq")
+ROUNDINGS = ("nearest", "ldlq", "yaqa", "yaqa+refine")
 WINDOW = 512
 COLUMNS = (
     "format", "bpw", "rounding", "windows", "seed", "mean_kl", "stderr", "perplexity", "same_top", "reference_kl", "ratio", "cpu_seconds"
@@ -61,16 +61,23 @@ def token_windows(ids: Tensor, count: int, seed: int, bos: int) -> Tensor:
     return windows
 
 
-def measure(base: Remembered, ids: Tensor, windows: Tensor, name: str, rounding: str) -> dict[str, Any]:
-    model = copy.deepcopy(base.model)
+def quantized(base: nn.Module, windows: Tensor, name: str, rounding: str) -> tuple[nn.Module, float]:
+    """The model in a format, and the CPU time it took."""
+    model = copy.deepcopy(base)
     recipe = {r"layers\.": name, r"embed_tokens": "q8_0"}
     started = time.process_time()
     batches = windows.split(8)
     if rounding == "nearest":
         iqtorch.quantize_model(model, recipe, importance=iqtorch.collect_importance(model, batches), progress=False)
     else:
-        iqtorch.quantize_model(model, recipe, calibration=batches, rounding=rounding, progress=False)
-    seconds = time.process_time() - started
+        iqtorch.quantize_model(model, recipe, calibration=batches, rounding=rounding.removesuffix("+refine"), progress=False)
+    if rounding.endswith("+refine"):
+        print(iqtorch.refine(model, base, windows.split(4)))
+    return model, time.process_time() - started
+
+
+def measure(base: Remembered, ids: Tensor, windows: Tensor, name: str, rounding: str) -> dict[str, Any]:
+    model, seconds = quantized(base.model, windows, name, rounding)
     score = evaluate.kl_divergence(dense(model), base, ids)
     return {
         "mean_kl": f"{score.mean_kl:.5f}",
@@ -110,7 +117,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    last = [r for r in rows if r["rounding"] == ROUNDINGS[-1]]
+    last = [r for r in rows if r["rounding"] == "yaqa"]
     series = {"ik_llama.cpp": read(RESULTS / "quality_reference.csv")}
     series |= {f"iqtorch, {rounding}": [r for r in rows if r["rounding"] == rounding] for rounding in ROUNDINGS}
     figure = Figure(figsize=(11, 5), layout="constrained", dpi=150)
@@ -138,8 +145,8 @@ def main() -> None:
     reference = {row["format"]: row for row in read(RESULTS / "quality_reference.csv")}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--formats", nargs="+", default=list(reference), metavar="NAME")
-    parser.add_argument("--roundings", nargs="+", default=ROUNDINGS, choices=ROUNDINGS)
-    parser.add_argument("--windows", type=int, default=96, help="calibration windows of 512 tokens")
+    parser.add_argument("--roundings", nargs="+", default=ROUNDINGS[:3], choices=ROUNDINGS)
+    parser.add_argument("--windows", type=int, default=48, help="calibration windows of 512 tokens")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="which windows: 0 = the first, others = random places")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--csv", type=Path, default=RESULTS / "quality.csv")

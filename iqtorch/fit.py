@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .calibration import Calibration, quantize_calibrated
 from .encode import Objective
 from .errors import RecipeError
 from .formats import Format, get_format
@@ -78,6 +79,7 @@ def fit(
     objective: Objective = "model",
     skip: Sequence[str] = (),
     rows: int = 64,
+    calibration: Calibration | None = None,
 ) -> Fit:
     """A recipe for a model, of at most `target_bpw` bits per packed weight.
 
@@ -94,10 +96,12 @@ def fit(
         objective: as in `quantize_model`.
         skip: regular expressions, searched in parameter names: those weights are kept, and not counted.
         rows: rows of each weight on which the errors of the formats are compared.
+        calibration: if the model is to be rounded with error feedback: the weights that it covers are rounded so when their
+            sensitivity is measured, and it takes the place of their importance.
 
     Raises:
         RecipeError: no batches, or not even the smallest formats reach the target.
-        UnknownFormatError, ImportanceError: as in `quantize_model`.
+        UnknownFormatError, ImportanceError, CalibrationError: as in `quantize_model`.
     """
     candidates = sorted({get_format(name) for name in formats}, key=lambda f: f.bits_per_weight())
     chosen = get_format(probe) if probe else min(candidates, key=lambda f: abs(f.bits_per_weight() - target_bpw))
@@ -112,9 +116,14 @@ def fit(
         weights = check_importance(lookup_importance(table, site), site.matrix, site.name)
         allowed = _fitting(candidates, site.matrix.shape[-1])
         measured = _fitting([chosen], site.matrix.shape[-1])[0]
-        sensitivity[site.name] = reference.divergence(
-            site, quantize(site.matrix, measured, weights, objective, name=site.name).dequantize()
-        )
+        moments = calibration.for_weight(site.name, site.matrix.shape) if calibration is not None else None
+        if calibration is not None and moments is not None:
+            packed, _ = quantize_calibrated(site.matrix, measured, moments, objective, calibration.curvature(site.name))
+            own = [m.importance.to(site.matrix.device) for m in moments]
+            weights = torch.stack(own) if site.matrix.ndim == 3 else own[0]
+        else:
+            packed = quantize(site.matrix, measured, weights, objective, name=site.name)
+        sensitivity[site.name] = reference.divergence(site, packed.dequantize())
         errors = {f: _error(site.matrix, f, weights, objective, rows) for f in {measured, *allowed}}
         ratio = sensitivity[site.name] / max(errors[measured], 1e-30)
         options[site.name] = _hull([_Option(f.name, _bits(f, site.matrix.shape), ratio * errors[f]) for f in allowed])

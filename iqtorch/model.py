@@ -6,6 +6,7 @@ import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from torch import Tensor, nn
@@ -219,6 +220,7 @@ def quantize_model(
     *,
     calibration: Calibration | Iterable[Tensor | Mapping[str, Any]] | None = None,
     rounding: Rounding = "nearest",
+    checkpoint: str | Path | None = None,
     objective: Objective = "model",
     speed: Speed = "default",
     skip: Iterable[str] = (),
@@ -243,6 +245,8 @@ def quantize_model(
             lowers the divergence of a model by a third at the same bits; or `"yaqa"`: by the curvature of the loss in the layers'
             outputs too, which takes a tenth more off and needs backward passes. A weight for which held-out activations say that
             it does not help is rounded to nearest (`iqtorch.report` tells).
+        checkpoint: a folder in which batches as `calibration` leave each block that is finished; the same call finds them there and goes
+            on after them. Remove it at the end.
         objective, speed: as in `iqtorch.quantize`; `speed` is that of rounding to nearest.
         skip: regular expressions, searched in parameter names: those weights are kept.
         progress: show a progress bar.
@@ -266,12 +270,14 @@ def quantize_model(
         raise CalibrationError(
             f"rounding={rounding!r} with calibration={calibration!r:.40}: pass rounding='ldlq' or 'yaqa' and calibration, or neither"
         )
+    if checkpoint is not None and calibration is None:
+        raise CalibrationError("checkpoint= is for calibrated rounding: pass batches as calibration too")
     chosen = Recipe.of(recipe)
     table = importance_table(importance)
     plan, notes = plan_packing(model, chosen, table, skip, has_importance=bool(table) or calibration is not None)
     for site, _, _ in plan:
         check_finite(site.matrix, site.name)
-    packed = list(_progress(_packed(model, plan, calibration, rounding, objective, speed, notes), plan, progress))
+    packed = list(_progress(_packed(model, plan, calibration, rounding, checkpoint, objective, speed, notes), plan, progress))
     install_packed(model, packed, notes, chosen)
     return model
 
@@ -310,6 +316,7 @@ def _packed(
     plan: list[Planned],
     calibration: Calibration | Iterable[Tensor | Mapping[str, Any]] | None,
     rounding: Rounding,
+    checkpoint: str | Path | None,
     objective: Objective,
     speed: Speed,
     notes: dict[str, str],
@@ -320,7 +327,7 @@ def _packed(
         from .calibration import Target, round_weights
 
         targets = [Target(site.name, site.matrix, get_format(name)) for site, name, _ in plan]
-        for name, weight, note in round_weights(model, targets, calibration, objective, rounding == "yaqa"):
+        for name, weight, note in round_weights(model, targets, calibration, objective, rounding == "yaqa", checkpoint):
             notes[name] = f"{notes[name]}; {note}"
             yield sites.pop(name), weight
     for site, name, weights in plan:

@@ -10,11 +10,15 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from .errors import RecipeError, UnknownFormatError
 from .formats import get_format
+
+if TYPE_CHECKING:
+    from .calibration import Calibration
 
 #: A rule: regular expression searched in the parameter's name -> format name, or None to keep the weight as it is.
 Rule = tuple[str, str | None]
@@ -217,7 +221,13 @@ class Recipe:
 
     @classmethod
     def fit(
-        cls, model: nn.Module, target_bpw: float, batches: Iterable[Tensor], importance: Mapping[str, Tensor] | str | None = None
+        cls,
+        model: nn.Module,
+        target_bpw: float,
+        batches: Iterable[Tensor],
+        importance: Mapping[str, Tensor] | str | None = None,
+        *,
+        calibration: Calibration | None = None,
     ) -> Recipe:
         """The best formats for a model of at most `target_bpw` bits per packed weight, by measured sensitivities.
 
@@ -225,7 +235,7 @@ class Recipe:
         """
         from .fit import fit
 
-        return fit(model, target_bpw, batches, importance).recipe
+        return fit(model, target_bpw, batches, importance, calibration=calibration).recipe
 
     @classmethod
     def load(cls, path: str | Path) -> Recipe:

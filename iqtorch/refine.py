@@ -30,10 +30,12 @@ M = TypeVar("M", bound=nn.Module)
 #: One batch in this many (and at least one) is kept aside to judge by.
 HELD_OUT = 8
 #: Adam's step of scales (relative) and of norms and biases (relative to their root mean square), at its largest.
-SCALE_STEP = 2e-3
-NORM_STEP = 2e-3
-#: Adam's step of a weight whose code may change, relative to the scale of its group.
-CODE_STEP = 0.02
+SCALE_STEP = 5e-3
+NORM_STEP = 5e-3
+#: Adam's step of a weight whose code may change, relative to the distance between neighbouring codes.
+CODE_STEP = 0.05
+#: .. and how far it may go in all, so that a long training does not jump about.
+CODE_TRAVEL = 1.5
 #: Cells searched for the codes of large codebooks.
 PROBES = 8
 
@@ -159,6 +161,11 @@ class _Weight:
             w = w - _times(self.low, self.factors[1]).repeat_interleave(k // self.low.shape[1], 1)
         return w.view(self.shape)
 
+    def spacing(self) -> float:
+        """About the distance between neighbouring values that a weight may take: that of as many evenly spaced ones."""
+        levels = self.fmt.codebook.entries ** (1 / self.fmt.vec) * (2 if "sign" in self.fmt.fields else 1)
+        return float(self.value.std()) * 12**0.5 / levels
+
     @torch.no_grad()
     def assign(self) -> None:
         """Codes nearest to the latent weights."""
@@ -250,13 +257,14 @@ def _divergence(ours: Tensor, base: Tensor) -> Tensor:
 
 
 def _train(student: _Student, base: nn.Module, texts: Sequence[Tensor | Mapping[str, Any]], epochs: int) -> None:
+    steps = epochs * len(texts)
+    code_step = min(CODE_STEP, 2 * CODE_TRAVEL / steps)  # the rate is half its largest on average
     groups: list[dict[str, Any]] = [{"params": [w.factors for w in student.packed], "lr": SCALE_STEP}]
     groups += [{"params": [p], "lr": NORM_STEP * max(float(p.detach().square().mean().sqrt()), 1e-3)} for p in student.free.values()]
     for w in student.packed:
         if w.latent is not None:
-            groups.append({"params": [w.latent], "lr": CODE_STEP * float(w.value.square().mean().sqrt())})
+            groups.append({"params": [w.latent], "lr": code_step * w.spacing()})
     adam = torch.optim.Adam(groups, betas=(0.9, 0.99))
-    steps = epochs * len(texts)
     rates = [group["lr"] for group in groups]
     order = torch.Generator().manual_seed(0)
     step = 0

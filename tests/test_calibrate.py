@@ -317,6 +317,82 @@ def test_layer_by_layer_beats_fixed_beats_nearest() -> None:
     assert FEEDBACK in notes.replace("\n", " ") or "error feedback" in notes
 
 
+def test_an_interrupted_rounding_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bytes as without interruption, finished blocks not rounded again, and no checkpoint of anything else taken for its own."""
+    from iqtorch.calibration import sequence
+
+    base = llama()
+
+    def pack(rounding: str = "yaqa", text: list[Tensor] | None = None, **more: object) -> dict[str, Tensor]:
+        recipe = {r"layers\..*proj": "iq3_k", "lm_head": "iq4_ks"}
+        calibration = tokens() if text is None else text
+        model = iqtorch.quantize_model(copy.deepcopy(base), recipe, calibration=calibration, rounding=rounding, progress=False, **more)  # type: ignore[arg-type]
+        return {n: p.to_blocks() for n, p in model.named_parameters() if isinstance(p, iqtorch.IQTensor)}
+
+    whole = pack()
+    finish, seen = sequence._Pairs.finish, []
+
+    def fails_in_the_second_block(self: object, name: str) -> object:
+        seen.append(name)
+        if "layers.1.mlp" in name and len(seen) < 8:
+            raise KeyboardInterrupt
+        return finish(self, name)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(sequence._Pairs, "finish", fails_in_the_second_block)
+    with pytest.raises(KeyboardInterrupt):
+        pack(checkpoint=tmp_path)
+    assert any("layers.0" in name for name in seen)
+    seen[:] = [""] * 8
+    again = pack(checkpoint=tmp_path)
+    assert not any("layers.0" in name for name in seen) and any("layers.1" in name for name in seen)
+    assert all(torch.equal(whole[n], again[n]) for n in whole)
+    for other in ({"rounding": "ldlq"}, {"text": tokens(batches=2)}):
+        with pytest.raises(CalibrationError, match="another text, model, recipe or setting"):
+            pack(checkpoint=tmp_path, **other)  # type: ignore[arg-type]
+    next(tmp_path.glob("*layers.0*")).write_bytes(b"x" * 50)
+    with pytest.raises(CalibrationError, match="damaged"):
+        pack(checkpoint=tmp_path)
+    with pytest.raises(CalibrationError, match="calibrated rounding"):
+        iqtorch.quantize_model(copy.deepcopy(base), "iq4_ks", checkpoint=tmp_path)
+
+
+def test_curvature_of_the_outputs(tmp_path: Path) -> None:
+    """Of a softmax right behind the layer it is the mean of diag(p) - p p^T; it is saved, loaded, and rounded by."""
+    torch.manual_seed(0)
+    head = nn.Linear(16, 5)
+    x = 2 * torch.randn(20000, 16)
+
+    class Logits(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = head
+
+        def forward(self, x: Tensor) -> object:
+            return transformers.modeling_outputs.CausalLMOutput(logits=self.head(x))
+
+    found = iqtorch.calibrate(Logits(), [x], curvature=True).curvature("head.weight")
+    p = torch.softmax(head(x).detach(), -1)
+    exact = torch.diag(p.mean(0)) - p.T @ p / len(p)
+    assert found is not None
+    torch.testing.assert_close(found, exact / exact.diagonal().mean(), rtol=0.1, atol=0.05)
+
+    base = llama()
+    without = iqtorch.calibrate(base, tokens())
+    with pytest.raises(CalibrationError, match="curvature=True"):
+        iqtorch.quantize_model(copy.deepcopy(base), "iq4_ks", calibration=without, rounding="yaqa", progress=False)
+    calibration = iqtorch.calibrate(base, tokens(), curvature=True)
+    assert all(p.requires_grad for p in base.parameters()) and all(p.grad is None for p in base.parameters())
+    calibration.save(tmp_path / "c.safetensors")
+    again = iqtorch.Calibration.load(tmp_path / "c.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    assert torch.equal(calibration.curvature(name), again.curvature(name))  # type: ignore[arg-type]
+    models = [
+        iqtorch.quantize_model(copy.deepcopy(base), {"layers": "iq4_ks"}, calibration=again, rounding=rounding, progress=False)  # type: ignore[arg-type]
+        for rounding in ("ldlq", "yaqa")
+    ]
+    assert not torch.equal(*(m.get_parameter(name).to_blocks() for m in models))
+
+
 def test_model_is_not_touched_by_the_passes() -> None:
     """Same outputs of the weights that are kept, flags and configuration as before."""
     model = llama(num_hidden_layers=1).train()

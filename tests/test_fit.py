@@ -99,6 +99,17 @@ def test_importance_is_used() -> None:
         fit(model, 5.5, batches(), {"strong.weight": torch.ones(7)}, formats=FORMATS)
 
 
+def test_calibration_is_used() -> None:
+    """Weights are measured as error feedback will round them, so less divergence is predicted, and found."""
+    torch.manual_seed(0)
+    base = Tiny()
+    calibration = iqtorch.calibrate(base, batches())
+    plain = fit(base, 4.6, batches(), formats=FORMATS)
+    found = fit(base, 4.6, batches(), formats=FORMATS, calibration=calibration)
+    assert found.sensitivity["strong.weight"] < plain.sensitivity["strong.weight"]
+    assert iqtorch.Recipe.fit(base, 6.0, batches(), calibration=calibration) != iqtorch.Recipe.default("iq4_nl")
+
+
 def test_refusals() -> None:
     with pytest.raises(RecipeError, match=r"smallest formats take 4\.500 .* target is 3"):
         fit(Tiny(), 3, batches(), formats=FORMATS)

@@ -7,10 +7,12 @@ tells which errors of a row cancel, so that the rounding of one weight can make 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 
 from torch import nn
 
 from ..encode.encoder import Objective
+from ..errors import CalibrationError
 from ..tensor import IQTensor
 from .moments import Batch, Calibration, Moments, calibrate
 from .rounding import quantize_calibrated
@@ -25,6 +27,7 @@ def round_weights(
     calibration: Calibration | Iterable[Batch],
     objective: Objective = "model",
     curvature: bool = False,
+    checkpoint: str | Path | None = None,
 ) -> Iterator[tuple[str, IQTensor, str]]:
     """Rounds the weights that calibration covers with error feedback: by a `Calibration` each for itself, by batches in sequence.
 
@@ -35,9 +38,18 @@ def round_weights(
         CalibrationError: calibration that does not fit the model.
     """
     if not isinstance(calibration, Calibration):
-        yield from quantize_in_sequence(model, targets, calibration, objective, curvature)
+        yield from quantize_in_sequence(model, targets, calibration, objective, curvature, checkpoint)
         return
+    if checkpoint is not None:
+        raise CalibrationError("checkpoint= is for rounding layer by layer: pass batches as calibration, not a Calibration")
+    if curvature and not any(calibration.curvature(t.name) is not None for t in targets):
+        raise CalibrationError("rounding='yaqa' needs the curvature in the outputs: iqtorch.calibrate(model, batches, curvature=True)")
     fitting = [(t, calibration.for_weight(t.name, t.matrix.shape)) for t in targets]
     for target, moments in fitting:
         if moments is not None:
-            yield (target.name, *quantize_calibrated(target.matrix, target.format, moments, objective))
+            yield (
+                target.name,
+                *quantize_calibrated(
+                    target.matrix, target.format, moments, objective, calibration.curvature(target.name) if curvature else None
+                ),
+            )

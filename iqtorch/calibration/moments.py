@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..errors import CalibrationError
 from ..importance import observe_inputs
+from .curvature import collect_curvature
 
 __all__ = ["Calibration", "Moments", "calibrate"]
 
@@ -74,12 +75,15 @@ class Calibration(Mapping[str, tuple[Moments, ...]]):
     Args:
         moments: by key.
         keys: parameter name -> key of its moments.
-        experts: names of the weights with one entry per expert.
+        curvatures: parameter name -> float32 `[N, N]`, the curvature of the loss in the layer's outputs, where it was asked for.
     """
 
-    def __init__(self, moments: Mapping[str, tuple[Moments, ...]], keys: Mapping[str, str]) -> None:
+    def __init__(
+        self, moments: Mapping[str, tuple[Moments, ...]], keys: Mapping[str, str], curvatures: Mapping[str, Tensor] | None = None
+    ) -> None:
         self._moments = dict(moments)
         self._keys = dict(keys)
+        self._curvatures = dict(curvatures or {})
 
     def __getitem__(self, name: str) -> tuple[Moments, ...]:
         return self._moments[self._keys[name]]
@@ -97,7 +101,12 @@ class Calibration(Mapping[str, tuple[Moments, ...]]):
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
-        return sum(t.nbytes for found in self._moments.values() for m in found for t in (m.matrix, m.sample))
+        tensors = [t for found in self._moments.values() for m in found for t in (m.matrix, m.sample)]
+        return sum(t.nbytes for t in (*tensors, *self._curvatures.values()))
+
+    def curvature(self, name: str) -> Tensor | None:
+        """float32 `[N, N]` with a mean diagonal of 1: the curvature of the loss in the outputs of a linear layer, if it is known."""
+        return self._curvatures.get(name)
 
     def for_weight(self, name: str, shape: torch.Size | tuple[int, ...]) -> tuple[Moments, ...] | None:
         """The moments for a weight `[N, K]` (one) or `[E, N, K]` (one per expert); None if there are none.
@@ -125,6 +134,7 @@ class Calibration(Mapping[str, tuple[Moments, ...]]):
             tokens[key] = [m.tokens for m in found]
             for i, m in enumerate(found):
                 tensors[f"{key}/{i}/matrix"], tensors[f"{key}/{i}/sample"] = m.matrix.contiguous(), m.sample.contiguous()
+        tensors |= {f"curvature/{name}": value.contiguous() for name, value in self._curvatures.items()}
         save_file(tensors, str(path), {"iqtorch.calibration": json.dumps({"version": 1, "tokens": tokens, "keys": self._keys})})
 
     @classmethod
@@ -145,9 +155,11 @@ class Calibration(Mapping[str, tuple[Moments, ...]]):
                     )
                     for key, counts in facts["tokens"].items()
                 }
+                names = [name.removeprefix("curvature/") for name in file.keys() if name.startswith("curvature/")]  # noqa: SIM118 (no dict)
+                curvatures = {name: file.get_tensor(f"curvature/{name}") for name in names}
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise CalibrationError(f"{path} is no calibration file, or damaged ({error}); write one with Calibration.save") from error
-        return cls(moments, facts["keys"])
+        return cls(moments, facts["keys"], curvatures)
 
 
 # -- collecting --------------------------------------------------------------------------------------------
@@ -232,7 +244,7 @@ class _Ignored:
         pass
 
 
-def calibrate(model: nn.Module, batches: Iterable[Batch], *, only: Collection[str] | None = None) -> Calibration:
+def calibrate(model: nn.Module, batches: Iterable[Batch], *, only: Collection[str] | None = None, curvature: bool = False) -> Calibration:
     """Runs the model on some text and collects the second moments of the inputs of its linear layers and experts.
 
     A layer with K inputs takes `4 K^2` bytes (twice that while collecting); layers fed by the same tensor (query, key and
@@ -242,6 +254,8 @@ def calibrate(model: nn.Module, batches: Iterable[Batch], *, only: Collection[st
         model: a model that is called with token ids, in any float dtype, on any device; its weights not yet packed.
         batches: int64 `[B, T]` token ids, or dictionaries of arguments. 100 000 tokens are plenty; fewer than K are too few.
         only: parameter names to watch, to bound the memory; None = all.
+        curvature: for `rounding="yaqa"`: also the curvature of the loss in the outputs of linear layers, by a backward pass per batch;
+            `4 N^2` bytes more for a layer with N outputs. Batches are kept.
 
     Returns:
         A `Calibration`, on the CPU.
@@ -254,6 +268,8 @@ def calibrate(model: nn.Module, batches: Iterable[Batch], *, only: Collection[st
     def make(name: str, experts: int | None) -> _Products | _Ignored:
         return _Products(name, experts, recent) if only is None or name in only else _Ignored()
 
+    if curvature:
+        batches = list(batches)
     found, _, _ = observe_inputs(model, checked_batches(model, batches), make)
     seen = {name: own for name, own in found.items() if isinstance(own, _Products) and own.source is not None}
     if not seen and (only is None or only):
@@ -265,7 +281,12 @@ def calibrate(model: nn.Module, batches: Iterable[Batch], *, only: Collection[st
         moments[name] = seen[name].moments()
         seen[name].total.clear()
         _report(name, moments[name])
-    return Calibration(moments, {name: own.source.name for name, own in seen.items() if own.source is not None})
+    curvatures: dict[str, Tensor] = {}
+    if curvature:
+        linear = {f"{path}.weight": module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
+        layers = {name: module for name, module in linear.items() if name in seen}
+        curvatures = {name: value.cpu() for name, value in collect_curvature(model, layers, batches).items()}
+    return Calibration(moments, {name: own.source.name for name, own in seen.items() if own.source is not None}, curvatures)
 
 
 def checked_batches(model: nn.Module, batches: Iterable[Batch]) -> Iterator[Batch]:

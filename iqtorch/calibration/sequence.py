@@ -16,6 +16,7 @@ import copy
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from ..errors import CalibrationError
 from ..formats import Format, get_format
 from ..linear import is_conv1d
 from ..tensor import IQTensor
+from .checkpoint import Checkpoint
 from .curvature import Curvatures, block_gradients, frozen
 from .moments import HELD_OUT, SAMPLE, Batch, Calibration, add_products, calibrate, checked_batches, zero_products
 from .rounding import DAMPING, FEEDBACK, NEAREST, best_of, quantize_calibrated, shrunk
@@ -66,7 +68,12 @@ class _Enough(Exception):
 
 
 def quantize_in_sequence(
-    model: nn.Module, targets: Sequence[Target], batches: Iterable[Batch], objective: Objective = "model", curvature: bool = False
+    model: nn.Module,
+    targets: Sequence[Target],
+    batches: Iterable[Batch],
+    objective: Objective = "model",
+    curvature: bool = False,
+    checkpoint: str | Path | None = None,
 ) -> Iterator[tuple[str, IQTensor, str]]:
     """Rounds the weights of a model with error feedback, in the order in which the text meets them.
 
@@ -78,6 +85,7 @@ def quantize_in_sequence(
         targets: the weights, as `[N, K]` or `[E, N, K]`.
         batches: int64 `[B, T]` token ids, or dictionaries of arguments.
         curvature: whether rows make up for each other too, by the curvature of the loss in the outputs (backward passes).
+        checkpoint: a folder for finished blocks: what is there already is not rounded again.
 
     Yields:
         Name, packed weight and a note, for each target that saw any input.
@@ -91,12 +99,19 @@ def quantize_in_sequence(
     chain = _find_chain(model)
     linears = _linears(chain, targets)
     others = [t for t in targets if t.name not in linears]
-    hidden, moments = _first_pass(model, chain, texts, [t.name for t in others])
-    for target in others:
-        if target.name in moments:
+    saved = Checkpoint(checkpoint, (objective, curvature), texts) if checkpoint is not None else None
+    finished = _finished(saved, "others", others)
+    hidden, moments = _first_pass(model, chain, texts, [t.name for t in others] if finished is None else [])
+    if finished is None:
+        finished = {}
+        for target in others:
             own = moments.for_weight(target.name, target.matrix.shape)
             if own is not None:
-                yield (target.name, *quantize_calibrated(target.matrix, target.format, own, objective))
+                finished[target.name] = quantize_calibrated(target.matrix, target.format, own, objective)
+        if saved is not None:
+            saved.save("others", _originals(others), finished)
+    for name, (weight, note) in finished.items():
+        yield name, weight, note
     full, packed = hidden, list(hidden)
     training = [module for module in model.modules() if module.training]
     model.eval()
@@ -107,11 +122,16 @@ def quantize_in_sequence(
             mine = {t.name: t for t in targets if t.name in linears and linears[t.name][0] is block}
             paths = {name: linears[name][1] for name in mine}
             twin = copy.deepcopy(block.module)
-            stages = _stages(block, list(paths.items()), full[0])
+            finished = _finished(saved, block.name, mine.values())
+            stages = _stages(block, list(paths.items()), full[0]) if finished is None else []
             watched = Curvatures({name: block.module.get_submodule(path) for name, path in paths.items()} if curvature else {})
             original = _Originals(block, [paths[names[0]] for names, _ in stages], watched)
             for i in range(len(texts)):
-                full[i] = original.run(i, full[i], gradients[b][i] if curvature else None)
+                full[i] = original.run(i, full[i], gradients[b][i] if curvature and finished is None else None)
+            for name, (weight, note) in (finished or {}).items():
+                _put(twin.get_submodule(paths[name]), weight)
+                yield name, weight, note
+            found: dict[str, tuple[IQTensor, str]] = {}
             for names, calls in stages:
                 path = paths[names[0]]
                 seen = _Pairs()
@@ -121,15 +141,30 @@ def quantize_in_sequence(
                 statistics = seen.finish(names[0])
                 for name in names:
                     weight, note = statistics.round(mine[name].matrix, mine[name].format, objective, watched.mean(name))
-                    layer: Any = twin.get_submodule(paths[name])
-                    decoded = weight.dequantize(torch.float32).to(layer.weight)
-                    layer.weight = nn.Parameter(decoded.T if is_conv1d(layer) else decoded, requires_grad=False)
+                    _put(twin.get_submodule(paths[name]), weight)
+                    found[name] = weight, note
                     yield name, weight, note
+            if saved is not None and finished is None:
+                saved.save(block.name, _originals(mine.values()), found)
             for i in range(len(texts)):
                 packed[i] = block.run(twin, i, packed[i])
     finally:
         for module in training:
             module.training = True
+
+
+def _put(layer: Any, weight: IQTensor) -> None:
+    """Gives a layer the decoded weight."""
+    decoded = weight.dequantize(torch.float32).to(layer.weight)
+    layer.weight = nn.Parameter(decoded.T if is_conv1d(layer) else decoded, requires_grad=False)
+
+
+def _originals(targets: Iterable[Target]) -> dict[str, tuple[Tensor, str]]:
+    return {t.name: (t.matrix, t.format.name) for t in targets}
+
+
+def _finished(saved: Checkpoint | None, part: str, targets: Iterable[Target]) -> dict[str, tuple[IQTensor, str]] | None:
+    return None if saved is None else saved.load(part, _originals(targets))
 
 
 # -- the model as a chain of blocks ------------------------------------------------------------------------

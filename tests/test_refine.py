@@ -1,0 +1,101 @@
+"""Distillation of scales, norms and codes: it lowers the divergence, the bytes hold what was trained, and it never makes a model worse."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import iqtorch
+from iqtorch.errors import CalibrationError
+from iqtorch.refine import _Weight, refine
+
+transformers = pytest.importorskip("transformers")
+
+
+def llama() -> nn.Module:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=256, intermediate_size=256, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, vocab_size=64,
+        initializer_range=0.1, tie_word_embeddings=False,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def tokens(batches: int = 9) -> list[Tensor]:
+    g = torch.Generator().manual_seed(1)
+    return [torch.randint(64, (4, 32), generator=g) for _ in range(batches)]
+
+
+def packed(base: nn.Module, name: str) -> nn.Module:
+    return iqtorch.quantize_model(copy.deepcopy(base), {"_proj": name}, progress=False)
+
+
+def blocks_of(model: nn.Module) -> dict[str, Tensor]:
+    return {n: p.to_blocks().clone() for n, p in model.named_parameters() if isinstance(p, iqtorch.IQTensor)}
+
+
+@pytest.mark.parametrize("name", ["iq2_k", "q2_k", "iq4_ks", "iq2_xxs"])
+@pytest.mark.parametrize("codes", [False, True])
+def test_divergence_falls_and_is_what_the_bytes_give(name: str, codes: bool) -> None:
+    base = llama()
+    model = packed(base, name)
+    before = blocks_of(model)
+    found = refine(model, base, tokens(), epochs=8 if codes else 3, codes=codes)
+    assert found.kept and found.after < found.before
+    assert (found.codes > 0) == codes
+    after = blocks_of(model)
+    assert any(not torch.equal(before[n], after[n]) for n in before)
+    if not codes:  # only what is stored of d and dmin
+        fmt = iqtorch.get_format(name)
+        for n, old in before.items():
+            a, b = fmt.unpack(old), fmt.unpack(after[n])
+            assert all(torch.equal(a[f], b[f]) for f in a if f not in ("d", "dmin"))
+    aside = tokens()[7]
+    with torch.no_grad():
+        ours = torch.log_softmax(iqtorch_float(model)(aside).logits, -1)
+        theirs = torch.log_softmax(base(aside).logits, -1)
+    assert float((theirs.exp() * (theirs - ours)).sum(-1).mean()) == pytest.approx(found.after, rel=1e-3)
+
+
+def iqtorch_float(model: nn.Module) -> nn.Module:
+    """The model with decoded weights: no rounding of activations."""
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        for name, value in list(module._parameters.items()):
+            if isinstance(value, iqtorch.IQTensor):
+                module._parameters[name] = nn.Parameter(value.dequantize(torch.float32), requires_grad=False)
+    return model
+
+
+@pytest.mark.parametrize("name", [n for n in iqtorch.list_formats() if iqtorch.get_format(n).plain is None])
+def test_untouched_weights_keep_their_bytes(name: str) -> None:
+    weight = iqtorch.quantize(torch.randn(3, 256, generator=torch.Generator().manual_seed(0)), name)
+    own = _Weight("w", nn.Linear(1, 1), "weight", weight, codes=False)
+    torch.testing.assert_close(own.dense().detach(), weight.dequantize(torch.float32), rtol=1e-6, atol=1e-9)
+    assert torch.equal(own.packed().to_blocks(), weight.to_blocks())
+
+
+def test_a_worse_model_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    monkeypatch.setattr(sys.modules["iqtorch.refine"], "SCALE_STEP", 3.0)
+    base = llama()
+    model = packed(base, "iq4_ks")
+    before, norms = blocks_of(model), {n: p.clone() for n, p in model.named_parameters() if p.ndim == 1}
+    found = refine(model, base, tokens(4))
+    assert not found.kept and found.after >= found.before and "left as it was" in str(found)
+    assert all(torch.equal(value, before[n]) for n, value in blocks_of(model).items())
+    assert all(torch.equal(p, norms[n]) for n, p in model.named_parameters() if n in norms)
+
+
+def test_refusals() -> None:
+    base = llama()
+    with pytest.raises(CalibrationError, match="two batches"):
+        refine(packed(base, "iq4_ks"), base, tokens(1))
+    with pytest.raises(CalibrationError, match="no packed linear layer"):
+        refine(copy.deepcopy(base), base, tokens(2))
+    with pytest.raises(CalibrationError, match="own tokenizer"):
+        refine(packed(base, "iq4_ks"), base, [torch.full((1, 8), 64)] * 2)
