@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -45,7 +45,7 @@ class Refinement:
     """What `refine` did.
 
     Attributes:
-        before, after: mean KL divergence from the base on the batches kept aside, in nats per token.
+        before, after: mean KL divergence from the base on the batches kept aside, in nats per token; after the best epoch.
         kept: whether the model was changed: not if that would not have lowered the divergence.
         steps: steps of training.
         scales: number of scales that were free.
@@ -87,7 +87,8 @@ def refine(
         codes: whether codes may change.
 
     Returns:
-        What was done. Where the divergence on the batches kept aside does not fall, the model is left as it was.
+        What was done. The model becomes what it was after the epoch with the least divergence on the batches kept aside, and is left
+        as it was if that does not fall.
 
     Raises:
         CalibrationError: fewer than two batches, token ids that the model does not have, no packed linear layer, or a divergence that is
@@ -108,23 +109,28 @@ def refine(
     model.eval()
     base.eval()
     try:
-        before = student.divergence(base, aside)
-        _train(student, base, used, epochs)
-        student.store()
-        after = student.divergence(base, aside)
+        before = best = after = student.divergence(base, aside)
+        found: list[IQTensor] | None = None
+        changed = 0.0
+        for _ in _train(student, base, used, epochs):
+            student.store()
+            after = student.divergence(base, aside)
+            if after < best:
+                best, found = after, [weight.packed() for weight in packed]
+                values = {name: value.detach().clone() for name, value in dense.items()}
+                changed = sum(w.changed() for w in packed) / sum(w.code.numel() for w in packed)
     finally:
         for module in training:
             module.training = True
-    if not math.isfinite(after):
-        raise CalibrationError(f"the divergence became {after}; use more text, or float32")
-    kept = after < before
-    changed = sum(w.changed() for w in packed) / sum(w.code.numel() for w in packed)
-    if kept:
-        for weight in packed:
-            set_weight(weight.module, weight.attribute, weight.packed())
+    if not math.isfinite(before):
+        raise CalibrationError(f"the divergence from the base is {before}; look for NaN or Inf in the models, or use float32")
+    if found is not None:
+        for weight, value in zip(packed, found, strict=True):
+            set_weight(weight.module, weight.attribute, value)
         for name, parameter in free.items():
-            parameter.data.copy_(dense[name])
-    result = Refinement(before, after, kept, epochs * len(used), sum(w.factors.numel() for w in packed), changed if kept else 0.0)
+            parameter.data.copy_(values[name])
+    scales = sum(w.factors.numel() for w in packed)
+    result = Refinement(before, after if found is None else best, found is not None, epochs * len(used), scales, changed)
     logger.info("refine: %s", result)
     return result
 
@@ -256,7 +262,8 @@ def _divergence(ours: Tensor, base: Tensor) -> Tensor:
     return (base.exp() * (base - ours)).sum(-1).mean()
 
 
-def _train(student: _Student, base: nn.Module, texts: Sequence[Tensor | Mapping[str, Any]], epochs: int) -> None:
+def _train(student: _Student, base: nn.Module, texts: Sequence[Tensor | Mapping[str, Any]], epochs: int) -> Iterator[None]:
+    """Yields after each epoch."""
     steps = epochs * len(texts)
     code_step = min(CODE_STEP, 2 * CODE_TRAVEL / steps)  # the rate is half its largest on average
     groups: list[dict[str, Any]] = [{"params": [w.factors for w in student.packed], "lr": SCALE_STEP}]
@@ -283,6 +290,7 @@ def _train(student: _Student, base: nn.Module, texts: Sequence[Tensor | Mapping[
             loss.backward()
             adam.step()
             step += 1
+        yield
 
 
 def _packed_weights(model: nn.Module, codes: bool) -> list[_Weight]:
