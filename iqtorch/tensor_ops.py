@@ -107,7 +107,8 @@ def _product(x: Tensor, w: IQTensor, bias: Tensor | None, transposed: bool) -> T
     if w.leading:
         raise ShapeError(f"a linear product needs a 2-D weight, got shape {tuple(w.shape)}; select one expert, or use grouped_mm")
     inner, outer = (w.rows, w.k) if transposed else (w.k, w.rows)
-    if x.dim() == 0 or x.size(-1) != inner:
+    shape = x.shape  # asking once is what small products are sensitive to
+    if not shape or shape[-1] != inner:
         raise ShapeError(
             f"activations of shape {tuple(x.shape)} do not fit a weight of shape {tuple(w.shape)}: the last dimension must be {inner}"
         )
