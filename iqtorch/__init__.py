@@ -12,6 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from .formats import Format, format_by_ggml_type, get_format, list_formats
+from .fuse import fuse, unfuse
 from .hf.hook import install as install_hook
 from .linear import Conv1d, Embedding, Linear
 from .model import quantize_model
@@ -32,6 +33,7 @@ __all__ = [
     "Linear",
     "Recipe",
     "format_by_ggml_type",
+    "fuse",
     "get_format",
     "kernel_info",
     "list_formats",
@@ -41,6 +43,7 @@ __all__ = [
     "set_activation_precision",
     "set_backend",
     "set_fallback",
+    "unfuse",
 ]
 
 #: Loaded on first use: name -> module and attribute ("" = the module itself).

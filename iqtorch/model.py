@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .encode import Objective, Speed
 from .errors import CalibrationError, ImportanceError
 from .formats import get_format
+from .fuse import fuse as fuse_projections
 from .hf import adopt
 from .linear import is_conv1d, is_pointwise, matrix_of, packable, set_weight
 from .quantize import ROUNDINGS, Rounding, check_finite, check_importance, check_options, check_weight, quantize
@@ -224,6 +225,7 @@ def quantize_model(
     objective: Objective = "model",
     speed: Speed = "default",
     skip: Iterable[str] = (),
+    fuse: bool = False,
     progress: bool = True,
 ) -> M:
     """Packs the weights of a model, in place.
@@ -249,6 +251,7 @@ def quantize_model(
             on after them. Remove it at the end.
         objective, speed: as in `iqtorch.quantize`; `speed` is that of rounding to nearest.
         skip: regular expressions, searched in parameter names: those weights are kept.
+        fuse: compute projections of the same activations in one call, see `iqtorch.fuse`.
         progress: show a progress bar.
 
     Returns:
@@ -279,6 +282,8 @@ def quantize_model(
         check_finite(site.matrix, site.name)
     packed = list(_progress(_packed(model, plan, calibration, rounding, checkpoint, objective, speed, notes), plan, progress))
     install_packed(model, packed, notes, chosen)
+    if fuse:
+        fuse_projections(model)
     return model
 
 

@@ -47,6 +47,11 @@ class Backend(Protocol):
     def linear(self, x: Tensor, data: Tensor, fmt: Format, rows: int, bias: Tensor | None, precision: int) -> Tensor:
         """`x [..., K]` times the transposed matrix, plus bias: `[..., rows]`. `precision` as in `activation_precision`."""
 
+    def linear_many(
+        self, x: Tensor, data: list[Tensor], fmts: list[Format], rows: list[int], biases: list[Tensor | None], precision: int
+    ) -> list[Tensor]:
+        """`linear` of the same activations with several matrices: the same bits."""
+
     def linear_transposed(self, g: Tensor, data: Tensor, fmt: Format, k: int) -> Tensor:
         """`g [..., rows]` times the matrix: `[..., K]`."""
 

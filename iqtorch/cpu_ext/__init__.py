@@ -152,6 +152,13 @@ def linear(x: Tensor, data: Tensor, fmt: Format, rows: int, bias: Tensor | None,
     return _linear(x, data, fmt.ggml_type, rows, bias, precision)
 
 
+def linear_many(
+    x: Tensor, data: list[Tensor], fmts: list[Format], rows: list[int], biases: list[Tensor | None], precision: int
+) -> list[Tensor]:
+    """`linear` of the same activations with several matrices: bit for bit the same results."""
+    return torch.ops.iqtorch_cpu.linear_many.default(x, data, [fmt.ggml_type for fmt in fmts], rows, biases, precision)
+
+
 def linear_transposed(g: Tensor, data: Tensor, fmt: Format, k: int) -> Tensor:
     """`g [..., rows]` times the matrix: `[..., K]`, always in float precision."""
     return torch.ops.iqtorch_cpu.linear_transposed.default(g, data, fmt.ggml_type, k)
@@ -190,6 +197,10 @@ def _register_fakes() -> None:
     @fake("iqtorch_cpu::linear")
     def _(x: Tensor, data: Tensor, format: int, rows: int, bias: Tensor | None, precision: int) -> Tensor:
         return x.new_empty((*x.shape[:-1], rows))
+
+    @fake("iqtorch_cpu::linear_many")
+    def _(x: Tensor, data: list[Tensor], formats: list[int], rows: list[int], bias: list[Tensor | None], precision: int) -> list[Tensor]:
+        return [x.new_empty((*x.shape[:-1], n)) for n in rows]
 
     @fake("iqtorch_cpu::linear_transposed")
     def _(g: Tensor, data: Tensor, format: int, k: int) -> Tensor:

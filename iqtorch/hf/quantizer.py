@@ -296,7 +296,7 @@ class IQQuantizer(HfQuantizer):
                     if id(parameter) not in plain:
                         plain[id(parameter)] = nn.Parameter(parameter.dequantize(dtype))
                     module._parameters[name] = plain[id(parameter)]
-        del model._weight_conversions
+        vars(model).pop("_weight_conversions", None)  # a model that was never loaded has none
         return model
 
 

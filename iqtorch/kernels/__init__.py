@@ -88,6 +88,13 @@ def linear(x: Tensor, data: Tensor, fmt: Format, rows: int, bias: Tensor | None,
     return torch.ops.iqtorch_triton.linear.default(x, data, fmt.ggml_type, rows, bias, precision)
 
 
+def linear_many(
+    x: Tensor, data: list[Tensor], fmts: list[Format], rows: list[int], biases: list[Tensor | None], precision: int
+) -> list[Tensor]:
+    """`linear` of the same activations with several matrices."""
+    return [linear(x, *matrix, precision) for matrix in zip(data, fmts, rows, biases, strict=True)]
+
+
 def linear_transposed(g: Tensor, data: Tensor, fmt: Format, k: int) -> Tensor:
     """`g [..., rows]` times the matrix: `[..., K]`."""
     return torch.ops.iqtorch_triton.linear_transposed.default(g, data, fmt.ggml_type, k)

@@ -94,51 +94,6 @@ const Format& format_of(int64_t type, const Tensor& data) {
   return find_format(type);
 }
 
-// y = x W^T + bias for contiguous x [m, k] and y [m, rows].
-void multiply(const Packed& w, const void* x, DType dtype, int64_t m, const float* bias, void* y, bool int8) {
-  const Kernels& kern = kernels();
-  const int64_t k = w.full.k, rows = w.full.rows + w.tail_rows, cells = k / kCell, groups = w.full.format->i.groups;
-  Activations act{m, k, nullptr, nullptr, nullptr, nullptr, nullptr};
-  // `run(matrix, output)` for the full groups of rows and for the rest
-  const auto each_part = [&](const auto& run) {
-    if (w.full.rows) run(w.full, Output{y, dtype, rows, bias});
-    if (w.tail_rows)
-      run(tail_of(w), Output{static_cast<char*>(y) + w.full.rows * element_size(dtype), dtype, rows, bias ? bias + w.full.rows : nullptr});
-  };
-  if (kern.linear_tiled && m >= kTiledRows) {
-    uint16_t* tiled = scratch<uint16_t>(1, kern.tiled_bytes(m, k) / 2);
-    parallel(ceil_div(m, 32), m * k, [&](int64_t a, int64_t b) { kern.tile(x, dtype, m, k, tiled, a, b); });
-    act.tiled = tiled;
-    each_part([&](const Matrix& part, const Output& out) {
-      const int64_t row_groups = ceil_div(part.rows, kRows);
-      parallel(ceil_div(row_groups, 2), m * part.rows * k, [&](int64_t a, int64_t b) {
-        kern.linear_tiled(part, act, out, scratch<float>(6, kern.tiled_scratch()), 2 * a, std::min(2 * b, row_groups));
-      });
-    });
-    return;
-  }
-  const float* wide = static_cast<const float*>(x);
-  if (dtype != kFloat32) {
-    float* converted = scratch<float>(0, m * k);
-    parallel(m, m * k, [&](int64_t a, int64_t b) { kern.to_float(static_cast<const char*>(x) + 2 * a * k, dtype, converted + a * k, (b - a) * k); });
-    wide = converted;
-  }
-  if (int8) {
-    int8_t* q = scratch<int8_t>(1, m * k);
-    float* scale = scratch<float>(2, m * cells);
-    float* sums = scratch<float>(3, m * cells * groups);
-    parallel(m, m * k, [&](int64_t a, int64_t b) {
-      for (int64_t i = a; i < b; ++i) kern.quantize(wide + i * k, k, (int)groups, i, m, q, scale, sums);
-    });
-    act.q = q, act.scale = scale, act.sums = sums;
-  } else {
-    act.x = wide;
-  }
-  each_part([&](const Matrix& part, const Output& out) {
-    parallel(ceil_div(part.rows, kRows), m * part.rows * k, [&](int64_t a, int64_t b) { kern.linear(part, act, out, a, b); });
-  });
-}
-
 // bias as float32, or null.
 const float* bias_of(const std::optional<Tensor>& bias, int64_t rows, std::optional<Tensor>& keep) {
   if (!bias) return nullptr;
@@ -149,6 +104,67 @@ const float* bias_of(const std::optional<Tensor>& bias, int64_t rows, std::optio
   float* wide = scratch<float>(4, rows);
   kernels().to_float(keep->const_data_ptr(), dtype, wide, rows);
   return wide;
+}
+
+// One of the products of the same activations: y = x W^T + bias, y contiguous [m, rows].
+struct Product {
+  Packed w;
+  const std::optional<Tensor>* bias;
+  void* y;
+};
+
+// For contiguous x [m, k]; activations are prepared once for all products.
+void multiply(const std::vector<Product>& products, const void* x, DType dtype, int64_t m, int64_t k, bool int8) {
+  const Kernels& kern = kernels();
+  const int64_t cells = k / kCell;
+  Activations act{m, k, nullptr, nullptr, nullptr, nullptr, nullptr};
+  // `run(matrix, output)` for the full groups of rows of a matrix and for the rest
+  const auto each_part = [&](const Product& p, const auto& run) {
+    const Packed& w = p.w;
+    const int64_t rows = w.full.rows + w.tail_rows;
+    std::optional<Tensor> keep;
+    const float* bias = bias_of(*p.bias, rows, keep);
+    if (w.full.rows) run(w.full, Output{p.y, dtype, rows, bias});
+    if (w.tail_rows)
+      run(tail_of(w), Output{static_cast<char*>(p.y) + w.full.rows * element_size(dtype), dtype, rows, bias ? bias + w.full.rows : nullptr});
+  };
+  if (kern.linear_tiled && m >= kTiledRows) {
+    uint16_t* tiled = scratch<uint16_t>(1, kern.tiled_bytes(m, k) / 2);
+    parallel(ceil_div(m, 32), m * k, [&](int64_t a, int64_t b) { kern.tile(x, dtype, m, k, tiled, a, b); });
+    act.tiled = tiled;
+    for (const Product& product : products)
+      each_part(product, [&](const Matrix& part, const Output& out) {
+        const int64_t row_groups = ceil_div(part.rows, kRows);
+        parallel(ceil_div(row_groups, 2), m * part.rows * k, [&](int64_t a, int64_t b) {
+          kern.linear_tiled(part, act, out, scratch<float>(6, kern.tiled_scratch()), 2 * a, std::min(2 * b, row_groups));
+        });
+      });
+    return;
+  }
+  const float* wide = static_cast<const float*>(x);
+  if (dtype != kFloat32) {
+    float* converted = scratch<float>(0, m * k);
+    parallel(m, m * k, [&](int64_t a, int64_t b) { kern.to_float(static_cast<const char*>(x) + 2 * a * k, dtype, converted + a * k, (b - a) * k); });
+    wide = converted;
+  }
+  if (!int8) act.x = wide;
+  int64_t prepared = 0;  // parts of a cell for which there are sums
+  for (const Product& product : products) {
+    const int64_t groups = product.w.full.format->i.groups;
+    if (int8 && groups != prepared) {
+      int8_t* q = scratch<int8_t>(1, m * k);
+      float* scale = scratch<float>(2, m * cells);
+      float* sums = scratch<float>(3, m * cells * groups);
+      parallel(m, m * k, [&](int64_t a, int64_t b) {
+        for (int64_t i = a; i < b; ++i) kern.quantize(wide + i * k, k, (int)groups, i, m, q, scale, sums);
+      });
+      act.q = q, act.scale = scale, act.sums = sums;
+      prepared = groups;
+    }
+    each_part(product, [&](const Matrix& part, const Output& out) {
+      parallel(ceil_div(part.rows, kRows), m * part.rows * k, [&](int64_t a, int64_t b) { kern.linear(part, act, out, a, b); });
+    });
+  }
 }
 
 std::vector<int64_t> with_last(const Tensor& x, int64_t last) {
@@ -166,20 +182,32 @@ Tensor empty(const std::vector<int64_t>& sizes, ScalarType type) {
   return Tensor(handle);
 }
 
-Tensor linear(const Tensor& x, const Tensor& data, int64_t format, int64_t rows, const std::optional<Tensor>& bias, int64_t precision) {
+std::vector<Tensor> linear_many(const Tensor& x, const std::vector<Tensor>& data, const std::vector<int64_t>& formats,
+                                const std::vector<int64_t>& rows, const std::vector<std::optional<Tensor>>& bias, int64_t precision) {
+  const size_t count = data.size();
   STD_TORCH_CHECK(x.dim() >= 1, "activations need at least one dimension");
-  const Format& f = format_of(format, data);
+  STD_TORCH_CHECK(formats.size() == count && rows.size() == count && bias.size() == count, "as many formats, rows and biases as weights");
   const ScalarType type = x.scalar_type();
   const DType dtype = dtype_of(type, "activations");
   const int64_t k = x.size(-1);
-  const Packed w = packed_of(f, data.const_data_ptr<uint8_t>(), data.numel(), rows, k);
-  Tensor y = empty(with_last(x, rows), type);
+  std::vector<Product> products;
+  std::vector<Tensor> results;
+  for (size_t i = 0; i < count; ++i) {
+    const Format& f = format_of(formats[i], data[i]);
+    const Packed w = packed_of(f, data[i].const_data_ptr<uint8_t>(), data[i].numel(), rows[i], k);
+    results.push_back(empty(with_last(x, rows[i]), type));
+    products.push_back({w, &bias[i], results[i].mutable_data_ptr()});
+  }
   const int64_t m = x.numel() / k;
-  if (m == 0) return y;
-  std::optional<Tensor> keep_x, keep_bias;
+  if (m == 0) return results;
+  std::optional<Tensor> keep_x;
   if (!x.is_contiguous()) keep_x = torch::stable::contiguous(x);
-  multiply(w, (keep_x ? *keep_x : x).const_data_ptr(), dtype, m, bias_of(bias, rows, keep_bias), y.mutable_data_ptr(), precision != 0);
-  return y;
+  multiply(products, (keep_x ? *keep_x : x).const_data_ptr(), dtype, m, k, precision != 0);
+  return results;
+}
+
+Tensor linear(const Tensor& x, const Tensor& data, int64_t format, int64_t rows, const std::optional<Tensor>& bias, int64_t precision) {
+  return linear_many(x, {data}, {format}, {rows}, {bias}, precision)[0];
 }
 
 // out [m, k] = g [m, rows] W for contiguous float32 g.
@@ -287,11 +315,12 @@ Tensor grouped_linear(const Tensor& x, const Tensor& data, const Tensor& offsets
   const int32_t* end = static_cast<const int32_t*>(ends.const_data_ptr());
   const char* in = static_cast<const char*>(flat.const_data_ptr());
   char* out = static_cast<char*>(y.mutable_data_ptr());
+  const std::optional<Tensor> none;
   int64_t start = 0;
   for (int64_t e = 0; e < data.size(0); ++e) {
     const Packed w = packed_of(f, data.const_data_ptr<uint8_t>() + e * bytes, bytes, rows, k);
     STD_TORCH_CHECK(end[e] >= start && end[e] <= tokens, "offsets must not decrease nor pass ", tokens, ", got ", end[e], " after ", start);
-    if (end[e] > start) multiply(w, in + start * k * size, dtype, end[e] - start, nullptr, out + start * rows * size, precision != 0);
+    if (end[e] > start) multiply({{w, &none, out + start * rows * size}}, in + start * k * size, dtype, end[e] - start, k, precision != 0);
     start = end[e];
   }
   std::memset(out + start * rows * size, 0, (tokens - start) * rows * size);
@@ -349,6 +378,7 @@ void isa_select(std::string name) { select_isa(name); }
 
 STABLE_TORCH_LIBRARY(iqtorch_cpu, m) {
   m.def("linear(Tensor x, Tensor data, int format, int rows, Tensor? bias, int precision) -> Tensor");
+  m.def("linear_many(Tensor x, Tensor[] data, int[] formats, int[] rows, Tensor?[] bias, int precision) -> Tensor[]");
   m.def("linear_transposed(Tensor g, Tensor data, int format, int k) -> Tensor");
   m.def("dequantize(Tensor data, int format, int rows, int k, ScalarType dtype) -> Tensor");
   m.def("embedding(Tensor ids, Tensor data, int format, int rows, int k, ScalarType dtype) -> Tensor");
@@ -362,6 +392,7 @@ STABLE_TORCH_LIBRARY(iqtorch_cpu, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(iqtorch_cpu, CPU, m) {
   m.impl("linear", TORCH_BOX(&linear));
+  m.impl("linear_many", TORCH_BOX(&linear_many));
   m.impl("linear_transposed", TORCH_BOX(&linear_transposed));
   m.impl("dequantize", TORCH_BOX(&dequantize));
   m.impl("embedding", TORCH_BOX(&embedding));
