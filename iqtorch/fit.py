@@ -43,6 +43,7 @@ class Fit:
         recipe: an exact rule for each weight; weights without one are kept.
         bits_per_weight: of all weights that are packed, row headers included.
         predicted_kl: expected mean KL divergence from the original model, in nats per token, on text like the batches.
+        achieved_kl: the same as measured with the recipe on the batches; None if that was not asked for.
         formats: parameter name -> format.
         sensitivity: parameter name -> mean KL divergence measured with this weight alone in the probe format.
     """
@@ -50,13 +51,14 @@ class Fit:
     recipe: Recipe
     bits_per_weight: float
     predicted_kl: float
+    achieved_kl: float | None
     formats: dict[str, str]
     sensitivity: dict[str, float]
 
     def __str__(self) -> str:
-        return (
-            f"{len(self.formats)} weights, {self.bits_per_weight:.3f} bits per weight, predicted KL divergence {self.predicted_kl:.5f} nats"
-        )
+        achieved = "" if self.achieved_kl is None else f", achieved {self.achieved_kl:.5f}"
+        size = f"{len(self.formats)} weights, {self.bits_per_weight:.3f} bits per weight"
+        return f"{size}, KL divergence in nats: predicted {self.predicted_kl:.5f}{achieved}"
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ def fit(
     skip: Sequence[str] = (),
     rows: int = 64,
     calibration: Calibration | None = None,
+    measure: bool = True,
 ) -> Fit:
     """A recipe for a model, of at most `target_bpw` bits per packed weight.
 
@@ -98,6 +101,7 @@ def fit(
         rows: rows of each weight on which the errors of the formats are compared.
         calibration: if the model is to be rounded with error feedback: the weights that it covers are rounded so when their
             sensitivity is measured, and it takes the place of their importance.
+        measure: measure what the recipe achieves, too: every weight is quantized once more, and a copy of all is held meanwhile.
 
     Raises:
         RecipeError: no batches, or not even the smallest formats reach the target.
@@ -116,14 +120,8 @@ def fit(
         weights = check_importance(lookup_importance(table, site), site.matrix, site.name)
         allowed = _fitting(candidates, site.matrix.shape[-1])
         measured = _fitting([chosen], site.matrix.shape[-1])[0]
-        moments = calibration.for_weight(site.name, site.matrix.shape) if calibration is not None else None
-        if calibration is not None and moments is not None:
-            packed, _ = quantize_calibrated(site.matrix, measured, moments, objective, calibration.curvature(site.name))
-            own = [m.importance.to(site.matrix.device) for m in moments]
-            weights = torch.stack(own) if site.matrix.ndim == 3 else own[0]
-        else:
-            packed = quantize(site.matrix, measured, weights, objective, name=site.name)
-        sensitivity[site.name] = reference.divergence(site, packed.dequantize())
+        probed, weights = _rounded(site, measured, weights, objective, calibration)
+        sensitivity[site.name] = reference.divergence([(site, probed)])
         errors = {f: _error(site.matrix, f, weights, objective, rows) for f in {measured, *allowed}}
         ratio = sensitivity[site.name] / max(errors[measured], 1e-30)
         options[site.name] = _hull([_Option(f.name, _bits(f, site.matrix.shape), ratio * errors[f]) for f in allowed])
@@ -133,13 +131,29 @@ def fit(
     names = {name: option.format for name, option in found.items()}
     recipe = Recipe(None, tuple((f"^{re.escape(name)}$", fmt) for name, fmt in names.items()))
     bits = sum(option.bits for option in found.values())
-    result = Fit(recipe, bits / count, sum(option.cost for option in found.values()), names, sensitivity)
-    if result.bits_per_weight > target_bpw:
-        raise RecipeError(
-            f"the smallest formats take {result.bits_per_weight:.3f} bits per weight, the target is {target_bpw}; allow smaller ones"
+    if bits / count > target_bpw:
+        raise RecipeError(f"the smallest formats take {bits / count:.3f} bits per weight, the target is {target_bpw}; allow smaller ones")
+    achieved = None
+    if measure:
+        achieved = reference.divergence(
+            (site, _rounded(site, get_format(names[site.name]), lookup_importance(table, site), objective, calibration)[0])
+            for site in sites
         )
+    result = Fit(recipe, bits / count, sum(option.cost for option in found.values()), achieved, names, sensitivity)
     logger.info("%s", result)
     return result
+
+
+def _rounded(
+    site: Site, fmt: Format, weights: Tensor | None, objective: Objective, calibration: Calibration | None
+) -> tuple[Tensor, Tensor | None]:
+    """A weight as a format gives it back, and its importance: that of the calibration, if it covers the weight."""
+    moments = calibration.for_weight(site.name, site.matrix.shape) if calibration is not None else None
+    if calibration is None or moments is None:
+        return quantize(site.matrix, fmt, weights, objective, name=site.name).dequantize(), weights
+    packed, _ = quantize_calibrated(site.matrix, fmt, moments, objective, calibration.curvature(site.name))
+    own = [m.importance.to(site.matrix.device) for m in moments]
+    return packed.dequantize(), torch.stack(own) if site.matrix.ndim == 3 else own[0]
 
 
 class _Reference:
@@ -162,12 +176,14 @@ class _Reference:
             self.model.train(training)
         return torch.log_softmax(getattr(out, "logits", out).float(), -1)
 
-    def divergence(self, site: Site, value: Tensor) -> float:
-        """Mean KL divergence with another value `[.., N, K]` in place of a weight."""
-        original = site.weight.detach().clone()
+    def divergence(self, values: Iterable[tuple[Site, Tensor]]) -> float:
+        """Mean KL divergence with other values `[.., N, K]` in place of some weights; each is made when it is put in place."""
+        originals: list[tuple[Site, Tensor]] = []
         try:
             with torch.no_grad():
-                site.matrix.copy_(value)  # a view of the weight
+                for site, value in values:
+                    originals.append((site, site.weight.detach().clone()))
+                    site.matrix.copy_(value)  # a view of the weight
             total = tokens = 0.0
             for batch, base in zip(self.batches, self.log_probs, strict=True):
                 base = base.to(batch.device)
@@ -175,7 +191,8 @@ class _Reference:
                 tokens += batch.numel()
         finally:
             with torch.no_grad():
-                site.weight.copy_(original)
+                for site, original in originals:
+                    site.weight.copy_(original)
         return max(total / tokens, 0.0)
 
 

@@ -7,6 +7,7 @@ The mixes are those of ik_llama.cpp (src/llama-quantize.cpp, `llama_tensor_get_t
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -228,14 +229,19 @@ class Recipe:
         importance: Mapping[str, Tensor] | str | None = None,
         *,
         calibration: Calibration | None = None,
+        progress: bool = True,
     ) -> Recipe:
         """The best formats for a model of at most `target_bpw` bits per packed weight, by measured sensitivities.
 
-        `iqtorch.fit.fit` has more choices and also returns what it measured and predicts; arguments and errors as there.
+        The size, and the predicted and achieved divergence are printed on standard error if `progress`. `iqtorch.fit.fit` has
+        more choices, and returns all that it measured; arguments and errors as there.
         """
         from .fit import fit
 
-        return fit(model, target_bpw, batches, importance, calibration=calibration).recipe
+        found = fit(model, target_bpw, batches, importance, calibration=calibration, measure=progress)
+        if progress:
+            print(found, file=sys.stderr)
+        return found.recipe
 
     @classmethod
     def load(cls, path: str | Path) -> Recipe:

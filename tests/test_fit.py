@@ -61,7 +61,9 @@ def test_fitted_recipe() -> None:
     assert set(found.formats) == {"embed.weight", "strong.weight", "weak.weight", "head.weight"}
     assert found.sensitivity["weak.weight"] < found.sensitivity["strong.weight"] / 10
     assert found.formats["weak.weight"] == "iq4_nl"
-    assert "predicted KL" in str(found)
+    assert f"predicted {found.predicted_kl:.5f}" in str(found)
+    unmeasured = fit(model, 5.5, batches(), formats=FORMATS, measure=False)
+    assert unmeasured.achieved_kl is None and "achieved" not in str(unmeasured)
 
     fitted = iqtorch.quantize_model(Tiny(), found.recipe, progress=False)
     assert {n: p.format.name for n, p in fitted.named_parameters() if isinstance(p, IQTensor)} == found.formats
@@ -69,8 +71,18 @@ def test_fitted_recipe() -> None:
     assert 5.0 < found.bits_per_weight <= 5.5
     uniform = iqtorch.quantize_model(Tiny(), iqtorch.Recipe.pure("q5_0"), progress=False)
     achieved = kl(fitted, model)
+    # `fit` computes with decoded weights, the packed model with kernels that round activations
+    assert found.achieved_kl == pytest.approx(achieved, rel=0.05)
+    assert f"achieved {found.achieved_kl:.5f}" in str(found)
     assert achieved < kl(uniform, model)
     assert 0.5 < achieved / found.predicted_kl < 2
+
+
+def test_recipe_fit_shows_what_it_found(capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = iqtorch.Recipe.fit(Tiny(), 5.5, batches())
+    assert "bits per weight, KL divergence in nats: predicted 0." in (shown := capsys.readouterr().err) and ", achieved 0." in shown
+    assert iqtorch.Recipe.fit(Tiny(), 5.5, batches(), progress=False) == recipe
+    assert not capsys.readouterr().err
 
 
 def test_more_bits_cost_less() -> None:
@@ -156,3 +168,27 @@ def test_allocation_is_optimal_where_the_budget_is_used_up() -> None:
             assert sum(option.cost for option in found.values()) <= best + largest
         everything = _allocate(options, 10**6)
         assert all(option is steps[-1] for option, steps in zip(everything.values(), options.values(), strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("uniform", ["iq2_kl", "iq3_k", "iq4_ks"])
+def test_embedded_model(uniform: str) -> None:
+    """At the size of one format everywhere, the fitted mix is better on text that it has not seen."""
+    from iqtorch import data, evaluate, hf
+
+    base, tokenizer = data.load_tiny_llama()
+    importance = iqtorch.Importance.load(data.TINY_LLAMA_IMPORTANCE)
+    plain, _ = data.load_tiny_llama()
+    iqtorch.quantize_model(plain, iqtorch.Recipe.pure(uniform), importance, progress=False)
+    size = packed_bpw(plain)
+    text = hf.encode(tokenizer, data.calibration_text())[: 4 * 512].view(4, 1, 512)
+    found = fit(base, size, list(text), importance)
+    fitted, _ = data.load_tiny_llama()
+    iqtorch.quantize_model(fitted, found.recipe, importance, progress=False)
+    assert packed_bpw(fitted) == pytest.approx(found.bits_per_weight)
+    assert found.bits_per_weight <= size
+    ids = hf.encode(tokenizer, data.heldout_text())[: 24 * 512]
+    fitted_kl, plain_kl = (evaluate.kl_divergence(model, base, ids).mean_kl for model in (fitted, plain))
+    print(f"{uniform}: {size:.3f} bits, KL {plain_kl:.5f}; fitted {found}; on held-out text {fitted_kl:.5f}")
+    assert fitted_kl < plain_kl
+    assert 0.7 < found.achieved_kl / found.predicted_kl < 1.4
