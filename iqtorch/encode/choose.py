@@ -37,7 +37,7 @@ class TableChooser(Chooser):
 
     def __init__(self, fmt: Format, metric: Metric, effort: Feedback) -> None:
         super().__init__(fmt, metric, effort)
-        search = nearest(fmt, metric.order.device, 1)
+        search = nearest(fmt, metric.order.device)
         if not isinstance(search, TableNearest):
             raise TypeError(f"{fmt.name} has no table of single values")
         self.search, self.lookup = search, search.lookup

@@ -12,13 +12,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..formats import get_format
 from ..formats.base import Format
 from . import affine, search
 from .choose import parity_words
-from .nearest import CellNearest, GridNearest, IntegerLookup, TableNearest, nearest
+from .nearest import GridNearest, IntegerLookup, TableNearest, nearest
 from .search import Effort, Found, ScaleGrid, Units
 
 SIGNS = {"none": 0, "free": 1, "even": 2}
+#: Parts into which boxes divide a coordinate, at the finest.
+QUANTILES = 16
+NOWHERE = 1e6
 FLOAT_KINDS = {"f16": 0, "f32": 1, "e8m0": 2}
 
 
@@ -29,9 +33,10 @@ def available(device: torch.device) -> bool:
 
 @lru_cache(maxsize=1)
 def _loaded() -> bool:
-    from .. import cpu_ext  # noqa: F401  (loads the extension module, if there is one)
+    """Raises KernelUnavailableError: `IQTORCH_ISA` asks for an instruction set that this CPU lacks."""
+    from .. import cpu_ext
 
-    return hasattr(torch.ops.iqtorch_cpu, "encode")
+    return cpu_ext.supports(get_format("q8_0"), 1, 32) is None
 
 
 class _Tables:
@@ -74,19 +79,20 @@ class _Tables:
         self.ints_table(grid.stored)
         self.floats += [grid.factor, grid.largest]
 
-    def cells(self, near: object, variant: int) -> None:
-        if not isinstance(near, CellNearest) or variant >= len(near.books):
-            self.ints += [0, 0, -1, -1, -1, -1]
+    def boxes(self, values: np.ndarray | None) -> None:
+        """`BoxTables` of a codebook int8 `[variants, entries, vec]`: bytes, quantiles, and their least and largest values."""
+        if values is None:
+            self.ints += [-1, -1, -1, -1]
             return
-        # Cells start at multiples of 16 members; the gaps repeat a member of the cell, which changes no result.
-        members = [m[torch.arange(-(-len(m) // 16) * 16) % max(len(m), 1)] for m in near.members[variant]]
-        order = torch.cat(members)
-        self.ints += [near.centres[variant].shape[1], len(order)]
-        linear, square = near.centres[variant].chunk(2)
-        self.floats_table(torch.cat([linear / -2, square]))
-        self.floats_table(near.books[variant][order].T.contiguous())
-        self.ints_table(order)
-        self.ints_table(torch.tensor([0] + [len(m) // 16 for m in members]).cumsum(0))
+        entries, vec = values.shape[1:]
+        cuts = np.sort(values, 1)[:, entries * np.arange(1, QUANTILES) // QUANTILES]  # [variants, 15, vec]
+        quantile = (values[:, :, None, :] >= cuts[:, None]).sum(2)
+        member = quantile[:, :, None, :] == np.arange(QUANTILES)[:, None]
+        wide = values[:, :, None, :].astype(np.float32)
+        self.ints_table(torch.from_numpy((values.view(np.uint8) ^ 128).reshape(-1, 4).copy()).view(torch.int32))
+        self.ints_table(torch.from_numpy((quantile << (4 * np.arange(vec))).sum(-1).astype(np.uint32).view(np.int32)))
+        for of, nothing in ((np.min, NOWHERE), (np.max, -NOWHERE)):
+            self.floats_table(torch.from_numpy(of(np.where(member, wide, nothing), axis=1).swapaxes(1, 2).copy()))
 
     def counted(self, values: list[float]) -> None:
         self.ints.append(len(values))
@@ -104,32 +110,32 @@ class _Tables:
 
 @lru_cache(maxsize=256)
 def _prepared(fmt: Format, groups: int, effort: Effort) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    near = nearest(fmt, torch.device("cpu"), effort.probes, effort.trial_probes)
+    near = nearest(fmt, torch.device("cpu"))
     scales = ScaleGrid(fmt.scale_values, fmt.unit * fmt.runtime_scale, near.device)
     minima = ScaleGrid(fmt.min_values, fmt.runtime_scale, near.device)
     merged = isinstance(near, GridNearest) and near.merged
     variants = 1 if merged else fmt.codebook.variants
+    entries = fmt.codebook.entries * fmt.codebook.variants // variants
+    boxes = search.large_codebook(fmt)
     table = near if isinstance(near, TableNearest) else None
     parity = table if fmt.code_parity else None
     signs = "none" if "sign" not in fmt.fields else "even" if fmt.sign_parity else "free"
     t = _Tables()
-    t.ints += [fmt.group_size, groups, fmt.vec, fmt.codebook.entries * (fmt.codebook.variants if merged else 1), variants]
+    t.ints += [fmt.group_size, groups, fmt.vec, entries, variants]
     t.ints += [fmt.code_parity, SIGNS[signs], FLOAT_KINDS[fmt.d_kind], fmt.affine, search.two_signs(fmt), min(fmt.min_values or (1,)) < 0]
     t.ints += [
         affine.kept_forms(effort) if fmt.affine else effort.keep,
         effort.shortlist,
         effort.rounds,
-        effort.trial_probes,
-        effort.probes,
+        int(np.log2(entries) / 2 + 1.5) if boxes else 0,
     ]
-    t.floats += [search.reference(fmt), float(np.abs(fmt.codebook.values).min())]
+    t.floats += [search.reference(fmt), float(np.abs(fmt.codebook.values).min()), effort.trial_depth, effort.depth]
     t.lookup(table.lookup if table else None)
     t.floats_table(torch.from_numpy(fmt.codebook.values.copy()))
     t.ints_table(parity.other if parity else None)
     t.ints_table(parity.odd if parity else None)
     t.ints_table(parity.order if parity else None)
-    t.cells(near, 0)
-    t.cells(near, 1)
+    t.boxes(fmt.codebook.values.reshape(variants, entries, fmt.vec) if boxes else None)
     t.grid(scales)
     t.grid(minima)
     if fmt.affine:
@@ -189,7 +195,7 @@ def feedback(
         state: int32 `[G, R]` ranks of scale and minimum, and variants; overwritten.
         out: codes int32 `[B / vec, R]`, values and errors float32 `[B, R]`; costs `[R]`, added to.
     """
-    near = nearest(fmt, torch.device("cpu"), 1)
+    near = nearest(fmt, torch.device("cpu"))
     table = near if isinstance(near, TableNearest) else None
     kinds = fmt.codebook.variants if fmt.variant_size == fmt.group_size else 1
     entries = fmt.codebook.entries * (fmt.codebook.variants // kinds)

@@ -13,18 +13,19 @@ from ..formats.base import Format, Parts, bits_to_float, float_to_bits
 from . import compiled
 from .affine import search_affine
 from .nearest import nearest
-from .search import Effort, Found, Units, search
+from .search import Effort, Found, Units, large_codebook, search
 
 Objective = Literal["model", "rmse"]
 Speed = Literal["fast", "default", "best"]
 
 EFFORTS = {
-    "fast": Effort(trials=6, keep=6, steps=12, shortlist=2, rounds=1, probes=12),
-    "default": Effort(trials=10, keep=8, steps=16, shortlist=3, rounds=1, probes=24),
-    "best": Effort(trials=24, keep=16, steps=48, shortlist=6, rounds=4, probes=96),
+    "fast": Effort(trials=6, keep=6, steps=12, shortlist=2, rounds=1, trial_depth=0.25, depth=0.25),
+    "default": Effort(trials=10, keep=8, steps=16, shortlist=3, rounds=1, trial_depth=0.25, depth=0.5),
+    "best": Effort(trials=24, keep=16, steps=48, shortlist=6, rounds=4, trial_depth=1.0, depth=1.0),
 }
-#: Weights encoded at a time: temporaries are a few dozen bytes per weight, and should stay in the cache of a CPU.
-CHUNK = {"cpu": 1 << 18, "gpu": 1 << 22}
+#: Weights encoded at a time: temporaries are a few dozen bytes per weight, and should stay in the cache of a CPU. What is prepared
+#: per column is shared by all rows of a chunk.
+CHUNK = {"cpu": 1 << 18, "columns": 1 << 23, "gpu": 1 << 22}
 #: Least importance relative to the mean: columns without importance still choose their own best codes.
 LEAST_IMPORTANCE = 1e-8
 #: Rows that lost more than half of themselves (too small for a float16 `d`) are beyond repair by a factor.
@@ -53,10 +54,13 @@ def encode(weight: Tensor, fmt: Format, importance: Tensor | None, objective: Ob
     rows, k = weight.shape
     weights = _error_weights(importance, k, weight.device)
     effort = EFFORTS[speed]
-    if fmt.vec >= 4:  # vectors are slow to search and less sensitive to the scale
+    if large_codebook(fmt):
+        trials = effort.trials * (7 if fmt.vec == 4 else 5) // 10
+        effort = replace(effort, trials=trials, shortlist=effort.shortlist - 1, rounds=effort.rounds - 1)
+    elif fmt.vec >= 4:  # vectors are slow to search and less sensitive to the scale
         effort = replace(effort, trials=effort.trials // 2)
     out = torch.empty((rows, fmt.row_bytes(k)), dtype=torch.uint8, device=weight.device)
-    step = max(1, CHUNK["cpu" if weight.device.type == "cpu" else "gpu"] // k)
+    step = max(1, CHUNK["gpu" if weight.device.type != "cpu" else "columns" if large_codebook(fmt) else "cpu"] // k)
     for i in range(0, rows, step):
         out[i : i + step] = fmt.pack(_encode_rows(weight[i : i + step].float(), fmt, weights, objective, effort))
     return out
@@ -96,7 +100,7 @@ def _encode_rows(weight: Tensor, fmt: Format, importance: Tensor, objective: Obj
 def _search(units: Units, fmt: Format, effort: Effort) -> Found:
     if compiled.available(units.x.device):
         return compiled.run(units, fmt, effort)
-    near = nearest(fmt, units.x.device, effort.probes, effort.trial_probes)
+    near = nearest(fmt, units.x.device)
     return (search_affine if fmt.affine else search)(units, fmt, near, effort)
 
 

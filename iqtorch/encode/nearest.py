@@ -1,11 +1,11 @@
 """Exact nearest codes: for weights `x`, error weights `w` and a scale `s` per group, the codes that minimise sum w (x - s c)^2.
 
-Three searches cover every codebook:
+Two searches cover every codebook:
 
 * single values (`vec` 1): the midpoints between neighbouring integers are multiples of 1/2, so `floor(2 x / s)` decides, and
   a small lookup table gives the nearest value exactly;
-* grids: the error of every entry is a matrix product, `[w x, s w] @ [-2 c, c^2]`;
-* trellis codebooks (thousands of entries): the same product, over the cells of a partition of the codebook that are nearest.
+* codebooks of vectors: the error of every entry is a matrix product, `[w x, s w] @ [-2 c, c^2]`. Large ones (trellis formats) can
+  be searched in part: in the cells of a partition that are nearest.
 
 All take `x`, `w` as `[P, n]` (P groups of n weights) and `s` as `[P]`, on one device.
 """
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..formats.base import Format
 
-#: Codebooks of at least this many entries are searched by cells.
+#: Codebooks of at least this many entries may be searched by cells.
 CELL_SEARCH_ENTRIES = 4096
 #: Scales below this (weights are about 1) count as zero: their reciprocal could overflow.
 SMALLEST_SCALE = 1e-36
@@ -119,12 +119,10 @@ class GridNearest(Nearest):
         self.matrices = [torch.cat([-2 * b, b * b], 1).T.contiguous() for b in self.books]
 
     def codes(self, x: Tensor, w: Tensor, s: Tensor, variant: Tensor | int) -> tuple[Tensor, Tensor]:
-        if isinstance(variant, Tensor) and len(self.books) > 1:
-            code = x.new_empty((x.shape[0], x.shape[1] // self.fmt.vec), dtype=torch.int32)
-            value = torch.empty_like(x)
-            for v in range(len(self.books)):
-                rows = (variant == v).nonzero()[:, 0]
-                code[rows], value[rows] = self.codes(x[rows], w[rows], s[rows], v)
+        if isinstance(variant, Tensor) and len(self.books) > 1:  # all of them: to pick the groups of each would wait for the device
+            found = [self.codes(x, w, s, v) for v in range(len(self.books))]
+            index = variant.long()[None, :, None]
+            code, value = (torch.stack(t).take_along_dim(index, 0)[0] for t in zip(*found, strict=True))
             return code, value
         which = 0 if isinstance(variant, Tensor) else variant
         target, negative = self._magnitudes(x, w, s)
@@ -169,7 +167,7 @@ class CellNearest(GridNearest):
 
     def __init__(self, fmt: Format, device: torch.device) -> None:
         super().__init__(fmt, device)
-        self.probes = self.trial_probes = 1
+        self.probes = 1
         self.centres, self.members, self.member_matrices = [], [], []
         for book, matrix in zip(self.books, self.matrices, strict=True):
             label, centre = _partition(book.cpu(), 2 ** round(np.log2(len(book)) / 2 + 1))
@@ -179,14 +177,11 @@ class CellNearest(GridNearest):
             self.members.append(members)
             self.member_matrices.append([matrix[:, m].contiguous() for m in members])
 
-    def probing(self, probes: int, trial_probes: int) -> CellNearest:
-        """The same search with this many cells for `codes`, and for `values`."""
+    def probing(self, probes: int) -> CellNearest:
+        """The same search with this many cells."""
         other = copy.copy(self)
-        other.probes, other.trial_probes = probes, trial_probes
+        other.probes = probes
         return other
-
-    def values(self, x: Tensor, w: Tensor, s: Tensor, variant: Tensor | int) -> Tensor:
-        return self.probing(self.trial_probes, self.trial_probes).codes(x, w, s, variant)[1]
 
     def _best(self, query: Tensor, which: int) -> Tensor:
         step = 1 << 16
@@ -214,17 +209,15 @@ class CellNearest(GridNearest):
         return entry[back.gather(1, chosen)[:, 0]].to(torch.int32)
 
 
-def nearest(fmt: Format, device: torch.device, probes: int, trial_probes: int | None = None) -> Nearest:
-    """The search for a format (tables are built once per device); the last two are for codebooks searched by cells."""
-    found = _built(fmt, device)
-    return found.probing(probes, trial_probes or probes) if isinstance(found, CellNearest) else found
+def nearest(fmt: Format, device: torch.device, probes: int | None = None) -> Nearest:
+    """The search for a format; its tables are built once per device. `probes`: search only so many cells of a large codebook."""
+    found = _built(fmt, device, probes is not None and fmt.codebook.entries >= CELL_SEARCH_ENTRIES)
+    return found.probing(probes) if isinstance(found, CellNearest) and probes else found
 
 
 @lru_cache(maxsize=128)
-def _built(fmt: Format, device: torch.device) -> Nearest:
-    if fmt.vec == 1:
-        return TableNearest(fmt, device)
-    return (CellNearest if fmt.codebook.entries >= CELL_SEARCH_ENTRIES else GridNearest)(fmt, device)
+def _built(fmt: Format, device: torch.device, cells: bool) -> Nearest:
+    return (TableNearest if fmt.vec == 1 else CellNearest if cells else GridNearest)(fmt, device)
 
 
 def _take(table: Tensor, index: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ Every step compares true errors of exactly representable numbers, so the error n
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,19 +29,16 @@ INF = float("inf")
 @dataclass(frozen=True)
 class Effort:
     """How hard to search: `trials` scales per sign and variant, `keep` parabolas per group, `steps` values of `d`,
-    `shortlist` pairs tried per group, `rounds` of settling, `probes` cells of a trellis codebook."""
+    `shortlist` pairs tried per group, `rounds` of settling. In large codebooks the entry found by a trial (or in the end) is at
+    most 1 / `trial_depth` (1 / `depth`) times as far as the nearest, in practice nearly always the nearest; 1 is exact."""
 
     trials: int
     keep: int
     steps: int
     shortlist: int
     rounds: int
-    probes: int
-
-    @property
-    def trial_probes(self) -> int:
-        """Trials need not find the very best codes."""
-        return max(1, self.probes // 3)
+    trial_depth: float
+    depth: float
 
 
 @dataclass
@@ -90,7 +88,8 @@ class ScaleGrid:
         self.lookup = IntegerLookup(listed[order][None], device)
         self.factor = factor
         self.largest = float(np.abs(listed).max()) * factor
-        self.signed = bool(listed.min() < 0)
+        #: the largest integers, relative to the largest magnitude
+        self.top = (listed[order][-4:] * factor / self.largest).astype(np.float32).tolist()
 
     def rank(self, ratio: Tensor) -> Tensor:
         """int32 rank of the nearest value to each ratio."""
@@ -124,7 +123,7 @@ def divide(a: Tensor, b: Tensor) -> Tensor:
 #: Useful range of trial scales by bits of code. Few levels clip large weights; many levels hardly do.
 SPANS = {
     True: {2: (0.35, 1.5), 3: (0.45, 1.3), 4: (0.55, 1.2), 5: (0.7, 1.15), 6: (0.8, 1.1), 7: (0.85, 1.1), 8: (0.9, 1.05)},
-    False: {5: (0.35, 2.0), 8: (0.65, 1.45), 13: (0.76, 1.34)},
+    False: {5: (0.35, 2.0), 8: (0.65, 1.45), 13: (0.8, 1.3), 15: (0.9, 1.6), 16: (0.8, 1.3)},
 }
 
 
@@ -137,6 +136,11 @@ def trial_ratios(fmt: Format, trials: int) -> list[float]:
     return np.linspace(low, high, trials).tolist()
 
 
+def large_codebook(fmt: Format) -> bool:
+    """Whether the compiled search goes column by column and sorts the codebook for each (the trellis formats)."""
+    return fmt.vec >= 4 and fmt.codebook.entries >= 4096
+
+
 def reference(fmt: Format) -> float:
     """The trial scale 1 makes this the largest weight of a group (single values), or its root mean square (vectors)."""
     book = fmt.codebook.values.astype(np.float64)
@@ -147,7 +151,7 @@ def reach_ratios(grid: ScaleGrid, kind: str, steps: int) -> list[float]:
     """Trial values of `d`: the largest scale of a unit becomes this multiple of the largest integer (or, without integers, of `d`)."""
     if grid.count > 1:
         # Besides a fan, those that give the largest scale exactly an integer: constant weights need it.
-        return np.linspace(0.6, 1.25, steps).tolist() + (grid.sorted[-4:] / grid.largest).tolist()
+        return np.linspace(0.6, 1.25, steps).tolist() + grid.top
     return [1.0] if kind != "e8m0" else [1.0, 2**0.5, 2**-0.5, 2.0, 0.5]
 
 
@@ -167,20 +171,31 @@ def propose(units: Units, fmt: Format, near: Nearest, effort: Effort) -> tuple[T
     curvature: list[Tensor] = []
     gain: list[Tensor] = []
     kinds: list[int] = []
+
+    def trial(variant: int, ratio: float | Tensor, again: bool) -> None:
+        c = near.values(x, w, start * ratio, variant)
+        xc, cc = wx.mul(c).sum(1), c.square_().mul_(w).sum(1)
+        best = divide(xc, cc)
+        won = best * xc
+        if again:  # a parabola is kept once, not for every trial scale that leads to the same codes
+            won = torch.where((best == optimum[-1]) & (cc == curvature[-1]), -INF, won)
+        optimum.append(best)
+        curvature.append(cc)
+        gain.append(won)
+        kinds.append(variant)
+
     variants = 1 if getattr(near, "merged", False) else fmt.codebook.variants
-    for variant in range(variants):
-        for sign in (1, -1) if two_signs(fmt) else (1,):
-            for ratio in ratios:
-                c = near.values(x, w, start * (sign * ratio), variant)
-                xc, cc = wx.mul(c).sum(1), c.square_().mul_(w).sum(1)
-                best = divide(xc, cc)
-                won = best * xc
-                if ratio != ratios[0]:  # a parabola is kept once, not for every trial scale that leads to the same codes
-                    won = torch.where((best == optimum[-1]) & (cc == curvature[-1]), -INF, won)
-                optimum.append(best)
-                curvature.append(cc)
-                gain.append(won)
-                kinds.append(variant)
+    signs = (1, -1) if two_signs(fmt) else (1,)
+    for variant, sign in itertools.product(range(variants), signs):
+        if large_codebook(fmt) and gain and len(ratios) > 3:
+            # Around the best of the first variant and sign: it depends on the weights, hardly on the codebook.
+            first = (torch.stack(gain[: len(ratios)]).argmax(0) - 1).clamp(0, len(ratios) - 3)
+            fan = torch.tensor(ratios, device=x.device)
+            for step in range(3):
+                trial(variant, fan[first + step] * sign, step > 0)
+        else:
+            for i, ratio in enumerate(ratios):
+                trial(variant, ratio * sign, i > 0)
     keep = min(effort.keep, len(gain))
     top, index = torch.stack(gain, 1).topk(keep, 1)
     kind = torch.tensor(kinds, device=x.device, dtype=torch.int32)[index]

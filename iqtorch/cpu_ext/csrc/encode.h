@@ -9,7 +9,7 @@ namespace iqtorch {
 // What the scratch memory has room for; binding checks it.
 constexpr int kMaxTrials = 160;  // trial scales of a group, both signs
 constexpr int kMaxKeep = 16;     // parabolas kept per group
-constexpr int kMaxCells = 512;
+constexpr int kMaxPositions = 8; // vectors of a group, if searched by boxes
 
 // Nearest of a list of integers: cell floor(2 y) - low of the number y.
 struct Lookup {
@@ -28,13 +28,12 @@ struct ScaleGrid {
   float factor, largest;
 };
 
-// A partition of a large codebook, per variant: centres [2 vec, cells] (values, then mean squares), members [vec, padded].
-struct Cells {
-  const float* centre;
-  const float* value;
-  const int32_t* code;
-  const int32_t* first;  // [cells + 1], in vectors of 16 members
-  int32_t cells, padded;
+// A large codebook as encode_boxes.inl takes it, per variant: values + 128 as bytes [entries, vec]; for each entry the quantile
+// (of 16, four bits) of each of its values; the least and the largest value in each quantile [vec, 16].
+struct BoxTables {
+  const int32_t* bytes;
+  const int32_t* rank;
+  const float *low, *high;
 };
 
 enum Signs : int32_t { kUnsigned, kFree, kEven };
@@ -43,19 +42,20 @@ enum FloatKind : int32_t { kHalf, kSingle, kExponent };
 // Same order as `_ints` and `_floats` in compiled.py.
 struct EncodeInts {
   int32_t group, groups, vec, entries, variants, code_parity, signs, d_kind, affine, two_signs, free_minimum;
-  int32_t keep, shortlist, rounds, trial_probes, probes;
+  int32_t keep, shortlist, rounds, box_bits;
 };
 
 struct Encoder {
   EncodeInts i;
   float reference;  // group maximum (vec 1) or root mean square over `reference` is the unit of the trial scales
   float smallest;   // smallest magnitude of the codebook
+  float trial_depth, depth;  // boxes farther than this part of the best error are not opened; 1 is exact
   Lookup table;           // vec 1: codes and values, one list per variant
   const float* book;      // [variants, entries, vec]
   const int32_t* other;   // vec 1 with parity: by cell, the nearest code of the other parity
   const int32_t* odd;     // by code
   const int32_t* order;   // codes of a group, word by word
-  Cells cells[2];
+  BoxTables boxes;        // with box_bits
   ScaleGrid scale, minimum;
   const float *trials, *offsets, *reach, *reach_minimum;
   int32_t trial_count, offset_count, reach_count, reach_minimum_count;
@@ -65,16 +65,22 @@ struct Encoder {
 struct EncodeData {
   const float *x, *w;
   const int32_t* exponent;
-  int64_t weight_rows;
+  int64_t weight_rows, units;
   int32_t *d, *dmin, *scale, *minimum, *variant, *code;
   uint8_t* negative;
 };
 
-// Bytes of scratch for one call; 64-byte aligned.
-size_t encode_scratch(const Encoder& e);
+// Formats without boxes are encoded unit by unit (kWhole). With boxes the work is cut into steps, each over units or over columns
+// (groups of all units that share error weights), because boxes are made once per column.
+enum Step : int32_t { kWhole, kPropose, kShare, kShortlist, kRefit, kNeighbours, kWrite };
+constexpr bool by_column(Step s) { return s == kPropose || s == kShortlist || s == kNeighbours; }
 
-void encode_scalar(const Encoder&, const EncodeData&, void* scratch, int64_t u0, int64_t u1);
-void encode_avx2(const Encoder&, const EncodeData&, void* scratch, int64_t u0, int64_t u1);
-void encode_avx512(const Encoder&, const EncodeData&, void* scratch, int64_t u0, int64_t u1);
+// Bytes of scratch for one call of a step, and of what is kept of each unit between steps; 64-byte aligned.
+size_t encode_scratch(const Encoder& e);
+size_t encode_record(const Encoder& e);
+
+void encode_scalar(const Encoder&, const EncodeData&, Step, void* scratch, void* records, int64_t i0, int64_t i1);
+void encode_avx2(const Encoder&, const EncodeData&, Step, void* scratch, void* records, int64_t i0, int64_t i1);
+void encode_avx512(const Encoder&, const EncodeData&, Step, void* scratch, void* records, int64_t i0, int64_t i1);
 
 }  // namespace iqtorch

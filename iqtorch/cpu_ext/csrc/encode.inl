@@ -1,5 +1,5 @@
 // The encoder's search (see iqtorch/encode/search.py and affine.py for the method), compiled once per instruction set.
-// AVX2 and AVX-512 give the same bytes; the portable version rounds multiply-adds twice and may settle near-ties otherwise.
+// All give the same bytes: the same operations in the same order, each rounded alike.
 #include "encode.h"
 #include "encode_simd.h"
 
@@ -74,57 +74,103 @@ IQ_FN int32_t rank_of(const ScaleGrid& g, float value) {
 // Scratch arrays, in floats from one block of memory.
 struct Memory {
   float* next;
+  size_t grain = 16;
   float* take(size_t n) {
     float* p = next;
-    next += (n + 15) / 16 * 16;
+    next += (n + grain - 1) / grain * grain;
     return p;
   }
   int32_t* ints(size_t n) { return (int32_t*)take(n); }
 };
 
-struct Search {
-  explicit Search(const Encoder& encoder) : f(encoder) {}
+#include "encode_boxes.inl"
+
+// Units first, first + step, ... (`count` of them).
+struct Span {
+  int64_t first, count, step;
+  int64_t unit(int64_t i) const { return first + i * step; }
+};
+
+// What is kept of the groups of a unit, or of one group, from step to step.
+struct Kept {
+  float *optimum, *curvature, *gain;  // parabolas [keep][padded]
+  int32_t* kind;
+  float* s;  // what to try next [tries][padded]
+  int32_t *rank, *kinds;
+  float *best_error, *best_value;  // what is best so far
+  int32_t *best_rank, *best_min, *best_kind, *best_code;
+
+  // Returns the number of floats.
+  size_t lay_out(const EncodeInts& i, Memory m, int groups, int padded) {
+    const float* begin = m.next;
+    const size_t arrays = (size_t)i.keep * padded;
+    optimum = m.take(arrays), curvature = m.take(arrays), gain = m.take(arrays), kind = m.ints(arrays);
+    const size_t tries = (size_t)(i.shortlist > 4 ? i.shortlist : 4) * padded;
+    s = m.take(tries), rank = m.ints(tries), kinds = m.ints(tries);
+    best_error = m.take(padded), best_value = m.take(groups * i.group), best_code = m.ints(groups * (i.group / i.vec));
+    best_rank = m.ints(padded), best_min = m.ints(padded), best_kind = m.ints(padded);
+    return m.next - begin;
+  }
+};
+
+struct Search : Kept {
+  Search(const Encoder& encoder, const EncodeData& all) : f(encoder), data(all) {}
 
   const Encoder& f;
+  const EncodeData& data;
   int n, groups, count, codes;  // weights per group, groups, weights and codes of a unit
-  int probes;  // cells to search: fewer for trials
-  const float *x, *w;
-  Stored stored;
-  // trial results, for up to `count` weights or all trials of one group
+  int padded;                   // groups in whole vectors; 1 in steps over columns, which see one group of each unit
+  int capacity;                         // items of `find`
+  float depth;                          // see encode.h
+
+  // Of the thread: groups to look up, and what is found.
   float *value, *scales;
   int32_t *code, *which;
+  int64_t* item_unit;
   const float **item_x, **item_w;
+  const int32_t** item_warm;  // codes thought to be near, or null
   float *query_a, *query_b, *target;
   int32_t* query_code;
   uint8_t* negative;
-  float* scores;
-  // parabolas [keep][padded groups]
-  int padded;
-  float *optimum, *curvature, *gain;
-  int32_t* kind;
-  // what is best so far
-  float *best_error, *best_value;
-  int32_t *best_rank, *best_min, *best_kind, *best_code;
   float* moved;  // affine: x plus the offset of its group
+  Boxes<4> boxes4[2 * kMaxPositions];
+  Boxes<8> boxes8[2 * kMaxPositions];
 
-  // Values (and codes) of `items` groups; item i is x[i], w[i] at scale s[i]. Trials do without codes, and so without parity.
-  void find(int items, const float* const* xs, const float* const* ws, const float* s, int variant, bool codes_too);
+  // Of the unit (or, in steps over columns, its group) that was placed last.
+  const float *x, *w;
+  Stored stored;
+  float d;
+  float* records;  // of steps: what is kept of each group of each unit
+  size_t record;
+  int column;      // the group of all units that a step over columns works on, or -1
+
+  void place(int64_t u);
+  void exchange(int64_t u, bool save);
+
+  // Values (and codes) of `items` groups. Trials do without codes, and so without parity.
+  void find(int items, int variant, bool codes_too);
   void table(const float* x, const float* w, float s, int variant, float* value, int32_t* code);
   void parity(const float* x, const float* w, float s, int variant, float* value, int32_t* code);
-  void signs(const float* w, float low, uint8_t* minus);
-  template <int V> void grid(int items, const float* const* xs, const float* const* ws, const float* s, int variant);
+  void signs(float* target, const float* w, float low, uint8_t* minus);
+  template <int V> void grid(int items, int variant);
   template <int V> void full_search(int queries, int variant);
-  template <int V> void cell_search(int queries, int variant);
+  template <int V> void boxed(Boxes<V>* boxes, int items, int variant);
 
-  void propose(int g);
+  float trial_unit(const float* gx, const float* gw) const;
+  void propose(const Span& units, int g);
   float share();
   float assess(float d, int32_t* chosen);
-  void attempt(const float* s, const int32_t* rank, const int32_t* kinds, const int32_t* minima = nullptr);
-  float settle(float d);
-  void run(const EncodeData& data, int64_t u);
+  void attempt(const Span& units, int g0, int g1, int t0, int t1, const int32_t* minima = nullptr);
+  void attempt_all(const Span& units, int g0, int g1, int tries);
+  void shortlist(const Span& units, int g0, int g1);
+  void neighbours(const Span& units, int g0, int g1);
+  void refit();
+  void write(int64_t u);
 
-  void run_affine(const EncodeData& data, int64_t u);
-  void write(const EncodeData& data, int64_t u, float d);
+  void run(int64_t u);
+  void run_affine(int64_t u);
+  void run_column(Step step, int64_t index);
+  void run_unit(Step step, int64_t u);
 };
 
 void Search::table(const float* x, const float* w, float s, int variant, float* value, int32_t* code) {
@@ -182,56 +228,13 @@ template <int V> void Search::full_search(int queries, int variant) {
   }
 }
 
-// One query at a time against the members of the cells whose centres score best.
-template <int V> void Search::cell_search(int queries, int variant) {
-  const Cells& cells = f.cells[variant];
-  const int stride = (queries + 15) / 16 * 16, blocks = cells.cells / 16;
-  alignas(64) float lows[kMaxCells / 16];
-  for (int block = 0; block < kMaxCells / 16; ++block) lows[block] = kInfinity;
-  for (int q = 0; q < queries; ++q) {
-    F a[V], b[V];
-    for (int i = 0; i < V; ++i) a[i] = set(query_a[i * stride + q]), b[i] = set(query_b[i * stride + q]);
-    for (int block = 0; block < blocks; ++block) {
-      F score = set(0);
-      for (int i = 0; i < V; ++i) {
-        score = fma(a[i], load(cells.centre + i * cells.cells + 16 * block), score);
-        score = fma(b[i], load(cells.centre + (V + i) * cells.cells + 16 * block), score);
-      }
-      store(scores + 16 * block, score);
-      lows[block] = lowest(score);
-    }
-    F best = set(kInfinity);
-    I found = seti(0);
-    for (int probe = 0; probe < probes && probe < cells.cells; ++probe) {
-      // `lows` holds the lowest score of each vector of cells: at most 32 of them, in two vectors.
-      const F low0 = load(lows), low1 = load(lows + 16);
-      const float low = lowest(min(low0, low1));
-      int block = first_equal(low0, low);
-      if (block == 16) block += first_equal(low1, low);
-      const int cell = 16 * block + first_equal(load(scores + 16 * block), low);
-      scores[cell] = kInfinity;
-      lows[block] = lowest(load(scores + 16 * block));
-      for (int m = cells.first[cell]; m < cells.first[cell + 1]; ++m) {
-        F even = set(0), odd = set(0);
-        for (int i = 0; i < V; i += 2) {
-          const F g = load(cells.value + (size_t)i * cells.padded + 16 * m), h = load(cells.value + (size_t)(i + 1) * cells.padded + 16 * m);
-          even = fma(fma(b[i], g, a[i]), g, even);
-          odd = fma(fma(b[i + 1], h, a[i + 1]), h, odd);
-        }
-        keep_lower(even + odd, load(cells.code + 16 * m), best, found);
-      }
-    }
-    query_code[q] = index_of_lowest(best, found);
-  }
-}
-
-template <int V> void Search::grid(int items, const float* const* xs, const float* const* ws, const float* s, int variant) {
+template <int V> void Search::grid(int items, int variant) {
   const int per = n / V, queries = items * per, stride = (queries + 15) / 16 * 16;
   for (int it = 0; it < items; ++it) {
-    const float* w = ws[it];
-    const float scale = s[it] < 0 ? -s[it] : s[it], sign = s[it] < 0 ? -1.0f : 1.0f;
-    for (int j = 0; j < n; ++j) target[j] = xs[it][j] * sign;
-    if (f.i.signs != kUnsigned) signs(w, f.smallest * scale, negative + it * n);
+    const float* w = item_w[it];
+    const float scale = scales[it] < 0 ? -scales[it] : scales[it], sign = scales[it] < 0 ? -1.0f : 1.0f;
+    for (int j = 0; j < n; ++j) target[j] = item_x[it][j] * sign;
+    if (f.i.signs != kUnsigned) signs(target, w, f.smallest * scale, negative + it * n);
     for (int i = 0; i < V; ++i)
       for (int q = 0; q < per; ++q) {
         query_a[i * stride + it * per + q] = -2 * w[q * V + i] * target[q * V + i];
@@ -240,19 +243,30 @@ template <int V> void Search::grid(int items, const float* const* xs, const floa
   }
   for (int i = 0; i < V; ++i)
     for (int q = queries; q < stride; ++q) query_a[i * stride + q] = query_b[i * stride + q] = 0;
-  f.cells[0].cells ? cell_search<V>(queries, variant) : full_search<V>(queries, variant);
-  const float* book = f.book + (size_t)variant * f.i.entries * V;
-  for (int q = 0; q < queries; ++q) {
-    const float* c = book + (size_t)query_code[q] * V;
-    code[q] = query_code[q];
-    for (int i = 0; i < V; ++i) value[q * V + i] = c[i];
-  }
-  if (f.i.signs != kUnsigned)
-    for (int j = 0; j < items * n; ++j) value[j] = negative[j] ? -value[j] : value[j];
+  full_search<V>(queries, variant);
+  for (int q = 0; q < queries; ++q) code[q] = query_code[q];
 }
 
-// Magnitudes in `target`, signs in `minus`; with even parity, of each eight the sign that costs least to turn is turned.
-void Search::signs(const float* w, float low, uint8_t* minus) {
+// Position by position, so that one set of boxes at a time is in the cache.
+template <int V> void Search::boxed(Boxes<V>* boxes, int items, int variant) {
+  const int per = n / V;
+  for (int it = 0; it < items; ++it) {
+    const float scale = scales[it] < 0 ? -scales[it] : scales[it], sign = scales[it] < 0 ? -1.0f : 1.0f;
+    for (int j = 0; j < n; ++j) value[it * n + j] = item_x[it][j] * sign;  // values take their places later
+    if (f.i.signs != kUnsigned) signs(value + it * n, item_w[it], f.smallest * scale, negative + it * n);
+  }
+  for (int p = 0; p < per; ++p) {
+    Boxes<V>& box = boxes[variant * per + p];
+    box.build(f, variant, item_w[0] + p * V);
+    for (int it = 0; it < items; ++it) {
+      const float scale = scales[it] < 0 ? -scales[it] : scales[it];
+      code[it * per + p] = box.nearest(value + it * n + p * V, scale, depth, item_warm[it] ? item_warm[it][p] : -1);
+    }
+  }
+}
+
+// Leaves magnitudes in `target`, signs in `minus`; with even parity, of each eight the sign that costs least to turn is turned.
+void Search::signs(float* target, const float* w, float low, uint8_t* minus) {
   for (int j = 0; j < n; ++j) minus[j] = target[j] < 0, target[j] = target[j] < 0 ? -target[j] : target[j];
   if (f.i.signs != kEven) return;
   for (int j = 0; j < n; j += 8) {
@@ -268,11 +282,18 @@ void Search::signs(const float* w, float low, uint8_t* minus) {
   }
 }
 
-void Search::find(int items, const float* const* xs, const float* const* ws, const float* s, int variant, bool codes_too) {
-  if (f.i.vec == 2) return grid<2>(items, xs, ws, s, variant);
-  if (f.i.vec == 4) return grid<4>(items, xs, ws, s, variant);
-  if (f.i.vec == 8) return grid<8>(items, xs, ws, s, variant);
-  for (int i = 0; i < items; ++i) table(xs[i], ws[i], s[i], variant, value + i * n, codes_too ? code + i * n : nullptr);
+void Search::find(int items, int variant, bool codes_too) {
+  if (f.i.vec == 1) {
+    for (int i = 0; i < items; ++i) table(item_x[i], item_w[i], scales[i], variant, value + i * n, codes_too ? code + i * n : nullptr);
+    return;
+  }
+  if (f.i.box_bits) f.i.vec == 4 ? boxed<4>(boxes4, items, variant) : boxed<8>(boxes8, items, variant);
+  else f.i.vec == 2 ? grid<2>(items, variant) : f.i.vec == 4 ? grid<4>(items, variant) : grid<8>(items, variant);
+  const int vec = f.i.vec, queries = items * (n / vec);
+  const float* book = f.book + (size_t)variant * f.i.entries * vec;
+  for (int q = 0; q < queries; ++q) __builtin_memcpy(value + q * vec, book + (size_t)code[q] * vec, 4 * vec);
+  if (f.i.signs != kUnsigned)
+    for (int j = 0; j < items * n; ++j) value[j] = negative[j] ? -value[j] : value[j];
 }
 
 // -- one number per group: d * scale ---------------------------------------------------------------------------
@@ -286,55 +307,73 @@ IQ_FN float squared_error(const float* x, const float* w, float s, const float* 
   return sum(total);
 }
 
-void Search::propose(int g) {
-  const float *gx = x + g * n, *gw = w + g * n;
-  float start = 0;
+// Unit of the trial scales of the group placed last.
+float Search::trial_unit(const float* gx, const float* gw) const {
   if (f.i.vec == 1) {
-    for (int j = 0; j < n; ++j) start = gx[j] > start ? gx[j] : -gx[j] > start ? -gx[j] : start;
-  } else {
-    F xx = set(0), ww = set(0);
-    for (int j = 0; j < n; j += 16) {
-      const F square = load(gx + j) * load(gx + j);
-      xx = fma(load(gw + j) * square, square, xx), ww = ww + load(gw + j);
-    }
-    start = __builtin_sqrtf(__builtin_sqrtf(divide(sum(xx), sum(ww))));
+    float most = 0;
+    for (int j = 0; j < n; ++j) most = gx[j] > most ? gx[j] : -gx[j] > most ? -gx[j] : most;
+    return most / f.reference;
   }
-  start /= f.reference;
-  const int trials = f.trial_count * (f.i.two_signs ? 2 : 1);
-  const float* xs[kMaxTrials];
-  const float* ws[kMaxTrials];
-  for (int t = 0; t < trials; ++t) {
-    xs[t] = gx, ws[t] = gw;
-    scales[t] = start * (t < f.trial_count ? f.trials[t] : -f.trials[t - f.trial_count]);
+  F xx = set(0), ww = set(0);
+  for (int j = 0; j < n; j += 16) {
+    const F square = load(gx + j) * load(gx + j);
+    xx = fma(load(gw + j) * square, square, xx), ww = ww + load(gw + j);
   }
-  int kept = 0;
-  float best[kMaxKeep][3];
-  int32_t kinds[kMaxKeep];
-  for (int variant = 0; variant < f.i.variants; ++variant) {
-    find(trials, xs, ws, scales, variant, false);
-    float last_top = 0, last_won = -1;
-    for (int t = 0; t < trials; ++t) {
-      F xc = set(0), cc = set(0);
-      for (int j = 0; j < n; j += 16) {
-        const F c = load(value + t * n + j), wc = load(gw + j) * c;
-        xc = fma(load(gx + j), wc, xc), cc = fma(wc, c, cc);
+  return __builtin_sqrtf(__builtin_sqrtf(divide(sum(xx), sum(ww)))) / f.reference;
+}
+
+// With boxes all trial scales for the first variant and sign only: for the others those around the best, which depends on the
+// weights and hardly on the codebook.
+void Search::propose(const Span& units, int g) {
+  const int per = n / f.i.vec, keep = f.i.keep;
+  for (int pass = 0; pass < f.i.variants * (f.i.two_signs ? 2 : 1); ++pass) {
+    const int variant = f.i.two_signs ? pass / 2 : pass;
+    const float sign = f.i.two_signs && pass % 2 ? -1.0f : 1.0f;
+    const bool around = pass && f.i.box_bits;
+    const int trials = around && f.trial_count > 3 ? 3 : f.trial_count;
+    int items = 0;
+    for (int64_t i = 0; i < units.count; ++i) {
+      place(units.unit(i));
+      const float *gx = x + g * n, *gw = w + g * n, unit = trial_unit(gx, gw) * sign;
+      const int last = f.trial_count - trials, first = !around || kinds[g] < 1 ? 0 : kinds[g] - 1 > last ? last : kinds[g] - 1;
+      for (int t = 0; t < trials; ++t, ++items) {
+        item_x[items] = gx, item_w[items] = gw, scales[items] = unit * f.trials[first + t];
+        item_warm[items] = t ? code + (items - 1) * per : nullptr;
       }
-      const float sxc = sum(xc), scc = sum(cc), top = scc == 0 ? 0.0f : sxc / scc, won = top * sxc;
-      const bool repeated = top == last_top && won == last_won;  // the same codes as at the last trial scale
-      last_top = top, last_won = won;
-      if (repeated || (kept == f.i.keep && !(won > best[kept - 1][2]))) continue;
-      int at = kept < f.i.keep ? kept++ : kept - 1;
-      for (; at > 0 && won > best[at - 1][2]; --at) {
-        for (int i = 0; i < 3; ++i) best[at][i] = best[at - 1][i];
-        kinds[at] = kinds[at - 1];
+    }
+    find(items, variant, false);
+    for (int64_t i = 0; i < units.count; ++i) {
+      place(units.unit(i));
+      float *top = optimum + g, *bend = curvature + g, *won = gain + g;
+      int32_t* of = kind + g;
+      if (!pass)
+        for (int k = 0; k < keep; ++k) won[k * padded] = -kInfinity;
+      float last_top = 0, last_won = -1;
+      for (int t = 0; t < trials; ++t) {
+        const float* v = value + (i * trials + t) * n;
+        F xc = set(0), cc = set(0);
+        for (int j = 0; j < n; j += 16) {
+          const F c = load(v + j), wc = load(w + g * n + j) * c;
+          xc = fma(load(x + g * n + j), wc, xc), cc = fma(wc, c, cc);
+        }
+        const float sxc = sum(xc), scc = sum(cc), optimal = scc == 0 ? 0.0f : sxc / scc, gained = optimal * sxc;
+        const bool repeated = optimal == last_top && gained == last_won;  // the same codes as at the last trial scale
+        last_top = optimal, last_won = gained;
+        if (repeated || !(gained > won[(keep - 1) * padded])) continue;
+        if (!pass && gained > won[0]) kinds[g] = t;
+        int at = (keep - 1) * padded;
+        for (; at > 0 && gained > won[at - padded]; at -= padded)
+          top[at] = top[at - padded], bend[at] = bend[at - padded], won[at] = won[at - padded], of[at] = of[at - padded];
+        top[at] = optimal, bend[at] = scc, won[at] = gained, of[at] = variant;
       }
-      best[at][0] = top, best[at][1] = scc, best[at][2] = won, kinds[at] = variant;
     }
   }
-  for (int k = 0; k < f.i.keep; ++k) {
-    const int from = k < kept ? k : 0;
-    optimum[k * padded + g] = best[from][0], curvature[k * padded + g] = best[from][1];
-    gain[k * padded + g] = best[from][2], kind[k * padded + g] = kinds[from];
+  for (int64_t i = 0; i < units.count; ++i) {
+    place(units.unit(i));
+    for (int k = 1; k < keep; ++k) {
+      const int at = k * padded + g;
+      if (gain[at] == -kInfinity) optimum[at] = optimum[g], curvature[at] = curvature[g], gain[at] = gain[g], kind[at] = kind[g];
+    }
   }
 }
 
@@ -389,20 +428,32 @@ float Search::share() {
   return best_d;
 }
 
-// Tries one scale and variant for every group (all those of `x` or, with minima, of `moved`).
-void Search::attempt(const float* s, const int32_t* rank, const int32_t* kinds, const int32_t* minima) {
-  const float* from = f.i.affine ? moved : x;
+// Tries the scales `s` and variants `kinds` t0 to t1 of each group (of `x` or, with minima, of `moved`), except those of kind -1.
+void Search::attempt(const Span& units, int g0, int g1, int t0, int t1, const int32_t* minima) {
   const int per = n / f.i.vec;
   for (int variant = 0; variant < f.i.variants; ++variant) {
     int items = 0;
-    for (int g = 0; g < groups; ++g)
-      if (kinds[g] == variant) item_x[items] = from + g * n, item_w[items] = w + g * n, scales[items] = s[g], which[items++] = g;
-    if (items) find(items, item_x, item_w, scales, variant, true);
+    for (int64_t i = 0; i < units.count; ++i) {
+      const int64_t u = units.unit(i);
+      place(u);
+      const float* from = f.i.affine ? moved : x;
+      for (int t = t0; t < t1; ++t)
+        for (int g = g0; g < g1; ++g) {
+          const int at = t * padded + g;
+          if (kinds[at] != variant) continue;
+          item_x[items] = from + g * n, item_w[items] = w + g * n, scales[items] = s[at], item_unit[items] = u, which[items] = at;
+          const bool again = t > t0 && items && item_x[items - 1] == from + g * n;
+          item_warm[items] = best_error[g] < kInfinity ? best_code + g * per : again ? code + (items - 1) * per : nullptr;
+          ++items;
+        }
+    }
+    if (items) find(items, variant, true);
     for (int it = 0; it < items; ++it) {
-      const int g = which[it];
+      place(item_unit[it]);
+      const int g = which[it] % padded;
       const float error = squared_error(item_x[it], item_w[it], scales[it], value + it * n, n);
       if (!(error < best_error[g])) continue;
-      best_error[g] = error, best_rank[g] = rank[g], best_kind[g] = variant;
+      best_error[g] = error, best_rank[g] = rank[which[it]], best_kind[g] = variant;
       if (minima) best_min[g] = minima[g];
       __builtin_memcpy(best_value + g * n, value + it * n, 4 * n);
       __builtin_memcpy(best_code + g * per, code + it * per, 4 * per);
@@ -410,70 +461,78 @@ void Search::attempt(const float* s, const int32_t* rank, const int32_t* kinds, 
   }
 }
 
-// From a first `d` to the final one, with codes.
-float Search::settle(float d) {
-  float* s = moved;  // free here
-  int32_t *rank = best_min, *kinds = (int32_t*)(moved + padded);
-  float* error = gain;  // predicted errors take the place of the gains
-  for (int k = 0; k < f.i.keep; ++k)
-    for (int g = 0; g < groups; ++g) {
-      const int at = k * padded + g;
-      const float e = d * f.scale.value[rank_of(f.scale, d == 0 ? 0.0f : optimum[at] / d)] - optimum[at];
-      error[at] = e * e * curvature[at] - gain[at];
-    }
-  for (int g = 0; g < groups; ++g) best_error[g] = kInfinity;
-  for (int i = 0; i < f.i.shortlist; ++i) {
-    for (int g = 0; g < groups; ++g) {
-      int k = 0;
-      for (int j = 1; j < f.i.keep; ++j)
-        if (error[j * padded + g] < error[k * padded + g]) k = j;
-      if (error[k * padded + g] == kInfinity) { kinds[g] = -1; continue; }
-      kinds[g] = kind[k * padded + g];
-      rank[g] = rank_of(f.scale, d == 0 ? 0.0f : optimum[k * padded + g] / d);
-      s[g] = d * f.scale.value[rank[g]];
-      for (int j = 0; j < f.i.keep; ++j)
-        if (kind[j * padded + g] == kinds[g] && rank_of(f.scale, d == 0 ? 0.0f : optimum[j * padded + g] / d) == rank[g])
-          error[j * padded + g] = kInfinity;
-    }
-    attempt(s, rank, kinds);
-  }
-  const auto refit = [&] {
-    double a = 0, b = 0, now = 0, then = 0;
-    for (int g = 0; g < groups; ++g) {
-      const float m = f.scale.value[best_rank[g]];
-      F xc = set(0), cc = set(0);
-      for (int j = 0; j < n; j += 16) {
-        const F c = load(best_value + g * n + j), wc = load(w + g * n + j) * c;
-        xc = fma(load(x + g * n + j), wc, xc), cc = fma(wc, c, cc);
-      }
-      a += (double)m * sum(xc), b += (double)m * m * sum(cc), now += best_error[g];
-    }
-    const float fit = stored.round(divide(a, b));
-    for (int g = 0; g < groups; ++g) then += s[g] = squared_error(x + g * n, w + g * n, fit * f.scale.value[best_rank[g]], best_value + g * n, n);
-    if (!(then < now)) return;
-    d = fit;
-    for (int g = 0; g < groups; ++g) best_error[g] = s[g];
-  };
-  refit();
-  int32_t *rank_now = kinds + padded, *kind_now = rank_now + padded;
-  for (int round = 0; round < f.i.rounds; ++round) {
-    for (int g = 0; g < groups; ++g) rank_now[g] = best_rank[g], kind_now[g] = best_kind[g];
-    for (int step = 0; step < 4; ++step) {  // as they are, scale down, scale up, other variant
-      if (step == 3 ? f.i.variants == 1 : step && f.scale.count == 1) continue;
-      for (int g = 0; g < groups; ++g) {
-        const int r = rank_now[g] + (step == 1 ? -1 : step == 2 ? 1 : 0);
-        rank[g] = r < 0 ? 0 : r >= f.scale.count ? f.scale.count - 1 : r;
-        kinds[g] = step == 3 ? 1 - kind_now[g] : kind_now[g];
-        s[g] = d * f.scale.value[rank[g]];
-      }
-      attempt(s, rank, kinds);
-    }
-    refit();
-  }
-  return d;
+// All `tries`: together by column, which makes most of its boxes; otherwise one by one, whose values stay in the cache.
+void Search::attempt_all(const Span& units, int g0, int g1, int tries) {
+  if (column >= 0) return attempt(units, g0, g1, 0, tries);
+  for (int t = 0; t < tries; ++t) attempt(units, g0, g1, t, t + 1);
 }
 
-void Search::write(const EncodeData& data, int64_t u, float d) {
+// The first codes, at the `d` of `share`: those of the scales and variants with the lowest parabolas.
+void Search::shortlist(const Span& units, int g0, int g1) {
+  const int keep = f.i.keep;
+  for (int64_t i = 0; i < units.count; ++i) {
+    place(units.unit(i));
+    float* error = gain;  // predicted errors take the place of the gains
+    const auto rank_at = [&](int at) { return rank_of(f.scale, d == 0 ? 0.0f : optimum[at] / d); };
+    for (int k = 0; k < keep; ++k)
+      for (int g = g0; g < g1; ++g) {
+        const int at = k * padded + g;
+        const float e = d * f.scale.value[rank_at(at)] - optimum[at];
+        error[at] = e * e * curvature[at] - gain[at];
+      }
+    for (int g = g0; g < g1; ++g) {
+      best_error[g] = kInfinity;
+      for (int t = 0; t < f.i.shortlist; ++t) {
+        const int to = t * padded + g;
+        int k = g;
+        for (int j = 1; j < keep; ++j)
+          if (error[j * padded + g] < error[k]) k = j * padded + g;
+        kinds[to] = error[k] == kInfinity ? -1 : kind[k];
+        if (kinds[to] < 0) continue;
+        rank[to] = rank_at(k), s[to] = d * f.scale.value[rank[to]];
+        for (int j = g; j < keep * padded; j += padded)
+          if (kind[j] == kinds[to] && rank_at(j) == rank[to]) error[j] = kInfinity;
+      }
+    }
+  }
+  attempt_all(units, g0, g1, f.i.shortlist);
+}
+
+// The chosen scales again (`d` has changed), those beside them, and the other variant.
+void Search::neighbours(const Span& units, int g0, int g1) {
+  for (int64_t i = 0; i < units.count; ++i) {
+    place(units.unit(i));
+    for (int g = g0; g < g1; ++g)
+      for (int t = 0; t < 4; ++t) {
+        const int r = best_rank[g] + (t == 1 ? -1 : t == 2 ? 1 : 0), to = t * padded + g;
+        rank[to] = r < 0 ? 0 : r >= f.scale.count ? f.scale.count - 1 : r;
+        kinds[to] = t == 3 ? (f.i.variants == 1 ? -1 : 1 - best_kind[g]) : t && f.scale.count == 1 ? -1 : best_kind[g];
+        s[to] = d * f.scale.value[rank[to]];
+      }
+  }
+  attempt_all(units, g0, g1, 4);
+}
+
+// Least-squares `d` for the codes and scales of now, if it lowers the error once rounded.
+void Search::refit() {
+  double a = 0, b = 0, now = 0, then = 0;
+  for (int g = 0; g < groups; ++g) {
+    const float m = f.scale.value[best_rank[g]];
+    F xc = set(0), cc = set(0);
+    for (int j = 0; j < n; j += 16) {
+      const F c = load(best_value + g * n + j), wc = load(w + g * n + j) * c;
+      xc = fma(load(x + g * n + j), wc, xc), cc = fma(wc, c, cc);
+    }
+    a += (double)m * sum(xc), b += (double)m * m * sum(cc), now += best_error[g];
+  }
+  const float fit = stored.round(divide(a, b));
+  for (int g = 0; g < groups; ++g) then += s[g] = squared_error(x + g * n, w + g * n, fit * f.scale.value[best_rank[g]], best_value + g * n, n);
+  if (!(then < now)) return;
+  d = fit;
+  for (int g = 0; g < groups; ++g) best_error[g] = s[g];
+}
+
+void Search::write(int64_t u) {
   data.d[u] = stored.bits(d);
   for (int g = 0; g < groups; ++g) {
     data.scale[u * groups + g] = f.scale.stored[best_rank[g]];
@@ -484,50 +543,124 @@ void Search::write(const EncodeData& data, int64_t u, float d) {
     for (int j = 0; j < count; ++j) data.negative[u * count + j] = __builtin_signbit(best_value[j]) != 0;
 }
 
-void Search::run(const EncodeData& data, int64_t u) {
-  probes = f.i.trial_probes;
-  for (int g = 0; g < groups; ++g) propose(g);
-  probes = f.i.probes;
-  write(data, u, settle(share()));
+void Search::run(int64_t u) {
+  const Span one{u, 1, 1};
+  place(u);
+  for (int g = 0; g < groups; ++g) propose(one, g);
+  d = share();
+  shortlist(one, 0, groups);
+  refit();
+  for (int round = 0; round < f.i.rounds; ++round) neighbours(one, 0, groups), refit();
+  write(u);
+}
+
+// One step for a column: the groups g of units c, c + weight_rows, ..., some at a time.
+void Search::run_column(Step step, int64_t index) {
+  const int64_t c = index / groups, stride = data.weight_rows;
+  const int items = step == kPropose ? f.trial_count : step == kShortlist ? f.i.shortlist : 4;
+  const int64_t most = capacity / items;
+  column = (int)(index % groups), padded = 1, depth = step == kPropose ? f.trial_depth : f.depth;
+  for (int64_t u = c; u < data.units; u += most * stride) {
+    const int64_t left = (data.units - u + stride - 1) / stride;
+    const Span units{u, left < most ? left : most, stride};
+    step == kPropose ? propose(units, 0) : step == kShortlist ? shortlist(units, 0, 1) : neighbours(units, 0, 1);
+  }
+}
+
+// One step for a unit, between those for its columns.
+void Search::run_unit(Step step, int64_t u) {
+  column = -1;
+  place(u);
+  exchange(u, false);
+  d = step == kShare ? share() : stored.value(data.d[u]);
+  if (step == kRefit) refit(), exchange(u, true);
+  if (step == kWrite) write(u);
+  data.d[u] = stored.bits(d);
 }
 
 #include "encode_affine.inl"
 
 // -- memory ----------------------------------------------------------------------------------------------------
 
-static size_t prepare(Search& s, Memory m) {
+void Search::place(int64_t u) {
+  x = data.x + u * count, w = data.w + u % data.weight_rows * count;
+  stored = {f.i.d_kind, power_of_two(data.exponent[u]), power_of_two(-data.exponent[u])};
+  if (column < 0) return;
+  x += column * n, w += column * n, d = stored.value(data.d[u]);
+  lay_out(f.i, {records + (column * data.units + u) * record, 1}, 1, 1);
+}
+
+// Between the arrays of a whole unit and the records of its groups.
+void Search::exchange(int64_t u, bool save) {
+  const int per = n / f.i.vec;
+  for (int g = 0; g < groups; ++g) {
+    Kept one;
+    one.lay_out(f.i, {records + (g * data.units + u) * record, 1}, 1, 1);
+    if (save) {
+      *one.best_error = best_error[g];
+      continue;
+    }
+    for (int k = 0; k < f.i.keep; ++k)
+      optimum[k * padded + g] = one.optimum[k], curvature[k * padded + g] = one.curvature[k], gain[k * padded + g] = one.gain[k];
+    best_error[g] = *one.best_error, best_rank[g] = *one.best_rank, best_kind[g] = *one.best_kind;
+    __builtin_memcpy(best_value + g * n, one.best_value, 4 * n);
+    __builtin_memcpy(best_code + g * per, one.best_code, 4 * per);
+  }
+}
+
+// Lays out the scratch from `m` on; bytes that must be zero at first.
+static size_t prepare(Search& s, Memory& m) {
   const EncodeInts& i = s.f.i;
   const float* begin = m.next;
   s.n = i.group, s.groups = i.groups, s.count = i.group * i.groups, s.codes = s.count / i.vec;
   s.padded = (s.groups + 15) / 16 * 16;
-  const size_t trials = kMaxTrials * i.group, wide = s.count > (int)trials ? s.count : trials, items = s.padded > kMaxTrials ? s.padded : kMaxTrials;
-  s.value = m.take(wide), s.code = m.ints(wide), s.query_a = m.take(wide + 16 * i.vec), s.query_b = m.take(wide + 16 * i.vec);
-  s.query_code = m.ints(wide + 16), s.target = m.take(i.group), s.negative = (uint8_t*)m.take(wide / 4 + 16);
-  s.scales = m.take(items), s.which = m.ints(items);
-  s.item_x = (const float**)m.take(2 * items), s.item_w = (const float**)m.take(2 * items);
-  s.scores = m.take(kMaxCells);
-  const size_t arrays = (size_t)i.keep * s.padded;
-  s.optimum = m.take(arrays), s.curvature = m.take(arrays), s.gain = m.take(arrays), s.kind = m.ints(arrays);
-  s.best_error = m.take(s.padded), s.best_value = m.take(s.count), s.best_code = m.ints(s.count);
-  s.best_rank = m.ints(s.padded), s.best_min = m.ints(s.padded), s.best_kind = m.ints(s.padded);
-  s.moved = m.take(s.count + (size_t)(16 * kMaxKeep + 32) * s.padded);
-  return 4 * (size_t)(m.next - begin);
+  const int least = i.box_bits ? 2048 : kMaxTrials;
+  s.capacity = least > s.padded ? least : s.padded;
+  const size_t wide = (size_t)s.capacity * i.group;
+  s.value = m.take(wide + 16), s.code = m.ints(wide / i.vec + 16), s.negative = (uint8_t*)m.take(wide / 4 + 16);
+  s.scales = m.take(s.capacity), s.which = m.ints(s.capacity), s.item_unit = (int64_t*)m.take(2 * s.capacity);
+  s.item_x = (const float**)m.take(2 * s.capacity), s.item_w = (const float**)m.take(2 * s.capacity);
+  s.item_warm = (const int32_t**)m.take(2 * s.capacity);
+  if (!i.box_bits) {
+    s.query_a = m.take(wide + 16 * i.vec), s.query_b = m.take(wide + 16 * i.vec), s.query_code = m.ints(wide / i.vec + 16);
+    s.target = m.take(i.group);
+    s.moved = m.take(s.count + (size_t)(16 * kMaxKeep + 32) * s.padded);
+  }
+  m.next += s.lay_out(i, m, s.groups, s.padded);
+  const size_t bytes = 4 * (size_t)(m.next - begin);
+  for (int b = 0; i.box_bits && b < i.variants * i.group / i.vec; ++b) i.vec == 4 ? s.boxes4[b].prepare(s.f, m) : s.boxes8[b].prepare(s.f, m);
+  return bytes;
 }
 
-static void encode_units(const Encoder& e, const EncodeData& data, void* scratch, int64_t u0, int64_t u1) {
-  Search s(e);
-  const size_t bytes = prepare(s, {(float*)scratch});
+static inline size_t scratch_bytes(const Encoder& e) {
+  Search s(e, {});
+  Memory m{(float*)64};
+  prepare(s, m);
+  return (size_t)((char*)m.next - (char*)64);
+}
+
+// Of each unit.
+static inline size_t record_bytes(const Encoder& e) {
+  Search s(e, {});
+  Memory m{(float*)64};
+  prepare(s, m);
+  return 4 * s.groups * s.lay_out(e.i, {(float*)64, 1}, 1, 1);
+}
+
+static void encode_step(const Encoder& e, const EncodeData& data, Step step, void* scratch, void* records, int64_t i0, int64_t i1) {
+  Search s(e, data);
+  Memory m{(float*)scratch};
+  const size_t bytes = prepare(s, m);
   __builtin_memset(scratch, 0, bytes);
-  for (int64_t u = u0; u < u1; ++u) {
-    s.x = data.x + u * s.count, s.w = data.w + u % data.weight_rows * s.count;
-    s.stored = {e.i.d_kind, power_of_two(data.exponent[u]), power_of_two(-data.exponent[u])};
-    e.i.affine ? s.run_affine(data, u) : s.run(data, u);
-  }
+  s.column = -1, s.records = (float*)records, s.record = record_bytes(e) / (4 * s.groups);
+  for (int64_t i = i0; i < i1; ++i)
+    if (step != kWhole) by_column(step) ? s.run_column(step, i) : s.run_unit(step, i);
+    else e.i.affine ? s.run_affine(i) : s.run(i);
 }
 
 }}}  // namespace iqtorch::IQTORCH_ISA::encoder
 
-#define IQTORCH_ENCODER(isa)                                                                               \
-  void encode_##isa(const Encoder& e, const EncodeData& data, void* scratch, int64_t u0, int64_t u1) {     \
-    isa::encoder::encode_units(e, data, scratch, u0, u1);                                                  \
+#define IQTORCH_ENCODER(isa)                                                                                                       \
+  void encode_##isa(const Encoder& e, const EncodeData& data, Step step, void* scratch, void* records, int64_t i0, int64_t i1) {    \
+    isa::encoder::encode_step(e, data, step, scratch, records, i0, i1);                                                             \
   }

@@ -45,14 +45,16 @@ struct SharedFit {
   }
 };
 
-void Search::run_affine(const EncodeData& data, int64_t u) {
+void Search::run_affine(int64_t u) {
+  place(u);
+  const Span one{u, 1, 1};
   const bool free_minimum = f.i.free_minimum;
   const int keep = f.i.keep;
   Memory m{moved + count};
   const size_t arrays = (size_t)keep * padded;
   float *sxc = m.take(arrays), *sc = m.take(arrays), *scc = m.take(arrays), *best_s = optimum, *best_o = curvature, *error = gain;
-  float *sxx = m.take(padded), *sx = m.take(padded), *sw = m.take(padded), *s = m.take(padded);
-  int32_t *rank = m.ints(padded), *mins = m.ints(padded), *none = m.ints(padded), *rank_now = m.ints(padded), *min_now = m.ints(padded);
+  float *sxx = m.take(padded), *sx = m.take(padded), *sw = m.take(padded);
+  int32_t *mins = m.ints(padded), *rank_now = m.ints(padded), *min_now = m.ints(padded);
   int32_t* chosen = m.ints(padded);
   const auto fixed = [&](int g) { return Fixed{sxx[g], sx[g], sw[g]}; };
   const auto form = [&](int k, int g) { return Form{sxc[k * padded + g], sc[k * padded + g], scc[k * padded + g]}; };
@@ -67,7 +69,7 @@ void Search::run_affine(const EncodeData& data, int64_t u) {
       xx = fma(wx, load(gx + j), xx), x1 = x1 + wx, w1 = w1 + load(gw + j);
     }
     for (int j = 0; j < n; ++j) low = gx[j] < low ? gx[j] : low, high = gx[j] > high ? gx[j] : high;
-    sxx[g] = sum(xx), sx[g] = sum(x1), sw[g] = sum(w1), none[g] = 0;
+    sxx[g] = sum(xx), sx[g] = sum(x1), sw[g] = sum(w1), kinds[g] = 0;
     int kept = 0;
     Form best[kMaxKeep];
     double lowest_error[kMaxKeep];
@@ -99,7 +101,8 @@ void Search::run_affine(const EncodeData& data, int64_t u) {
   }
 
   // share
-  float total = kInfinity, d = 0, dmin = 0, fit_d = 0, fit_dmin = 0, reach_s = 0, reach_o = 0;
+  d = 0;
+  float total = kInfinity, dmin = 0, fit_d = 0, fit_dmin = 0, reach_s = 0, reach_o = 0;
   for (int g = 0; g < groups; ++g) {
     reach_s = best_s[g] > reach_s ? best_s[g] : reach_s;
     if (best_o[g] * best_o[g] > reach_o * reach_o) reach_o = best_o[g];
@@ -156,7 +159,7 @@ void Search::run_affine(const EncodeData& data, int64_t u) {
       s[g] = d * f.scale.value[rank[g]];
       for (int j = 0; j < n; ++j) moved[g * n + j] = x[g * n + j] + o;
     }
-    attempt(s, rank, none, mins);
+    attempt(one, 0, groups, 0, 1, mins);
   };
   const auto refit = [&] {
     SharedFit fit;
@@ -214,7 +217,7 @@ void Search::run_affine(const EncodeData& data, int64_t u) {
       }
     refit();
   }
-  write(data, u, d);
+  write(u);
   data.dmin[u] = stored.bits(dmin);
   for (int g = 0; g < groups; ++g) data.minimum[u * groups + g] = f.minimum.stored[best_min[g]];
 }

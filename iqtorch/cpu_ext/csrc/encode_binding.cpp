@@ -19,7 +19,7 @@ using namespace iqtorch;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-using Run = void (*)(const Encoder&, const EncodeData&, void*, int64_t, int64_t);
+using Run = void (*)(const Encoder&, const EncodeData&, Step, void*, void*, int64_t, int64_t);
 
 Run encoder_of(const char* isa) {
 #ifdef IQTORCH_HAVE_AVX512
@@ -55,11 +55,6 @@ struct Reader {
     g.rank = lookup(), g.count = *ints++, g.value = float_table(), g.stored = int_table(), g.factor = *floats++, g.largest = *floats++;
     return g;
   }
-  Cells cells() {
-    Cells c{};
-    c.cells = *ints++, c.padded = *ints++, c.centre = float_table(), c.value = float_table(), c.code = int_table(), c.first = int_table();
-    return c;
-  }
 };
 
 Encoder read(Reader r, int64_t int_count, int64_t float_count) {
@@ -67,10 +62,10 @@ Encoder read(Reader r, int64_t int_count, int64_t float_count) {
   Encoder e{};
   std::memcpy(&e.i, r.ints, sizeof(e.i));
   r.ints += sizeof(e.i) / sizeof(int32_t);
-  e.reference = *r.floats++, e.smallest = *r.floats++;
+  e.reference = *r.floats++, e.smallest = *r.floats++, e.trial_depth = *r.floats++, e.depth = *r.floats++;
   e.table = r.lookup();
   e.book = r.float_table(), e.other = r.int_table(), e.odd = r.int_table(), e.order = r.int_table();
-  e.cells[0] = r.cells(), e.cells[1] = r.cells();
+  e.boxes = {r.int_table(), r.int_table(), r.float_table(), r.float_table()};
   e.scale = r.grid(), e.minimum = r.grid();
   e.trial_count = *r.ints++, e.trials = r.float_table();
   e.offset_count = *r.ints++, e.offsets = r.float_table();
@@ -84,6 +79,13 @@ Encoder read(Reader r, int64_t int_count, int64_t float_count) {
 struct Free {
   void operator()(void* p) const { std::free(p); }
 };
+using Block = std::unique_ptr<void, Free>;
+
+Block allocate(size_t bytes) {
+  Block block(std::aligned_alloc(64, (bytes + 63) / 64 * 64));
+  STD_TORCH_CHECK(block, "out of memory: ", bytes, " bytes for encoding");
+  return block;
+}
 
 void check(const Tensor& t, ScalarType type, int64_t elements, const char* name) {
   STD_TORCH_CHECK(t.scalar_type() == type && t.is_contiguous() && t.numel() == elements, "encode: ", name, " must be contiguous, with ",
@@ -96,10 +98,10 @@ void encode(const Tensor& x, const Tensor& w, const Tensor& exponent, const Tens
                           float_tables.const_data_ptr<float>()},
                          ints.numel(), floats.numel());
   STD_TORCH_CHECK(e.i.group > 0 && e.i.group % 16 == 0 && e.i.groups > 0 && e.i.group % e.i.vec == 0 && e.i.keep <= kMaxKeep &&
-                      2 * e.trial_count <= kMaxTrials && e.cells[0].cells % 16 == 0 && e.cells[0].cells <= kMaxCells &&
-                      e.cells[1].cells <= kMaxCells,
+                      2 * e.trial_count <= kMaxTrials && e.i.variants <= 2 &&
+                      (!e.i.box_bits || ((e.i.vec == 4 || e.i.vec == 8) && e.i.group / e.i.vec <= kMaxPositions && e.i.box_bits <= 12)),
                   "encode: no room for groups of ", e.i.group, ", ", e.i.keep, " parabolas, ", e.trial_count, " trial scales and ",
-                  e.cells[0].cells, " cells; see encode.h");
+                  e.i.box_bits, " bits of box; see encode.h");
   const int64_t units = exponent.numel(), count = (int64_t)e.i.group * e.i.groups;
   check(x, ScalarType::Float, units * count, "x");
   check(w, ScalarType::Float, w.numel() / count * count, "w");
@@ -111,17 +113,21 @@ void encode(const Tensor& x, const Tensor& w, const Tensor& exponent, const Tens
   int32_t* head = heads.mutable_data_ptr<int32_t>();
   int32_t* group = groups.mutable_data_ptr<int32_t>();
   const int64_t per = units * e.i.groups;
-  const EncodeData data{x.const_data_ptr<float>(), w.const_data_ptr<float>(), exponent.const_data_ptr<int32_t>(), w.numel() / count,
+  const EncodeData data{x.const_data_ptr<float>(), w.const_data_ptr<float>(), exponent.const_data_ptr<int32_t>(), w.numel() / count, units,
                         head, head + units, group, group + per, group + 2 * per, codes.mutable_data_ptr<int32_t>(),
                         negative.mutable_data_ptr<uint8_t>()};
   const Run run = encoder_of(kernels().name);
-  const size_t bytes = (encode_scratch(e) + 63) / 64 * 64;
-  const auto part = [&](int64_t a, int64_t b) {
-    std::unique_ptr<void, Free> scratch(std::aligned_alloc(64, bytes));
-    STD_TORCH_CHECK(scratch, "out of memory: ", bytes, " bytes of scratch for encoding");
-    run(e, data, scratch.get(), a, b);
+  const size_t bytes = encode_scratch(e);
+  const Block records = e.i.box_bits ? allocate(encode_record(e) * units + 64) : Block();
+  const auto step = [&](Step step) {
+    const auto part = [&](int64_t a, int64_t b) { run(e, data, step, allocate(bytes).get(), records.get(), a, b); };
+    if (by_column(step)) torch::stable::parallel_for(0, data.weight_rows * e.i.groups, 1, part);
+    else torch::stable::parallel_for(0, units, std::max<int64_t>(1, 4096 / count), part);
   };
-  torch::stable::parallel_for(0, units, std::max<int64_t>(1, 4096 / count), part);
+  if (!e.i.box_bits) return step(kWhole);
+  step(kPropose), step(kShare), step(kShortlist), step(kRefit);
+  for (int round = 0; round < e.i.rounds; ++round) step(kNeighbours), step(kRefit);
+  step(kWrite);
 }
 
 }  // namespace

@@ -4,8 +4,6 @@
 namespace iqtorch {
 IQTORCH_ENCODER(scalar)
 
-size_t encode_scratch(const Encoder& e) {
-  scalar::encoder::Search s(e);
-  return scalar::encoder::prepare(s, {reinterpret_cast<float*>(64)});
-}
+size_t encode_scratch(const Encoder& e) { return scalar::encoder::scratch_bytes(e); }
+size_t encode_record(const Encoder& e) { return scalar::encoder::record_bytes(e); }
 }

@@ -1,5 +1,5 @@
 // Sixteen float or int lanes for the encoder. Every instruction set gives the same results: the lanes are fixed, sums are
-// reduced in one order, and multiply-adds are fused (the portable version of `fma` rounds twice: see encode.inl).
+// reduced in one order, and multiply-adds are rounded once.
 #pragma once
 #include <cstdint>
 #if defined(__AVX2__)
@@ -29,6 +29,20 @@ IQ_FN F fma(F a, F b, F c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 IQ_FN F min(F a, F b) { return {_mm512_min_ps(a.v, b.v)}; }
 IQ_FN F max(F a, F b) { return {_mm512_max_ps(a.v, b.v)}; }
 IQ_FN I truncate(F a) { return {_mm512_cvttps_epi32(a.v)}; }
+IQ_FN F to_float(I a) { return {_mm512_cvtepi32_ps(a.v)}; }
+IQ_FN I times256(I a) { return {_mm512_slli_epi32(a.v, 8)}; }
+// The i-th byte of each lane; N times a lane (0 if negative); entry i of a table of 16 or 32; the low bytes.
+IQ_FN I byte_of(I a, int i) { return {_mm512_and_si512(_mm512_srli_epi32(a.v, 8 * i), _mm512_set1_epi32(255))}; }
+template <int N> IQ_FN I scaled_index(I a) { return {_mm512_mullo_epi32(_mm512_max_epi32(a.v, _mm512_setzero_si512()), _mm512_set1_epi32(N))}; }
+IQ_FN F lookup16(F table, I i) { return {_mm512_permutexvar_ps(i.v, table.v)}; }
+IQ_FN I over256(I a) { return {_mm512_srai_epi32(a.v, 8)}; }
+IQ_FN I load_bytes(const int32_t* p) { return {_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p))}; }
+IQ_FN void store_bytes(int32_t* p, I a) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(a.v)); }
+IQ_FN F lookup32(const float* p, I i) { return {_mm512_permutex2var_ps(_mm512_loadu_ps(p), i.v, _mm512_loadu_ps(p + 16))}; }
+// Adds to each lane the product of four unsigned bytes and four signed bytes.
+IQ_FN I dot4(I sum, I bytes, I with) { return {_mm512_dpbusd_epi32(sum.v, bytes.v, with.v)}; }
+// Bit i: lane i of a is less than c.
+IQ_FN int below(F a, float c) { return _mm512_cmp_ps_mask(a.v, _mm512_set1_ps(c), _CMP_LT_OQ); }
 IQ_FN F gather(const float* p, I i) { return {_mm512_i32gather_ps(i.v, p, 4)}; }
 IQ_FN I gather(const int32_t* p, I i) { return {_mm512_i32gather_epi32(i.v, p, 4)}; }
 // Where a < best: best = a, which = index.
@@ -64,7 +78,47 @@ IQ_FN F fma(F a, F b, F c) { return {{_mm256_fmadd_ps(a.v[0], b.v[0], c.v[0]), _
 IQ_FN F min(F a, F b) { return {{_mm256_min_ps(a.v[0], b.v[0]), _mm256_min_ps(a.v[1], b.v[1])}}; }
 IQ_FN F max(F a, F b) { return {{_mm256_max_ps(a.v[0], b.v[0]), _mm256_max_ps(a.v[1], b.v[1])}}; }
 IQ_FN I truncate(F a) { return {{_mm256_cvttps_epi32(a.v[0]), _mm256_cvttps_epi32(a.v[1])}}; }
+IQ_FN F to_float(I a) { return {{_mm256_cvtepi32_ps(a.v[0]), _mm256_cvtepi32_ps(a.v[1])}}; }
+IQ_FN I times256(I a) { return {{_mm256_slli_epi32(a.v[0], 8), _mm256_slli_epi32(a.v[1], 8)}}; }
+IQ_FN I byte_of(I a, int i) {
+  const __m256i mask = _mm256_set1_epi32(255);
+  return {{_mm256_and_si256(_mm256_srli_epi32(a.v[0], 8 * i), mask), _mm256_and_si256(_mm256_srli_epi32(a.v[1], 8 * i), mask)}};
+}
+template <int N> IQ_FN I scaled_index(I a) {
+  for (int h = 0; h < 2; ++h) a.v[h] = _mm256_mullo_epi32(_mm256_max_epi32(a.v[h], _mm256_setzero_si256()), _mm256_set1_epi32(N));
+  return a;
+}
+IQ_FN I dot4(I sum, I bytes, I with) {
+  for (int h = 0; h < 2; ++h) {  // even and odd bytes apart: 16-bit sums of two products could saturate
+    const __m256i even = _mm256_madd_epi16(_mm256_and_si256(bytes.v[h], _mm256_set1_epi16(255)), _mm256_srai_epi16(_mm256_slli_epi16(with.v[h], 8), 8));
+    const __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(bytes.v[h], 8), _mm256_srai_epi16(with.v[h], 8));
+    sum.v[h] = _mm256_add_epi32(sum.v[h], _mm256_add_epi32(even, odd));
+  }
+  return sum;
+}
+IQ_FN int below(F a, float c) {
+  const __m256 b = _mm256_set1_ps(c);
+  const int low = _mm256_movemask_ps(_mm256_cmp_ps(a.v[0], b, _CMP_LT_OQ));
+  return low | _mm256_movemask_ps(_mm256_cmp_ps(a.v[1], b, _CMP_LT_OQ)) << 8;
+}
 IQ_FN F gather(const float* p, I i) { return {{_mm256_i32gather_ps(p, i.v[0], 4), _mm256_i32gather_ps(p, i.v[1], 4)}}; }
+IQ_FN F lookup16(F table, I i) {
+  float t[16];
+  store(t, table);
+  return gather(t, i);
+}
+IQ_FN I load_bytes(const int32_t* p) {
+  int32_t t[16];
+  IQ_EACH t[i] = ((const uint8_t*)p)[i];
+  return load(t);
+}
+IQ_FN void store_bytes(int32_t* p, I a) {
+  int32_t t[16];
+  store(t, a);
+  IQ_EACH ((uint8_t*)p)[i] = (uint8_t)t[i];
+}
+IQ_FN I over256(I a) { return {{_mm256_srai_epi32(a.v[0], 8), _mm256_srai_epi32(a.v[1], 8)}}; }
+IQ_FN F lookup32(const float* p, I i) { return gather(p, i); }
 IQ_FN I gather(const int32_t* p, I i) { return {{_mm256_i32gather_epi32(p, i.v[0], 4), _mm256_i32gather_epi32(p, i.v[1], 4)}}; }
 IQ_FN void keep_lower(F a, I index, F& best, I& which) {
   for (int h = 0; h < 2; ++h) {
@@ -105,11 +159,47 @@ IQ_FN F operator+(F a, F b) { IQ_EACH a.v[i] += b.v[i]; return a; }
 IQ_FN F operator-(F a, F b) { IQ_EACH a.v[i] -= b.v[i]; return a; }
 IQ_FN F operator*(F a, F b) { IQ_EACH a.v[i] *= b.v[i]; return a; }
 IQ_FN I operator+(I a, I b) { IQ_EACH a.v[i] += b.v[i]; return a; }
-IQ_FN F fma(F a, F b, F c) { IQ_EACH c.v[i] += a.v[i] * b.v[i]; return c; }
+// One rounding without the instruction: the product is exact in double, and the sum is rounded to odd before it becomes a float.
+IQ_FN float fused(float a, float b, float c) {
+  const double p = (double)a * b, s = p + c, t = s - p, error = (p - (s - t)) + (c - t);
+  int64_t bits;
+  __builtin_memcpy(&bits, &s, 8);
+  if (error != 0 && !(bits & 1)) bits += (error > 0) == (s > 0) ? 1 : -1;
+  double odd;
+  __builtin_memcpy(&odd, &bits, 8);
+  return (float)odd;
+}
+IQ_FN F fma(F a, F b, F c) { IQ_EACH c.v[i] = fused(a.v[i], b.v[i], c.v[i]); return c; }
 IQ_FN F min(F a, F b) { IQ_EACH a.v[i] = a.v[i] < b.v[i] ? a.v[i] : b.v[i]; return a; }
 IQ_FN F max(F a, F b) { IQ_EACH a.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i]; return a; }
 IQ_FN I truncate(F a) { I r; IQ_EACH r.v[i] = (int32_t)a.v[i]; return r; }
+IQ_FN F to_float(I a) { F r; IQ_EACH r.v[i] = (float)a.v[i]; return r; }
+IQ_FN I times256(I a) { IQ_EACH a.v[i] = (int32_t)((uint32_t)a.v[i] << 8); return a; }
+IQ_FN I byte_of(I a, int n) { IQ_EACH a.v[i] = (int32_t)((uint32_t)a.v[i] >> 8 * n & 255); return a; }
+template <int N> IQ_FN I scaled_index(I a) { IQ_EACH a.v[i] = N * (a.v[i] < 0 ? 0 : a.v[i]); return a; }
+IQ_FN I dot4(I sum, I bytes, I with) {
+  IQ_EACH for (int b = 0; b < 32; b += 8) sum.v[i] += (int32_t)((uint32_t)bytes.v[i] >> b & 255) * (int8_t)((uint32_t)with.v[i] >> b & 255);
+  return sum;
+}
+IQ_FN int below(F a, float c) { int m = 0; IQ_EACH m |= (a.v[i] < c) << i; return m; }
 IQ_FN F gather(const float* p, I n) { F r; IQ_EACH r.v[i] = p[n.v[i]]; return r; }
+IQ_FN F lookup16(F table, I i) {
+  float t[16];
+  store(t, table);
+  return gather(t, i);
+}
+IQ_FN I load_bytes(const int32_t* p) {
+  int32_t t[16];
+  IQ_EACH t[i] = ((const uint8_t*)p)[i];
+  return load(t);
+}
+IQ_FN void store_bytes(int32_t* p, I a) {
+  int32_t t[16];
+  store(t, a);
+  IQ_EACH ((uint8_t*)p)[i] = (uint8_t)t[i];
+}
+IQ_FN I over256(I a) { IQ_EACH a.v[i] >>= 8; return a; }
+IQ_FN F lookup32(const float* p, I n) { return gather(p, n); }
 IQ_FN I gather(const int32_t* p, I n) { I r; IQ_EACH r.v[i] = p[n.v[i]]; return r; }
 IQ_FN void keep_lower(F a, I index, F& best, I& which) {
   IQ_EACH {
