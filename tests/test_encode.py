@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from conftest import golden
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from iqtorch import cpu_ext
 from iqtorch.encode import compiled, encode
 from iqtorch.encode.encoder import EFFORTS, _encode_rows
 from iqtorch.encode.nearest import CellNearest, GridNearest, TableNearest, nearest
 from iqtorch.encode.search import Effort, ScaleGrid, StoredFloat, large_codebook
+from iqtorch.errors import WeightError
 from iqtorch.formats import Format, get_format, list_formats
+from iqtorch.quantize import quantize
 
 FORMATS = [get_format(name) for name in list_formats()]
 PLAIN = [fmt for fmt in FORMATS if fmt.plain is None]
@@ -193,6 +200,39 @@ def check_difficult(fmt: Format, importance: Tensor | None, speed: str = "defaul
             assert torch.isfinite(decoded[:10]).all()
         assert (decoded[0] == 0).all()
     assert torch.equal(blocks, encode(weight, fmt, importance, "model", speed))
+
+
+@pytest.mark.parametrize("fmt", KINDS, ids=lambda f: f.name)
+def test_float16_subnormals(fmt: Format) -> None:
+    """Weights below the normal range of float16 (6e-5) keep their shape where `d` can be as small."""
+    weight = (sample(4, 512)[0] * 1e-6).half()
+    assert float(weight.abs().max()) < 6e-5 and float(weight.abs().max()) > 0
+    packed = quantize(weight, fmt)
+    assert packed.dtype == torch.float16
+    decoded = effective(fmt, packed.to_blocks())
+    assert torch.isfinite(decoded).all()
+    assert torch.equal(packed.to_blocks(), quantize(weight.float(), fmt).to_blocks())
+    if fmt.d_kind == "f32":
+        normal = errors(weight.float() * 1e6, effective(fmt, quantize(weight.float() * 1e6, fmt).to_blocks()), torch.ones(512))
+        assert (errors(weight, decoded, torch.ones(512)) <= 1.02 * normal + 1e-3).all()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_nan_and_inf_are_named(value: float) -> None:
+    weight = torch.zeros(3, 512)
+    weight[1, 77] = value
+    with pytest.raises(WeightError, match=r"'blk\.0\.down'.*\(1, 77\)"):
+        quantize(weight, "iq2_kl", name="blk.0.down")
+
+
+def test_refused_instruction_set_has_its_own_error() -> None:
+    program = "import torch, iqtorch; iqtorch.quantize(torch.ones(1, 256), 'iq2_kl')"
+    environment = os.environ | {"IQTORCH_ISA": "avx1024"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
+    if not compiled.available(CPU):
+        pytest.skip("this installation has no compiled encoder")
+    assert done.returncode != 0
+    assert "KernelUnavailableError" in done.stderr and "avx1024" in done.stderr
 
 
 def test_importance_chooses_what_is_kept() -> None:
@@ -374,3 +414,24 @@ def test_scale_grid_ranks_are_the_nearest() -> None:
         torch.testing.assert_close((ratio - grid.value(rank)).abs(), best, atol=1e-5, rtol=0)
         values = torch.tensor(fmt.scale_values or (1,), dtype=torch.float32) * 0.125
         assert torch.equal(values[grid.stored[rank].long()], grid.value(rank))
+
+
+# -- other devices ---------------------------------------------------------------------------------------------
+
+
+class _NoSync(TorchDispatchMode):
+    """Refuses the operations that would make the host wait for a device."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket.__name__ in ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "bincount"):
+            raise AssertionError(f"{func} waits for the device")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("fmt", KINDS, ids=lambda f: f.name)
+def test_the_search_in_torch_never_waits_for_the_device(fmt: Format, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "available", lambda device: False)
+    weight, importance = sample(1, 256)
+    _encode_rows(weight, fmt, importance, "rmse", EFFORTS["fast"])  # tables are built once
+    with _NoSync():
+        _encode_rows(weight, fmt, importance, "model", EFFORTS["fast"])

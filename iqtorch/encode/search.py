@@ -187,11 +187,12 @@ def propose(units: Units, fmt: Format, near: Nearest, effort: Effort) -> tuple[T
     variants = 1 if getattr(near, "merged", False) else fmt.codebook.variants
     signs = (1, -1) if two_signs(fmt) else (1,)
     for variant, sign in itertools.product(range(variants), signs):
-        if large_codebook(fmt) and gain and len(ratios) > 3:
+        some = max(3, 2 * len(ratios) // 5)
+        if large_codebook(fmt) and gain and some < len(ratios):
             # Around the best of the first variant and sign: it depends on the weights, hardly on the codebook.
-            first = (torch.stack(gain[: len(ratios)]).argmax(0) - 1).clamp(0, len(ratios) - 3)
+            first = (torch.stack(gain[: len(ratios)]).argmax(0) - some // 2).clamp(0, len(ratios) - some)
             fan = torch.tensor(ratios, device=x.device)
-            for step in range(3):
+            for step in range(some):
                 trial(variant, fan[first + step] * sign, step > 0)
         else:
             for i, ratio in enumerate(ratios):

@@ -330,12 +330,12 @@ void Search::propose(const Span& units, int g) {
     const int variant = f.i.two_signs ? pass / 2 : pass;
     const float sign = f.i.two_signs && pass % 2 ? -1.0f : 1.0f;
     const bool around = pass && f.i.box_bits;
-    const int trials = around && f.trial_count > 3 ? 3 : f.trial_count;
+    const int some = 2 * f.trial_count / 5 > 3 ? 2 * f.trial_count / 5 : 3, trials = around && some < f.trial_count ? some : f.trial_count;
     int items = 0;
     for (int64_t i = 0; i < units.count; ++i) {
       place(units.unit(i));
       const float *gx = x + g * n, *gw = w + g * n, unit = trial_unit(gx, gw) * sign;
-      const int last = f.trial_count - trials, first = !around || kinds[g] < 1 ? 0 : kinds[g] - 1 > last ? last : kinds[g] - 1;
+      const int last = f.trial_count - trials, wanted = around ? kinds[g] - trials / 2 : 0, first = wanted < 0 ? 0 : wanted > last ? last : wanted;
       for (int t = 0; t < trials; ++t, ++items) {
         item_x[items] = gx, item_w[items] = gw, scales[items] = unit * f.trials[first + t];
         item_warm[items] = t ? code + (items - 1) * per : nullptr;

@@ -166,7 +166,10 @@ template <int V> int Boxes<V>::nearest(const float* target, float scale, float d
   int found = 0x7fffffff, candidates = 0;
   float score[kCandidates];
   int candidate[kCandidates];
-  const auto lower_to = [&](float most) { limit = most + rounding, bound = depth * (most + zero); };
+  const auto lower_to = [&](float most) {
+    const float next = most + rounding + 1e-5f * (most < 0 ? -most : most);
+    if (next < limit) limit = next, bound = depth * (next + zero);
+  };
   const auto rank = [&] {
     for (int k = 0; k < candidates; ++k) {
       if (!(score[k] < limit)) continue;
@@ -187,8 +190,7 @@ template <int V> int Boxes<V>::nearest(const float* target, float scale, float d
       for (int k = 0; k < V / 4; ++k) above = dot4(above, load(p + 16 * k), up[k]), rest = dot4(rest, load(p + 16 * k), lo[k]);
       const F error = fma(steps, to_float(times256(above) + rest), load((const float*)p + kStride - 16));
       if (!below(error, limit)) continue;
-      const float low = lowest(error) + rounding;
-      if (low + rounding < limit) lower_to(low);
+      lower_to(lowest(error) + rounding);
       float errors[16];
       store(errors, error);
       if (candidates > kCandidates - 16) rank();
