@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import filecmp
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +16,8 @@ import torch
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from iqtorch import cli, data, evaluate, get_format, hf, list_formats
+from iqtorch import Recipe, bench, cli, data, evaluate, get_format, hf, list_formats, quantize_checkpoint
+from iqtorch.errors import EvaluationError
 from iqtorch.importance import Importance, collect_importance
 
 runner = CliRunner()
@@ -40,7 +44,18 @@ def test_help_names_every_command_and_gives_examples() -> None:
     for word in (*commands, "Examples", "iqtorch kl tiny-llama --format iq2_kl"):
         assert word in printed
     for command in commands:
-        assert "Usage" in run(command, "--help")
+        shown = run(command, "--help")
+        assert "Usage" in shown and "Examples" in shown and f"iqtorch {command}" in shown and "--json" in shown
+
+
+def test_shell_completion() -> None:
+    environment = {**os.environ, "_IQTORCH_COMPLETE": "complete_bash", "COMP_CWORD": "3", "COMP_WORDS": "iqtorch quantize --format iq2_"}
+    code = "import sys; sys.argv = ['iqtorch']; from iqtorch.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert {"iq2_kl", "iq2_ks", "iq2_k"} <= set(done.stdout.split()), done.stderr
+    assert not any(name.startswith("iq3") for name in done.stdout.split())
+    assert "complete_bash" in run("--show-completion", "bash")
+    assert "--install-completion" in run("--help")
 
 
 def test_formats_lists_all() -> None:
@@ -112,13 +127,77 @@ def test_quantize_to_gguf_and_back_to_a_folder(tmp_path: Path) -> None:
 def test_quantize_by_rules_and_calibration(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text(data.calibration_text()[:30000], encoding="utf-8")
     rules = ["--rule", "layers.0.*down_proj=iq5_k", "--custom-q", "blk.1.attn_q=q8_0", "--skip", "layers.2.", "--skip", "embed"]
-    text = ["--calibration", tmp_path / "text.txt", "--windows", 4]
-    run("quantize", "tiny-llama", tmp_path / "made", "--format", "iq4_ks", "--pure", *rules, *text)
-    formats = {row["tensor"]: row["format"] for row in run_json("inspect", tmp_path / "made")["rows"]}
-    assert formats["model.layers.0.mlp.down_proj.weight"] == "iq5_k"
-    assert formats["model.layers.1.self_attn.q_proj.weight"] == "q8_0"
-    assert formats["model.layers.1.self_attn.k_proj.weight"] == "iq4_ks"
-    assert formats["model.layers.2.mlp.down_proj.weight"] == formats["model.embed_tokens.weight"] == "float32"
+    calibration = ["--calibration", tmp_path / "text.txt", "--windows", 4]
+    for how, kept in ((calibration, "float32"), ([], "bfloat16")):  # in memory the embedded model is a float32 one
+        run("quantize", "tiny-llama", tmp_path / kept, "--format", "iq4_ks", "--pure", *rules, *how)
+        formats = {row["tensor"]: row["format"] for row in run_json("inspect", tmp_path / kept)["rows"]}
+        assert formats["model.layers.0.mlp.down_proj.weight"] == "iq5_k"
+        assert formats["model.layers.1.self_attn.q_proj.weight"] == "q8_0"
+        assert formats["model.layers.1.self_attn.k_proj.weight"] == "iq4_ks"
+        assert formats["model.layers.2.mlp.down_proj.weight"] == formats["model.embed_tokens.weight"] == kept
+
+
+def test_quantize_and_convert_stream(tmp_path: Path) -> None:
+    """The commands are the functions: same bytes, same refusals."""
+    recipe = tmp_path / "recipe.toml"
+    Recipe.pure("iq3_k").save(recipe)
+    made = run_json("quantize", data.TINY_LLAMA, tmp_path / "packed", "--recipe", recipe, "--speed", "fast", "--objective", "rmse")
+    expected = quantize_checkpoint(
+        data.TINY_LLAMA, tmp_path / "expected", Recipe.pure("iq3_k"), speed="fast", objective="rmse", progress=False
+    )
+    assert (made["bpw"], made["bytes"]) == (expected.bits_per_weight, expected.nbytes)
+    names = sorted(path.name for path in (tmp_path / "packed").iterdir())
+    assert filecmp.cmpfiles(tmp_path / "packed", tmp_path / "expected", names, shallow=False)[1:] == ([], [])
+    run("convert", tmp_path / "packed", tmp_path / "packed.gguf")
+    run("convert", tmp_path / "packed.gguf", tmp_path / "copy.gguf")
+    assert filecmp.cmp(tmp_path / "packed.gguf", tmp_path / "copy.gguf", shallow=False)
+    assert run_json("convert", data.TINY_LLAMA, tmp_path / "new.gguf", "--format", "iq4_nl", "--pure") == {
+        "output": str(tmp_path / "new.gguf")
+    }
+    for arguments, message in (
+        (("convert", tmp_path / "packed.gguf", tmp_path / "copy.gguf"), "has copy.gguf already"),
+        (("quantize", tmp_path / "packed.gguf", tmp_path / "x.gguf", "--format", "iq2_kl"), "--requantize"),
+    ):
+        result = runner.invoke(cli.app, list(map(str, arguments)))
+        assert message in str(result.exception)
+    run("convert", tmp_path / "packed.gguf", tmp_path / "copy.gguf", "--overwrite")
+
+
+def test_an_interrupted_command_says_how_to_go_on(tmp_path: Path) -> None:
+    code = """
+import os, signal
+from iqtorch import cli
+from iqtorch.checkpoint import job
+make = job._make
+def stop(piece, fd):
+    make(piece, fd)
+    os.kill(os.getpid(), signal.SIGINT)
+job._make = stop
+cli.main()
+"""
+    arguments = ["quantize", str(data.TINY_LLAMA), str(tmp_path / "out"), "--format", "iq4_ks", "--threads", "1"]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 128 + signal.SIGINT, done.stderr
+    assert "the same command goes on where it was" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert all(path.name.startswith(".") for path in (tmp_path / "out").iterdir())
+
+
+def test_bench_checks_and_times() -> None:
+    rows = run_json("bench", "iq4_nl", "q8_0", "--shape", "96x64", "--rows", 1, "--rows", 3, "--megabytes", 0)["rows"]
+    assert [(row["format"], row["n"], row["k"], row["rows"]) for row in rows] == [
+        (name, 96, 64, m) for name in ("iq4_nl", "q8_0") for m in (1, 3)
+    ]
+    for row in rows:
+        assert 0 < row["error"] < 0.02
+        assert row["packed_us"] > 0 and row["plain_us"] > 0 and row["speedup"] > 0
+    assert "speedup" in run("bench", "q8_0", "--shape", "32x32", "--rows", 1, "--megabytes", 0)
+
+
+def test_bench_refuses_to_time_wrong_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench.F, "linear", lambda x, weight: torch.ones(x.shape[0], weight.shape[0], dtype=x.dtype))
+    with pytest.raises(EvaluationError, match=r"with 2 rows has an error of .*: it is not timed"):
+        bench.run(["q8_0"], [(64, 32)], [2], megabytes=0)
 
 
 def test_inspect_a_plain_file(tmp_path: Path) -> None:
@@ -146,6 +225,11 @@ def test_inspect_packed_weights(tmp_path: Path) -> None:
         (("kl", "tiny-llama"), 2, "--base"),
         (("perplexity",), 2, "MODEL"),
         (("quantize", "tiny-llama", "out.gguf", "--format", "iq4_ks", "--rule", "down_proj"), 2, "REGEX=FORMAT"),
+        (("quantize", "tiny-llama", "out.gguf"), 2, "--format"),
+        (("quantize", "tiny-llama", "out.gguf", "--format", "iq4_ks", "--recipe", "x.toml"), 2, "not both"),
+        (("quantize", "tiny-llama", "out.gguf", "--format", "iq4_ks", "--speed", "slow"), 2, "fast, default, best"),
+        (("quantize", "missing", "out", "--format", "iq4_ks"), 1, "not a folder"),
+        (("bench", "--shape", "12"), 2, "N x K"),
         (("sing",), 2, "sing"),
     ],
 )

@@ -7,6 +7,6 @@ stream    `quantize_checkpoint` and `convert_checkpoint`
 
 from __future__ import annotations
 
-from .stream import convert_checkpoint, quantize_checkpoint
+from .stream import convert_checkpoint, parameter_names, quantize_checkpoint
 
-__all__ = ["convert_checkpoint", "quantize_checkpoint"]
+__all__ = ["convert_checkpoint", "parameter_names", "quantize_checkpoint"]

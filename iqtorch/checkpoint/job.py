@@ -169,7 +169,7 @@ class Job:
                 # renamed when it has its full length: a `.part` file that is there is whole
                 made = self.part(file).with_suffix(".new")
                 with made.open("wb") as new:
-                    os.posix_fallocate(new.fileno(), 0, file.nbytes)
+                    _reserve(new.fileno(), file.nbytes)
                     new.write(file.header)
                 made.rename(self.part(file))
         except OSError as error:
@@ -234,8 +234,12 @@ def _make(piece: Piece, fd: int) -> None:
     data = read(piece.tensor.value, piece.start, piece.stop).contiguous()
     view = data.reshape(-1).view(torch.uint8).numpy().data
     written = 0
-    while written < len(view):
-        written += os.pwrite(fd, view[written:], piece.offset + written)
+    try:
+        while written < len(view):
+            written += os.pwrite(fd, view[written:], piece.offset + written)
+    except OSError as error:
+        what = f"{error.strerror} while {piece.tensor.name!r} was written; the same run goes on where it was once there is room"
+        raise OSError(error.errno, what) from error
 
 
 @contextlib.contextmanager
@@ -275,6 +279,14 @@ class _Journal:
 
     def __exit__(self, *_: object) -> None:
         self.flush()  # also after an error: what was made stays made
+
+
+def _reserve(fd: int, nbytes: int) -> None:
+    """Makes a file of this length, with its room on the disk where the system can do that."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(fd, 0, nbytes)
+    else:
+        os.ftruncate(fd, nbytes)
 
 
 def _append(fd: int, data: bytes) -> None:

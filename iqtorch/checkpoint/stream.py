@@ -153,6 +153,12 @@ def _open(source: Path) -> tuple[Any, list[Path]]:
     return lazy_model(source, read_folder(source)), checkpoint_files(source)
 
 
+def parameter_names(source: str | Path) -> list[str]:
+    """Names of the parameters of a checkpoint's model, each once; errors as `quantize_checkpoint`."""
+    model, _ = _open(Path(source))
+    return [name for name, _ in model.named_parameters()]
+
+
 # -- quantizing ----------------------------------------------------------------------------------------------
 
 
@@ -281,4 +287,4 @@ def _copy_small_files(source: Path, folder: Path) -> None:
             shutil.copyfile(path, folder / path.name)
 
 
-__all__ = ["convert_checkpoint", "quantize_checkpoint"]
+__all__ = ["convert_checkpoint", "parameter_names", "quantize_checkpoint"]

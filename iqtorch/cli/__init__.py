@@ -1,0 +1,51 @@
+"""The command line: `iqtorch --help`.
+
+options   what the commands share
+files     formats, quantize, convert, importance, inspect
+measure   demo, perplexity, kl, bench, plot
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import typer
+from rich.markup import escape
+
+from ..errors import IQTorchError
+from . import files, measure  # noqa: F401 (their commands)
+from .options import COMMANDS, err
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode="rich",
+    help="IQ weight formats, 2 to 6 bits per weight, in PyTorch.",
+    epilog="""\
+[bold]Examples[/bold]
+
+  iqtorch demo\n
+  iqtorch quantize ./my-model ./packed --format iq2_kl --importance imatrix.dat\n
+  iqtorch convert ./packed my-model.gguf\n
+  iqtorch kl tiny-llama --format iq2_kl\n
+  iqtorch inspect ./packed
+
+MODEL is a Hugging Face folder or hub name, a GGUF file, or [bold]tiny-llama[/bold] for the small model inside the package.
+Results go to standard output, progress and errors to standard error. Exit code: 0, 1 for an error, 2 for a wrong command line,
+130 when interrupted. [bold]iqtorch --install-completion[/bold] makes the shell complete commands, options and formats.""",
+)
+for function, examples in COMMANDS:
+    app.command(epilog=examples)(function)
+
+
+def main() -> None:
+    """Entry point: errors of iqtorch and of the file system become one line and exit code 1."""
+    try:
+        app(prog_name="iqtorch")
+    except (IQTorchError, OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        err.print("[bold red]error:[/bold red]", escape(str(error)), highlight=False, soft_wrap=True)
+        sys.exit(1)
