@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -114,7 +114,7 @@ def _weights(name: str, n: int, k: int, device: str) -> IQTensor:
 
 
 def _copies(weight: W, megabytes: float) -> list[W]:
-    copies: list[W] = [weight.clone() for _ in range(round(megabytes * 1e6 / weight.nbytes) - 1)]
+    copies = [cast(W, weight.clone()) for _ in range(round(megabytes * 1e6 / weight.nbytes) - 1)]
     return [weight, *copies]
 
 

@@ -176,7 +176,8 @@ class Job:
             for file in missing:
                 self.part(file).unlink(missing_ok=True)
                 self.part(file).with_suffix(".new").unlink(missing_ok=True)
-            self.journal.unlink(missing_ok=True)
+            if len(missing) == len(self.files):
+                self.journal.unlink(missing_ok=True)
             if error.errno != errno.ENOSPC:
                 raise
             raise OSError(
