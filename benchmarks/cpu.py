@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from iqtorch import cpu_ext
+from iqtorch.cpu_ext import memory
 from iqtorch.formats import Format, get_format, list_formats
 
 COLUMNS = ("format", "isa", "precision", "m", "n", "k", "threads", "weights_mb", "ms", "gb_per_s", "gflops", "dense_bf16_ms", "speedup")
@@ -77,7 +78,7 @@ def timed(call: Callable[[int], object], count: int, clock: Callable[[], float])
 
 def read_bandwidth(megabytes: float, threads: int) -> float:
     """GB/s of the fastest way found to read `megabytes` of memory in huge pages."""
-    data = cpu_ext.empty_packed(round(megabytes * 1e6) // 64 * 64).view(torch.int64).zero_()
+    data = memory.empty(round(megabytes * 1e6) // 64 * 64).view(torch.int64).zero_()
     clock = clock_of(threads)
     best = 0.0
     for values, reduce in ((data.view(torch.float32), torch.sum), (data, torch.sum), (data.view(torch.float32), torch.amax)):
@@ -101,7 +102,7 @@ class Case:
         blocks = random_blocks(fmt, args.n, args.k)
         first = cpu_ext.pack(blocks, fmt)
         count = max(1, round(args.megabytes * 1e6 / first.nbytes))
-        self.weights = [first, *(cpu_ext.empty_packed(first.nbytes).copy_(first) for _ in range(count - 1))]
+        self.weights = [first, *(memory.empty(first.nbytes).copy_(first) for _ in range(count - 1))]
         self.peer = ik_ggml.Matrices(library, blocks, fmt.ggml_type, args.k, len(self.weights)) if library else None
 
     def measure(self, m: int) -> Iterator[dict[str, object]]:

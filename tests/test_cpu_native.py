@@ -90,7 +90,13 @@ def test_neon_under_an_emulator(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(platform.machine() != "x86_64" or not shutil.which("clang++"), reason="needs clang++ on x86-64")
 def test_sanitizers_on_random_bytes(tmp_path: Path) -> None:
-    isas = {"scalar": (), "avx2": AVX2, "avx512": AVX512, "amx": (*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16")}
+    isas = {
+        "scalar": (),
+        "avx2": AVX2,
+        "avxvnni": (*AVX2, "-mavxvnni"),
+        "avx512": AVX512,
+        "amx": (*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
+    }
     flags = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
     program = str(build(tmp_path, "clang++", flags, isas))
     here = {name for name, state in iqtorch.cpu.capabilities().items() if name in isas and state == "available"}

@@ -79,7 +79,9 @@ def capabilities() -> dict[str, str]:
 
 
 def select_isa(isa: str | None) -> None:
-    """Uses one instruction set from now on (`"scalar"`, `"avx2"`, `"avx512"`, `"amx"`, `"neon"`); None: `IQTORCH_ISA` or the best.
+    """Uses one instruction set from now on (`"scalar"`, `"avx2"`, `"avxvnni"`, `"avx512"`, `"amx"`, `"neon"`).
+
+    None: `IQTORCH_ISA` or the best.
 
     Raises:
         KernelUnavailableError: unknown, or this CPU cannot run it.

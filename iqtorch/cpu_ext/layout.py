@@ -282,10 +282,10 @@ def layout(fmt: Format) -> Layout:
         low, high = (-126, 126)
         bias = 128 if sign else 126
     elif sign:
-        low, bias = -high, 64 if high < 64 else 128
+        low, bias = -high, high if high < 64 else 128
     else:
         bias = -low if high - low < 128 else 128
-    narrow = bias + high < 128 and bias + low >= 0
+    largest = bias + high if bias + low >= 0 else 255
     table = np.zeros(0, np.uint8) if decoder in (PLAIN, TRELLIS) else (values[0] + bias).astype(np.uint8).reshape(-1)
     if decoder in (LOOKUP, WORDS) and table.size < 16:
         table = np.resize(table, 16)
@@ -297,7 +297,7 @@ def layout(fmt: Format) -> Layout:
     group = min(fmt.group_size, fmt.variant_size, CELL)
     ints = [
         fmt.ggml_type, fmt.block_size, fmt.block_bytes, fmt.row_header_bytes, fmt.d_bytes, ROWS * fmt.block_bytes,
-        decoder, sign, code.width, fmt.vec, int(narrow), bias, delta, variant_in_code, flip,
+        decoder, sign, code.width, fmt.vec, largest, bias, delta, variant_in_code, flip,
         CELL // group, fmt.group_size, fmt.variant_size, int(fmt.affine),
         scale_flip, scale_linear,
         np.int64(ik_trellis.MULTIPLIER).astype(np.int32), ik_trellis.OFFSET,

@@ -35,6 +35,13 @@ std::string avx2_missing() {
   return missing_features({{"avx2", __builtin_cpu_supports("avx2")}, {"fma", __builtin_cpu_supports("fma")}, {"f16c", c >> 29 & 1}});
 }
 
+std::string avxvnni_missing() {
+  const std::string base = avx2_missing();
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  __get_cpuid_count(7, 1, &a, &b, &c, &d);
+  return base.empty() ? missing_features({{"avx_vnni", a >> 4 & 1}}) : base;
+}
+
 std::string avx512_missing() {
   const std::string base = avx2_missing();
   if (!base.empty()) return base;
@@ -83,6 +90,9 @@ std::vector<Isa> find_instruction_sets() {
 #if defined(IQTORCH_HAVE_AVX512)
   found.push_back({"avx512", kernels_avx512, avx512_missing()});
 #endif
+#if defined(IQTORCH_HAVE_AVXVNNI)
+  found.push_back({"avxvnni", kernels_avxvnni, avxvnni_missing()});
+#endif
 #if defined(IQTORCH_HAVE_AVX2)
   found.push_back({"avx2", kernels_avx2, avx2_missing()});
 #endif
@@ -90,7 +100,7 @@ std::vector<Isa> find_instruction_sets() {
   found.push_back({"neon", kernels_neon, neon_missing()});
 #endif
   found.push_back({"scalar", kernels_scalar, ""});
-  for (const char* name : {"amx", "avx512", "avx2", "neon"}) {
+  for (const char* name : {"amx", "avx512", "avxvnni", "avx2", "neon"}) {
     bool listed = false;
     for (const Isa& isa : found) listed |= !std::strcmp(isa.name, name);
     if (!listed) found.push_back({name, nullptr, "this build was made for another kind of CPU, or by a compiler without it"});

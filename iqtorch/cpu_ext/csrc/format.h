@@ -31,7 +31,7 @@ struct Field {
 // Same order as `Layout.ints` and `Layout.floats` in iqtorch/cpu_ext/layout.py.
 struct Ints {
   int32_t type, block, block_bytes, header_bytes, d_bytes, tile_bytes;
-  int32_t decoder, sign, code_width, vec, narrow, bias, delta, variant_in_code, flip;
+  int32_t decoder, sign, code_width, vec, largest, bias, delta, variant_in_code, flip;
   int32_t groups, scale_group, variant_group, affine;  // `groups` per cell share scale, minimum and variant
   int32_t scale_flip, scale_linear;
   int32_t multiplier, generator_offset;
@@ -99,6 +99,7 @@ struct Kernels {
 // Kernels of one instruction set, defined by isa_<name>.cpp.
 const Kernels* kernels_scalar();
 const Kernels* kernels_avx2();
+const Kernels* kernels_avxvnni();
 const Kernels* kernels_avx512();
 const Kernels* kernels_amx();
 const Kernels* kernels_neon();

@@ -213,45 +213,66 @@ template <class Decoder> static void expand(const Format& f, const uint8_t* tile
 }
 
 // `q`, `scale` and `sums` point at the first of M rows in the first cell of the block; `rows` is the number of all rows.
-template <int M, int Groups, bool Narrow>
+// `Depth` neighbouring vectors may be summed in 16 bits where an instruction set does so.
+template <int M, int Groups, bool Narrow, int Depth>
 IQ_FN void multiply_block(const Panel& panel, int cells, const int8_t* q, const float* scale, const float* sums, int64_t rows, float* acc) {
   constexpr int per_group = 8 / Groups;
   F32 a[M];
   IQ_UNROLL(8)
   for (int m = 0; m < M; ++m) a[m] = loadf(acc + kRows * m);
   for (int c = 0; c < cells; ++c, q += rows * kCell, scale += rows, sums += rows * Groups) {
+    F32 cell[M];
     IQ_UNROLL(4)
     for (int g = 0; g < Groups; ++g) {
       I32 d[M];
       IQ_UNROLL(8)
       for (int m = 0; m < M; ++m) d[m] = set(0);
       IQ_UNROLL(8)
-      for (int v = 0; v < per_group; ++v) {
+      for (int v = 0; v < per_group; v += Depth) {
         const int at = g * per_group + v;
-        const U8 operand = load(panel.operand + kVector * (c * 8 + at));
+        const uint8_t* operand = panel.operand + kVector * (c * 8 + at);
+#ifdef IQ_PAIR_SUMS
+        if constexpr (Depth > 1) {
+          Pairs pairs[M];
+          IQ_UNROLL(8)
+          for (int m = 0; m < M; ++m) pairs[m] = pair_products(load(operand), q + m * kCell + 4 * at);
+          IQ_UNROLL(8)
+          for (int i = 1; i < Depth; ++i) {
+            const U8 next = load(operand + kVector * i);
+            IQ_UNROLL(8)
+            for (int m = 0; m < M; ++m) pairs[m] = pairs[m] + pair_products(next, q + m * kCell + 4 * (at + i));
+          }
+          IQ_UNROLL(8)
+          for (int m = 0; m < M; ++m) d[m] = add_pairs(d[m], pairs[m]);
+          continue;
+        }
+#endif
+        const U8 single = load(operand);
         IQ_UNROLL(8)
-        for (int m = 0; m < M; ++m) d[m] = dot<Narrow>(d[m], operand, q + m * kCell + 4 * at);
+        for (int m = 0; m < M; ++m) d[m] = dot<Narrow>(d[m], single, q + m * kCell + 4 * at);
       }
       const F32 s = loadf(panel.side.scale + kRows * (c * Groups + g)), o = loadf(panel.side.offset + kRows * (c * Groups + g));
       IQ_UNROLL(8)
       for (int m = 0; m < M; ++m) {
-        a[m] = fma(to_float(d[m]) * s, setf(scale[m]), a[m]);
+        cell[m] = g ? fma(to_float(d[m]), s, cell[m]) : to_float(d[m]) * s;
         a[m] = fma(o, setf(sums[m * Groups + g]), a[m]);
       }
     }
+    IQ_UNROLL(8)
+    for (int m = 0; m < M; ++m) a[m] = fma(cell[m], setf(scale[m]), a[m]);
   }
   IQ_UNROLL(8)
   for (int m = 0; m < M; ++m) storef(acc + kRows * m, a[m]);
 }
 
-template <int Groups, bool Narrow>
+template <int Groups, bool Narrow, int Depth = 1>
 static void multiply(const Panel& panel, int cells, const Activations& x, int64_t m0, int64_t m1, int64_t cell, float* acc) {
   int64_t m = m0;
   const auto step = [&](auto size) {
     constexpr int M = decltype(size)::value;
     for (; m + M <= m1; m += M) {
       const int64_t at = cell * x.m + m;
-      multiply_block<M, Groups, Narrow>(panel, cells, x.q + at * kCell, x.scale + at, x.sums + at * Groups, x.m, acc + kRows * (m - m0));
+      multiply_block<M, Groups, Narrow, Depth>(panel, cells, x.q + at * kCell, x.scale + at, x.sums + at * Groups, x.m, acc + kRows * (m - m0));
     }
   };
   if constexpr (kBatch >= 8) step(Size<8>{});
@@ -349,31 +370,43 @@ static Family find_family(const Ints& i) {
 static bool accepts(const Ints& i) {
   const Family family = find_family(i);
   // operands of 128 and more would overflow the 16-bit sums of a kernel that was promised smaller ones
-  return family.gemv && (i.narrow || !family.narrow || !kSignedDot);
+  return family.gemv && (i.largest < 128 || !family.narrow || !kSignedDot);
 }
 
 // -- products ------------------------------------------------------------------------------------------------------------
 
-constexpr int kChunk = 128;  // rows of activations whose accumulators stay in the first-level cache
+constexpr int kChunk = 128;  // rows of activations: accumulators stay in the first-level cache, activations in the second
+
+// For operands up to `largest`: 2 * Depth products with 127 at most fit 16 bits.
+template <int Groups> static auto multiply_with(bool narrow, [[maybe_unused]] int largest) {
+#ifdef IQ_PAIR_SUMS
+  constexpr int most = 8 / Groups;
+  if (largest <= 15) return multiply<Groups, true, most>;
+  if (largest <= 31) return multiply<Groups, true, most < 4 ? most : 4>;
+  if (largest <= 63) return multiply<Groups, true, most < 2 ? most : 2>;
+#endif
+  return narrow ? multiply<Groups, true> : multiply<Groups, !kSignedDot>;
+}
 
 static void linear_int8(const Matrix& w, const Activations& x, const Output& out, int64_t g0, int64_t g1) {
   const Format& f = *w.format;
   const Family family = find_family(f.i);
   if (x.m == 1) return family.gemv(w, x, out, g0, g1);
   const int cells = f.i.block / kCell;
-  const auto run = f.i.groups == 1 ? (family.narrow ? multiply<1, true> : multiply<1, !kSignedDot>)
-                 : f.i.groups == 2 ? (family.narrow ? multiply<2, true> : multiply<2, !kSignedDot>)
-                                   : (family.narrow ? multiply<4, true> : multiply<4, !kSignedDot>);
+  const bool narrow = family.narrow || f.i.largest < 128;
+  const auto run = f.i.groups == 1   ? multiply_with<1>(narrow, f.i.largest)
+                   : f.i.groups == 2 ? multiply_with<2>(narrow, f.i.largest)
+                                     : multiply_with<4>(narrow, f.i.largest);
   Panel panel;
   IQ_ALIGNED float acc[kChunk * kRows];
-  for (int64_t g = g0; g < g1; ++g) {
-    const F32 d = header_d(w, g);
-    for (int64_t m0 = 0; m0 < x.m; m0 += kChunk) {
-      const int64_t m1 = m0 + kChunk < x.m ? m0 + kChunk : x.m;
+  for (int64_t m0 = 0; m0 < x.m; m0 += kChunk) {
+    const int64_t m1 = m0 + kChunk < x.m ? m0 + kChunk : x.m;
+    for (int64_t g = g0; g < g1; ++g) {
+      const F32 d = header_d(w, g);
       __builtin_memset(acc, 0, (m1 - m0) * kRows * sizeof(float));
       const uint8_t* tile = w.tiles + g * w.blocks * f.i.tile_bytes;
       for (int64_t b = 0; b < w.blocks; ++b, tile += f.i.tile_bytes) {
-        family.sides(f, tile, d, family.narrow ? 0 : 128, panel.side);
+        family.sides(f, tile, d, narrow ? 0 : 128, panel.side);
         family.expand(f, tile, panel.operand);
         run(panel, cells, x, m0, m1, b * cells, acc);
       }
@@ -388,10 +421,10 @@ static void linear_float(const Matrix& w, const Activations& x, const Output& ou
   Panel panel;
   IQ_ALIGNED float acc[kChunk * kRows];
   IQ_ALIGNED float weights[kMaxBlock * kRows];
-  for (int64_t g = g0; g < g1; ++g) {
-    const F32 d = header_d(w, g);
-    for (int64_t m0 = 0; m0 < x.m; m0 += kChunk) {
-      const int64_t m1 = m0 + kChunk < x.m ? m0 + kChunk : x.m;
+  for (int64_t m0 = 0; m0 < x.m; m0 += kChunk) {
+    const int64_t m1 = m0 + kChunk < x.m ? m0 + kChunk : x.m;
+    for (int64_t g = g0; g < g1; ++g) {
+      const F32 d = header_d(w, g);
       __builtin_memset(acc, 0, (m1 - m0) * kRows * sizeof(float));
       const uint8_t* tile = w.tiles + g * w.blocks * f.i.tile_bytes;
       for (int64_t b = 0; b < w.blocks; ++b, tile += f.i.tile_bytes) {
@@ -418,179 +451,9 @@ static void linear(const Matrix& w, const Activations& x, const Output& out, int
   x.q ? linear_int8(w, x, out, g0, g1) : linear_float(w, x, out, g0, g1);
 }
 
-// -- weights row by row --------------------------------------------------------------------------------------------------
+}}  // namespace iqtorch::IQTORCH_ISA
 
-// One row of a block: `block` weights as the plain-torch decoder rounds them, times runtime_scale.
-IQ_FN void decode_row(const Format& f, const Panel& panel, int row, float* out) {
-  const Ints& i = f.i;
-  const int fine = kCell / i.groups, count = i.block / fine;
-  IQ_ALIGNED uint8_t operand[kMaxBlock];
-  for (int v = 0; v < i.block / 4; ++v) __builtin_memcpy(operand + 4 * v, panel.operand + kVector * v + 4 * row, 4);
-  for (int g = 0; g < count; ++g) {
-    const float s = panel.side.scale[kRows * g + row], o = panel.side.offset[kRows * g + row], low = panel.side.low[kRows * g + row];
-    if (i.affine) {
-      for (int k = 0; k < fine; ++k) out[g * fine + k] = s * ((float)operand[g * fine + k] + o) - low;
-    } else {
-      for (int k = 0; k < fine; ++k) out[g * fine + k] = s * ((float)operand[g * fine + k] + o);
-    }
-  }
-  if (f.f.runtime_scale != 1.0f)
-    for (int k = 0; k < i.block; ++k) out[k] *= f.f.runtime_scale;
-}
-
-IQ_FN int64_t element_bytes(DType dtype) { return dtype == kFloat32 ? 4 : 2; }
-
-static void to_float(const void* x, DType dtype, float* out, int64_t count) {
-  if (dtype == kFloat32) {
-    __builtin_memcpy(out, x, count * sizeof(float));
-  } else if (dtype == kBFloat16) {
-    const uint16_t* p = (const uint16_t*)x;
-    for (int64_t i = 0; i < count; ++i) {
-      uint32_t u = (uint32_t)p[i] << 16;
-      __builtin_memcpy(out + i, &u, 4);
-    }
-  } else {
-    int64_t i = 0;
-    for (; i + kRows <= count; i += kRows) storef(out + i, from_half(load16((const uint8_t*)x + 2 * i)));
-    if (i < count) {
-      IQ_ALIGNED uint8_t last[32] = {};
-      IQ_ALIGNED float value[kRows];
-      __builtin_memcpy(last, (const uint8_t*)x + 2 * i, 2 * (count - i));
-      storef(value, from_half(load16(last)));
-      __builtin_memcpy(out + i, value, 4 * (count - i));
-    }
-  }
-}
-
-static void from_float(const float* x, DType dtype, void* out, int64_t count) {
-  if (dtype == kFloat32) {
-    __builtin_memcpy(out, x, count * sizeof(float));
-    return;
-  }
-  const auto put = dtype == kFloat16 ? +[](uint16_t* p, const float* v) { store_half(p, loadf(v)); }
-                                     : +[](uint16_t* p, const float* v) { store_bfloat16(p, loadf(v)); };
-  int64_t i = 0;
-  for (; i + kRows <= count; i += kRows) put((uint16_t*)out + i, x + i);
-  if (i < count) {
-    IQ_ALIGNED float last[kRows] = {};
-    IQ_ALIGNED uint16_t half[kRows];
-    __builtin_memcpy(last, x + i, 4 * (count - i));
-    put(half, last);
-    __builtin_memcpy((uint16_t*)out + i, half, 2 * (count - i));
-  }
-}
-
-static void dequantize(const Matrix& w, DType dtype, void* out, int64_t g0, int64_t g1) {
-  const Format& f = *w.format;
-  const Family family = find_family(f.i);
-  Panel panel;
-  IQ_ALIGNED float row[kMaxBlock];
-  for (int64_t g = g0; g < g1; ++g) {
-    const F32 d = header_d(w, g);
-    const int valid = w.rows - g * kRows < kRows ? (int)(w.rows - g * kRows) : kRows;
-    const uint8_t* tile = w.tiles + g * w.blocks * f.i.tile_bytes;
-    for (int64_t b = 0; b < w.blocks; ++b, tile += f.i.tile_bytes) {
-      family.exact_sides(f, tile, d, 0, panel.side);
-      family.expand(f, tile, panel.operand);
-      for (int r = 0; r < valid; ++r) {
-        decode_row(f, panel, r, row);
-        from_float(row, dtype, (uint8_t*)out + ((g * kRows + r) * w.k + b * f.i.block) * element_bytes(dtype), f.i.block);
-      }
-    }
-  }
-}
-
-static void gather_rows(const Matrix& w, DType dtype, const int64_t* ids, void* out, int64_t i0, int64_t i1) {
-  const Format& f = *w.format;
-  const Family family = find_family(f.i);
-  Panel panel;
-  IQ_ALIGNED float row[kMaxBlock];
-  for (int64_t i = i0; i < i1; ++i) {
-    const int64_t g = ids[i] / kRows;
-    const F32 d = header_d(w, g);
-    const uint8_t* tile = w.tiles + g * w.blocks * f.i.tile_bytes;
-    for (int64_t b = 0; b < w.blocks; ++b, tile += f.i.tile_bytes) {
-      family.exact_sides(f, tile, d, 0, panel.side);
-      family.expand(f, tile, panel.operand);
-      decode_row(f, panel, (int)(ids[i] % kRows), row);
-      from_float(row, dtype, (uint8_t*)out + (i * w.k + b * f.i.block) * element_bytes(dtype), f.i.block);
-    }
-  }
-}
-
-static void transposed(const Matrix& w, const float* g, int64_t m, float* out, int64_t b0, int64_t b1) {
-  const Format& f = *w.format;
-  const Family family = find_family(f.i);
-  constexpr int chunk = 32;
-  const int block = f.i.block;
-  const int64_t groups = (w.rows + kRows - 1) / kRows;
-  Panel panel;
-  IQ_ALIGNED float weights[kRows * kMaxBlock];
-  IQ_ALIGNED float acc[chunk * kMaxBlock];
-  for (int64_t b = b0; b < b1; ++b)
-    for (int64_t m0 = 0; m0 < m; m0 += chunk) {
-      const int64_t m1 = m0 + chunk < m ? m0 + chunk : m;
-      __builtin_memset(acc, 0, (m1 - m0) * block * sizeof(float));
-      for (int64_t n = 0; n < groups; ++n) {
-        const uint8_t* tile = w.tiles + (n * w.blocks + b) * f.i.tile_bytes;
-        const int valid = w.rows - n * kRows < kRows ? (int)(w.rows - n * kRows) : kRows;
-        family.exact_sides(f, tile, header_d(w, n), 0, panel.side);
-        family.expand(f, tile, panel.operand);
-        for (int r = 0; r < valid; ++r) decode_row(f, panel, r, weights + r * block);
-        for (int64_t i = m0; i < m1; ++i) {
-          float* a = acc + (i - m0) * block;
-          const float* gi = g + i * w.rows + n * kRows;
-          int r = 0;
-          for (; r + 4 <= valid; r += 4) {
-            const float *w0 = weights + r * block, *w1 = w0 + block, *w2 = w1 + block, *w3 = w2 + block;
-            const float x0 = gi[r], x1 = gi[r + 1], x2 = gi[r + 2], x3 = gi[r + 3];
-            for (int k = 0; k < block; ++k) a[k] += x0 * w0[k] + x1 * w1[k] + x2 * w2[k] + x3 * w3[k];
-          }
-          for (; r < valid; ++r)
-            for (int k = 0; k < block; ++k) a[k] += gi[r] * weights[r * block + k];
-        }
-      }
-      for (int64_t i = m0; i < m1; ++i) __builtin_memcpy(out + i * w.k + b * block, acc + (i - m0) * block, block * sizeof(float));
-    }
-}
-
-// -- activations -----------------------------------------------------------------------------------------------------------
-
-// int8 with a scale per 32, rounded to nearest; a cell with NaN or Inf gets a NaN scale, so that its products are NaN.
-// Neighbouring rows lie side by side, cell by cell: rows at a distance of K would share few sets of the first-level cache.
-static void quantize(const float* x, int64_t k, int groups, int64_t row, int64_t rows, int8_t* q, float* scale, float* sums) {
-  const int fine = kCell / groups;
-  q += row * kCell, scale += row, sums += row * groups;
-  for (int64_t c = 0; c < k / kCell; ++c, x += kCell, q += rows * kCell, scale += rows, sums += rows * groups) {
-    IQ_ALIGNED int32_t whole[kCell];
-    IQ_ALIGNED float copy[kCell];
-    int32_t largest = 0;
-    __builtin_memcpy(whole, x, sizeof whole);
-    __builtin_memcpy(copy, x, sizeof copy);
-    for (int i = 0; i < kCell; ++i) {
-      const int32_t a = whole[i] & 0x7fffffff;
-      largest = a > largest ? a : largest;
-    }
-    float top;
-    __builtin_memcpy(&top, &largest, 4);
-    const bool bad = largest >= 0x7f800000, tiny = top < 1e-30f;
-    const float inverse = bad || tiny ? 0.0f : 127.0f / top;
-    const float step = bad ? __builtin_nanf("") : tiny ? 0.0f : top / 127.0f;
-    // adding 1.5 * 2^23 rounds to an integer, which then is the low bits; a NaN would leave its own there
-    for (int i = 0; i < kCell; ++i) copy[i] = (bad ? 0.0f : copy[i] * inverse) + 12582912.0f;
-    __builtin_memcpy(whole, copy, sizeof whole);
-    for (int i = 0; i < kCell; ++i) {
-      whole[i] -= 0x4b400000;
-      q[i] = (int8_t)whole[i];
-    }
-    for (int g = 0; g < groups; ++g) {
-      int32_t sum = 0;
-      for (int i = 0; i < fine; ++i) sum += whole[g * fine + i];
-      sums[g] = step * (float)sum;
-    }
-    *scale = step;
-  }
-}
+#include "rows.inl"
 
 #ifndef IQTORCH_TILED
 #define IQTORCH_TILED nullptr, nullptr, nullptr, nullptr
@@ -602,5 +465,3 @@ static void quantize(const float* x, int64_t k, int groups, int64_t row, int64_t
                                   isa::linear, isa::dequantize, isa::gather_rows, isa::transposed, IQTORCH_TILED};              \
     return &table;                                                                                                              \
   }
-
-}}  // namespace iqtorch::IQTORCH_ISA

@@ -1,11 +1,15 @@
-// AVX2 with FMA and F16C: 16 rows are two registers.
+// AVX2 with FMA and F16C, and with AVX-VNNI if IQ_VNNI is defined: 16 rows are two registers.
 #pragma once
 #include <immintrin.h>
 #include <cstdint>
 
 namespace iqtorch { namespace IQTORCH_ISA {
 
+#ifdef IQ_VNNI
+constexpr bool kSignedDot = false;
+#else
 constexpr bool kSignedDot = true;
+#endif
 constexpr int kBatch = 4;
 
 struct U8 { __m256i v[2]; };
@@ -125,6 +129,9 @@ template <int Step> IQ_FN I32 gather(const uint8_t* base, I32 index) {
 // Operands below 128 times int8 sum in pairs within 16 bits (2 * 127 * 127). Wider ones are taken as signed (minus 128), and the
 // signs moved to x: 2 * 128 * 127 fits too. Nothing saturates.
 template <bool Narrow> IQ_FN __m256i dot1(__m256i acc, __m256i w, __m256i x) {
+#ifdef IQ_VNNI
+  return _mm256_dpbusd_avx_epi32(acc, w, x);
+#endif
   __m256i pairs;
   if (Narrow) {
     pairs = _mm256_maddubs_epi16(w, x);
@@ -144,6 +151,23 @@ IQ_FN I32 byte_sums(I32 acc, I32 a) {
   __m256i one = _mm256_set1_epi8(1);
   return {{dot1<true>(acc.v[0], a.v[0], one), dot1<true>(acc.v[1], a.v[1], one)}};
 }
+
+#ifndef IQ_VNNI
+// Sums of pairs of products in 16 bits, for small operands (see multiply_with).
+#define IQ_PAIR_SUMS
+struct Pairs { __m256i v[2]; };
+IQ_FN Pairs pair_products(U8 w, const void* x) {
+  int32_t four;
+  __builtin_memcpy(&four, x, 4);
+  const __m256i b = _mm256_set1_epi32(four);
+  return {{_mm256_maddubs_epi16(w.v[0], b), _mm256_maddubs_epi16(w.v[1], b)}};
+}
+IQ_FN Pairs operator+(Pairs a, Pairs b) { return {{_mm256_add_epi16(a.v[0], b.v[0]), _mm256_add_epi16(a.v[1], b.v[1])}}; }
+IQ_FN I32 add_pairs(I32 acc, Pairs a) {
+  const __m256i one = _mm256_set1_epi16(1);
+  return {{_mm256_add_epi32(acc.v[0], _mm256_madd_epi16(a.v[0], one)), _mm256_add_epi32(acc.v[1], _mm256_madd_epi16(a.v[1], one))}};
+}
+#endif
 
 IQ_FN F32 loadf(const float* p) { return {{_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}}; }
 IQ_FN void storef(float* p, F32 a) {
