@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import iqtorch
 from iqtorch import IQConfig, IQTensor, Recipe
-from iqtorch.errors import CheckpointError, RecipeError, UnknownFormatError, UnsupportedOperationError, WeightError
+from iqtorch.errors import CalibrationError, CheckpointError, RecipeError, UnknownFormatError, UnsupportedOperationError, WeightError
 
 transformers = pytest.importorskip("transformers")
 
@@ -167,7 +167,34 @@ def test_config_passes_recipe_skip_and_importance(tmp_path: Path) -> None:
     same_state(model, load(tmp_path / "packed"))
 
 
+def test_config_rounds_by_a_calibration(tmp_path: Path) -> None:
+    plain = llama()
+    plain.save_pretrained(tmp_path)
+    calibration = iqtorch.calibrate(plain, [IDS])
+    calibration.save(tmp_path / "calibration.safetensors")
+    want = iqtorch.quantize_model(llama(), Recipe.pure("iq4_nl"), calibration=calibration, rounding="ldlq", speed="fast", progress=False)
+    for given in (calibration, str(tmp_path / "calibration.safetensors")):
+        config = IQConfig(recipe=Recipe.pure("iq4_nl"), rounding="ldlq", calibration=given, speed="fast")
+        model = load(tmp_path, quantization_config=config)
+        same_state(model, want)
+        assert [row.reason for row in iqtorch.report(model).rows] == [row.reason for row in iqtorch.report(want).rows]
+    model.save_pretrained(tmp_path / "packed")
+    stored = json.loads((tmp_path / "packed" / "config.json").read_text())["quantization_config"]
+    assert (stored["rounding"], stored["speed"], stored["objective"]) == ("ldlq", "fast", "model")
+    same_state(load(tmp_path / "packed"), model)
+
+
 def test_bad_configs_are_named() -> None:
+    with pytest.raises(CalibrationError, match="or neither"):
+        IQConfig("iq2_kl", rounding="ldlq")
+    with pytest.raises(CalibrationError, match="quantize_model"):
+        IQConfig("iq2_kl", rounding="yaqa", calibration="file")
+    with pytest.raises(CalibrationError, match="quantize_model"):
+        IQConfig("iq2_kl", rounding="ldlq", calibration=[IDS])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="speed"):
+        IQConfig("iq2_kl", speed="slow")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="rounding"):
+        IQConfig("iq2_kl", rounding="up")  # type: ignore[arg-type]
     with pytest.raises(UnknownFormatError, match="iq2_kl"):
         IQConfig("iq2_lk")
     with pytest.raises(RecipeError, match="not both"):

@@ -5,16 +5,18 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..encode import Objective
-from ..errors import CheckpointError, RecipeError, UnknownFormatError
+from ..calibration import Calibration
+from ..encode import Objective, Speed
+from ..errors import CalibrationError, CheckpointError, RecipeError, UnknownFormatError
 from ..formats import Format, get_format
-from ..quantize import OBJECTIVES
+from ..quantize import ROUNDINGS, Rounding, check_options
 from ..recipe import MIXES, Recipe
 from ..tensor import IQTensor
 
@@ -92,6 +94,23 @@ class StoredTensor:
             )
 
 
+def _check_rounding(rounding: str, calibration: object, read: bool) -> None:
+    """Raises for a rounding that cannot be done while a model loads; a config that was `read` tells what was done."""
+    if rounding not in ROUNDINGS:
+        raise ValueError(f"rounding must be one of {list(ROUNDINGS)}, got {rounding!r}")
+    if read:
+        return
+    if rounding == "yaqa" or not isinstance(calibration, Calibration | str | Path | None):
+        raise CalibrationError(
+            f"rounding={rounding!r} with calibration={calibration!r:.40} needs a model in memory: load it, then iqtorch.quantize_model; "
+            "IQConfig takes rounding='ldlq' with an iqtorch.Calibration or the path of its file"
+        )
+    if (rounding == "nearest") != (calibration is None):
+        raise CalibrationError(
+            f"rounding={rounding!r} with calibration={calibration!r:.40}: pass rounding='ldlq' and calibration, or neither"
+        )
+
+
 def _unknown_version(version: object) -> CheckpointError:
     return CheckpointError(f"this checkpoint has layout version {version!r}, this iqtorch reads version {VERSION}; update iqtorch")
 
@@ -109,13 +128,17 @@ class IQConfig(QuantizationConfigMixin):
             recipe (weights without a match are kept).
         importance: mean squared activation by parameter name, an `iqtorch.Importance`, or the path of an importance file. Not stored.
         skip: regular expressions, searched in parameter names: those weights are kept.
-        objective: as in `iqtorch.quantize`.
+        objective, speed: as in `iqtorch.quantize`.
+        rounding: `"nearest"`, or `"ldlq"` with a calibration: error feedback, one weight at a time. Rounding that makes up for the
+            layers before (batches of text, `"yaqa"`) needs a model in memory: `iqtorch.quantize_model`.
+        calibration: an `iqtorch.Calibration` or the path of its file. Not stored.
         tensors: the packed weights of a checkpoint, by name (written by `save_pretrained`).
         format_version: version of the checkpoint layout.
 
     Raises:
         UnknownFormatError, RecipeError: unknown format, or a recipe that cannot be read.
         CheckpointError: a checkpoint of a version this iqtorch does not know.
+        CalibrationError: rounding without its calibration, or one that cannot be had while loading.
     """
 
     def __init__(
@@ -126,13 +149,16 @@ class IQConfig(QuantizationConfigMixin):
         skip: Iterable[str] = (),
         objective: Objective = "model",
         *,
+        speed: Speed = "default",
+        rounding: Rounding = "nearest",
+        calibration: Calibration | str | Path | None = None,
         tensors: Mapping[str, Any] | None = None,
         format_version: int = VERSION,
     ) -> None:
         if format_version != VERSION:
             raise _unknown_version(format_version)
-        if objective not in OBJECTIVES:
-            raise ValueError(f"objective must be one of {list(OBJECTIVES)}, got {objective!r}")
+        check_options(objective, speed)
+        _check_rounding(rounding, calibration, read=tensors is not None)
         if format is not None and isinstance(recipe, Recipe):
             raise RecipeError(f"give a format ({format!r}) or a Recipe, not both; exceptions are a dict: recipe={{regex: format}}")
         self.quant_method = METHOD
@@ -140,7 +166,7 @@ class IQConfig(QuantizationConfigMixin):
         self.recipe = Recipe.of(recipe or {}) if format is None else Recipe.default(format).with_rules(recipe or {})  # type: ignore[arg-type]
         self.importance = importance
         self.skip = (skip,) if isinstance(skip, str) else tuple(skip)
-        self.objective = objective
+        self.objective, self.speed, self.rounding, self.calibration = objective, speed, rounding, calibration
         self.tensors: dict[str, StoredTensor] = {}
         for name, entry in (tensors or {}).items():
             self.tensors[name] = entry if isinstance(entry, StoredTensor) else StoredTensor.parse(name, entry)
@@ -153,6 +179,8 @@ class IQConfig(QuantizationConfigMixin):
             "recipe": {"base": self.recipe.base, "mix": self.recipe.mix_name, "rules": [list(rule) for rule in self.recipe.rules]},
             "skip": list(self.skip),
             "objective": self.objective,
+            "speed": self.speed,
+            "rounding": self.rounding,
             "tensors": {name: entry.to_json() for name, entry in self.tensors.items()},
         }
 
@@ -174,7 +202,12 @@ class IQConfig(QuantizationConfigMixin):
         mix = MIXES.get(stored.get("mix", "reference"))  # a mix of the user's own cannot be stored; reading needs no recipe
         recipe = Recipe(stored.get("base"), tuple((pattern, name) for pattern, name in stored.get("rules", ())), mix) if mix else Recipe()
         config = cls(
-            recipe=recipe, skip=entries.get("skip", ()), objective=entries.get("objective", "model"), tensors=entries.get("tensors")
+            recipe=recipe,
+            skip=entries.get("skip", ()),
+            objective=entries.get("objective", "model"),
+            speed=entries.get("speed", "default"),
+            rounding=entries.get("rounding", "nearest"),
+            tensors=entries.get("tensors") or {},
         )
         return (config, kwargs) if return_unused_kwargs else config
 

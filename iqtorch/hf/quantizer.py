@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,11 +17,12 @@ from torch import Tensor, nn
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 
+from ..calibration import Calibration, quantize_calibrated
 from ..errors import CheckpointError, IQTorchError, MissingDependencyError, UnsupportedOperationError
 from ..formats import Format, get_format
 from ..linear import PACKED_CLASS, matrix_of, packable, packed_parameter
 from ..model import NOTES, check_coverage, importance_table, lookup_importance, plan_formats, replace_module
-from ..quantize import quantize
+from ..quantize import check_finite, check_weight, quantize
 from ..report import warn_if_kept
 from ..sharding import SHARDS, gather_blocks
 from ..tensor import IQTensor
@@ -66,6 +68,7 @@ class IQQuantizer(HfQuantizer):
         self.planned: dict[str, Planned] = {}
         self.stored: dict[str, StoredTensor] = {}
         self.error: Exception | None = None
+        self.calibration: Calibration | None = None
         self.dtype = torch.get_default_dtype()
         self._notes: dict[str, str] = {}
 
@@ -95,7 +98,11 @@ class IQQuantizer(HfQuantizer):
             setattr(model.get_submodule(path), attribute, model.get_parameter(source))
         with torch.device("cpu"):  # transformers makes every new tensor a meta tensor here
             table = importance_table(config.importance)
-        choices, self._notes = plan_formats(model, config.recipe, config.skip, has_importance=bool(table))
+            calibration = config.calibration
+            if isinstance(calibration, str | Path):
+                calibration = Calibration.load(calibration)
+        self.calibration = calibration
+        choices, self._notes = plan_formats(model, config.recipe, config.skip, has_importance=bool(table) or calibration is not None)
         check_coverage(table, [site for site, _ in choices], [site for site, choice in choices if choice.format])
         for site, choice in choices:
             if choice.format is None:
@@ -189,7 +196,15 @@ class IQQuantizer(HfQuantizer):
         try:
             matrix = matrix_of(plan.layer, weight)
             matrix = matrix.mT if plan.transposed else matrix
-            packed = quantize(matrix, plan.format, plan.importance, self.quantization_config.objective, name=name)
+            config, fmt = self.quantization_config, get_format(plan.format)
+            moments = self.calibration.for_weight(name, matrix.shape) if self.calibration is not None else None
+            if moments is not None:
+                check_weight(matrix, fmt, name)
+                check_finite(matrix, name)
+                packed, note = quantize_calibrated(matrix, fmt, moments, config.objective)
+                self._notes[name] = f"{self._notes[name]}; {note}" if name in self._notes else note
+            else:
+                packed = quantize(matrix, fmt, plan.importance, config.objective, speed=config.speed, name=name)
             return self._parameter(model, name, packed.to_blocks(), packed.format, packed.dtype, plan.transposed)
         except (IQTorchError, ValueError) as error:
             self.error = error
