@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -17,6 +18,9 @@ FROZEN = (
     "packed weights are frozen: requires_grad=True has no meaning for {fmt}; train an adapter (LoRA), or use "
     ".dequantize(). Loading a state dict into a fresh model: call model.requires_grad_(False) first"
 )
+
+#: Attributes that make up a tensor.
+_STATE = ("packed", "_blocks", "format", "backend", "transposed", "rows", "k", "leading")
 
 #: Handlers by torch function (the fast door, `__torch_function__`) and by aten operator; filled by iqtorch/tensor_ops.py.
 FUNCTIONS: dict[Any, Callable[..., Any]] = {}
@@ -43,6 +47,25 @@ def dispatch_handler(*funcs: Any) -> Callable[[Callable[..., Any]], Callable[...
     return add
 
 
+class _Packed:
+    """`IQTensor.packed` where it is not made yet: packs the canonical bytes when they are first computed with.
+
+    It has no `__set__`, so that once a tensor has its own `packed`, reading that costs nothing.
+    """
+
+    _lock = threading.Lock()
+
+    def __get__(self, tensor: IQTensor | None, owner: type) -> Any:
+        if tensor is None:
+            return self
+        with self._lock:
+            state = vars(tensor)
+            if "packed" not in state:
+                state["packed"] = ops.get_backend(tensor.backend).pack(state["_blocks"], tensor.format)
+                del state["_blocks"]
+        return state["packed"]
+
+
 class IQTensor(torch.Tensor):
     """A weight `[N, K]` (or experts `[E, N, K]`) stored in a quantized format.
 
@@ -54,7 +77,7 @@ class IQTensor(torch.Tensor):
     Make one with `iqtorch.quantize`, `IQTensor.from_blocks`, or by loading a model; not through the constructor.
     """
 
-    packed: Tensor
+    packed = cast(Tensor, _Packed())
     format: Format
     backend: str
     transposed: bool
@@ -96,8 +119,7 @@ class IQTensor(torch.Tensor):
         requires_grad: bool = False,
     ) -> None:
         if isinstance(packed, IQTensor):
-            self.packed, self.format, self.backend, self.transposed = packed.packed, packed.format, packed.backend, packed.transposed
-            self.rows, self.k, self.leading = packed.rows, packed.k, packed.leading
+            vars(self).update({key: value for key, value in vars(packed).items() if key in _STATE})
             return
         self.packed, self.format, self.backend, self.transposed = packed, get_format(format or ""), backend, transposed
         *leading, self.rows, self.k = shape or ()
@@ -109,7 +131,7 @@ class IQTensor(torch.Tensor):
 
     @classmethod
     def from_blocks(
-        cls, blocks: Tensor, format: Format | str, dtype: torch.dtype = torch.bfloat16, *, transposed: bool = False
+        cls, blocks: Tensor, format: Format | str, dtype: torch.dtype = torch.bfloat16, *, transposed: bool = False, defer: bool = False
     ) -> IQTensor:
         """A tensor from canonical (GGUF) bytes, kept bit for bit.
 
@@ -118,6 +140,7 @@ class IQTensor(torch.Tensor):
             format: the bytes' format; an `_r4` format gives a tensor of the plain format.
             dtype: logical dtype, floating.
             transposed: the tensor is the transposed view `[..., K, N]` of the stored rows.
+            defer: on a CPU, keep `blocks` (which must not change) and make the packed layout when it is first computed with.
 
         Raises:
             UnknownFormatError, BlockSizeError, ShapeError, WeightError: unknown name; bytes, shape or dtype that cannot be.
@@ -130,17 +153,20 @@ class IQTensor(torch.Tensor):
             raise ShapeError(f"weights have 2 dimensions, or 3 for experts; got blocks of {blocks.ndim} dimensions")
         if fmt.plain:
             blocks, fmt = repack_rows(blocks, fmt, get_format(fmt.plain)), get_format(fmt.plain)
-        return cls._place(blocks, fmt, dtype, transposed)
+        return cls._place(blocks, fmt, dtype, transposed, defer)
 
     @classmethod
-    def _place(cls, blocks: Tensor, fmt: Format, dtype: torch.dtype, transposed: bool = False) -> IQTensor:
+    def _place(cls, blocks: Tensor, fmt: Format, dtype: torch.dtype, transposed: bool = False, defer: bool = False) -> IQTensor:
         """Canonical bytes of a plain format -> tensor in the layout that suits their device."""
         rows, k = blocks.shape[-2], fmt.row_length(blocks.shape[-1])
         # bytes that are still in a file stay in their order: they are written, not computed with
         backend = "torch" if isinstance(blocks, LazyTensor) else ops.choose_backend(fmt, rows, k, blocks.device)
-        packed = ops.get_backend(backend).pack(blocks, fmt)
         shape = (*blocks.shape[:-2], k, rows) if transposed else (*blocks.shape[:-2], rows, k)
-        return cls(packed, fmt, backend, shape, dtype, transposed)
+        defer = defer and backend != "torch" and blocks.is_cpu
+        tensor = cls(blocks if defer else ops.get_backend(backend).pack(blocks, fmt), fmt, backend, shape, dtype, transposed)
+        if defer:
+            vars(tensor)["_blocks"] = vars(tensor).pop("packed")
+        return tensor
 
     def to_blocks(self, format: Format | str | None = None) -> Tensor:
         """Canonical bytes, uint8 `[..., N, row_bytes]`, on this tensor's device.
@@ -151,13 +177,19 @@ class IQTensor(torch.Tensor):
         Raises:
             ShapeError: another format, or a number of rows that the interleaved format cannot hold.
         """
-        blocks = ops.get_backend(self.backend).unpack(self.packed, self.format, self.rows, self.k)
+        blocks = self._deferred()
+        if blocks is None:
+            blocks = ops.get_backend(self.backend).unpack(self.packed, self.format, self.rows, self.k)
         target = self.format if format is None else get_format(format)
         if target is self.format:
             return blocks
         if target.plain != self.format.name:
             raise ShapeError(f"a tensor of {self.format.name} has no {target.name} bytes; quantize its dequantize() to {target.name}")
         return repack_rows(blocks, self.format, target)
+
+    def _deferred(self) -> Tensor | None:
+        """The canonical bytes, if the tensor is not packed yet."""
+        return cast("Tensor | None", vars(self).get("_blocks"))
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """A plain tensor of this tensor's shape, in `dtype` (default: its own); includes `format.runtime_scale`."""
@@ -171,8 +203,9 @@ class IQTensor(torch.Tensor):
 
     @property
     def nbytes(self) -> int:  # type: ignore[override]
-        """Bytes held, in the packed layout."""
-        return self.packed.nbytes
+        """Bytes held, in the packed layout (canonical bytes until the first use, see `defer`)."""
+        blocks = self._deferred()
+        return self.packed.nbytes if blocks is None else blocks.nbytes
 
     @property
     def bits_per_weight(self) -> float:

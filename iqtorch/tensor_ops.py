@@ -332,6 +332,8 @@ def _embedding_dispatch(func: Any, args: Any, kwargs: Any) -> Tensor:
 
 @dispatch_handler(aten.detach.default, aten.alias.default)
 def _same_bytes(func: Any, args: Any, kwargs: Any) -> Tensor:
+    if args[0]._deferred() is not None:
+        return return_and_correct_aliasing(func, args, kwargs, IQTensor(args[0]))
     return return_and_correct_aliasing(func, args, kwargs, args[0]._with(func(args[0].packed)))
 
 
@@ -416,6 +418,7 @@ def _set_data(self: Tensor, value: Tensor) -> None:
     if not isinstance(self, IQTensor) or not isinstance(value, IQTensor):
         _refuse("x.data = a tensor of another kind", "replace the parameter: module.weight = torch.nn.Parameter(tensor)")
     _plain(torch.Tensor.data.__set__, self, value)  # type: ignore[attr-defined]
+    vars(self).pop("packed", None)
     vars(self).update(vars(value))
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -415,3 +417,35 @@ def test_repr_and_sizes() -> None:
     w = packed()
     assert "iq2_kl" in repr(w) and "bpw" in repr(w)
     assert w.bits_per_weight == pytest.approx(8 * (2 + 2 * 86) / 512)
+
+
+def test_deferred_packing_happens_at_the_first_use() -> None:
+    blocks = iqtorch.quantize(torch.randn(48, 256), "iq4_ks").to_blocks()
+    want = IQTensor.from_blocks(blocks, "iq4_ks", torch.float32)
+    if want.backend == "torch":
+        pytest.skip("nothing to pack without compiled kernels")
+
+    def make() -> IQTensor:
+        w = IQTensor.from_blocks(blocks, "iq4_ks", torch.float32, defer=True)
+        assert w._deferred() is not None and w.backend == want.backend and w.nbytes == blocks.nbytes
+        return w
+
+    x = torch.randn(3, 256)
+    w = nn.Parameter(make(), requires_grad=False)
+    assert type(w) is IQTensor and w.detach()._deferred() is not None and IQTensor(w)._deferred() is not None
+    assert w.to_blocks().data_ptr() == blocks.data_ptr() and w._deferred() is not None  # saving does not pack
+    assert torch.equal(F.linear(x, w), F.linear(x, want)) and w._deferred() is None
+    assert torch.equal(w.packed, want.packed) and torch.equal(w.to_blocks(), blocks)
+    uses = [
+        lambda w: F.embedding(torch.tensor([1, 5]), w), lambda w: x @ w.T, lambda w: w.dequantize(),
+        lambda w: copy.deepcopy(w).dequantize(),
+        lambda w: w.to(torch.bfloat16).dequantize(), lambda w: w.clone().dequantize(), lambda w: pickle.loads(pickle.dumps(w)).dequantize(),
+    ]  # fmt: skip
+    for use in uses:
+        assert torch.equal(use(make()), use(want))
+    target = make()
+    target.data = want
+    assert torch.equal(target.dequantize(), want.dequantize())
+    fresh = make()
+    with ThreadPoolExecutor(8) as pool:  # packed once, whoever comes first
+        assert len({p.data_ptr() for p in pool.map(lambda _: fresh.packed, range(16))}) == 1

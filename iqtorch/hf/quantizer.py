@@ -217,20 +217,24 @@ class IQQuantizer(HfQuantizer):
         stored = self.stored[name]
         try:
             stored.check(name, blocks)
-            return self._parameter(model, name, blocks, get_format(stored.format), stored.dtype or self.dtype, stored.transposed)
+            return self._parameter(
+                model, name, blocks, get_format(stored.format), stored.dtype or self.dtype, stored.transposed, defer=True
+            )
         except IQTorchError as error:
             self.error = error
             return None
 
     @staticmethod
-    def _parameter(model: nn.Module, name: str, blocks: Tensor, fmt: Format, dtype: torch.dtype, transposed: bool) -> nn.Parameter:
+    def _parameter(
+        model: nn.Module, name: str, blocks: Tensor, fmt: Format, dtype: torch.dtype, transposed: bool, defer: bool = False
+    ) -> nn.Parameter:
         path, _, attribute = name.rpartition(".")
         module = model.get_submodule(path)
         if hasattr(module, SHARDS):
             from .parallel import local_part
 
             blocks = local_part(module, attribute, blocks, fmt, transposed, name)
-        parameter = packed_parameter(IQTensor.from_blocks(blocks, fmt, dtype, transposed=transposed))
+        parameter = packed_parameter(IQTensor.from_blocks(blocks, fmt, dtype, transposed=transposed, defer=defer))
         # transformers must not initialize it; before 5.9 it looks only at the module, which must not hide a bias that is missing.
         parameter._is_hf_initialized = True  # type: ignore[attr-defined]
         others = (value for key, value in module._parameters.items() if key != attribute and value is not None)
@@ -278,7 +282,8 @@ class IQQuantizer(HfQuantizer):
             elif mesh is not None and getattr(model.config, "distributed_config", None) is None:
                 value = value.full_tensor()  # split by the user; transformers puts together only what it has split
             if isinstance(value, IQTensor):
-                key = value.packed.data_ptr()
+                own = value._deferred()
+                key = (value.packed if own is None else own).data_ptr()
                 if key not in blocks:
                     blocks[key] = gather_blocks(value.to_blocks(), value.format, mesh, placements, value.transposed)
                 tensors[name], value = StoredTensor.of(value, model.dtype, blocks[key]), blocks[key]
