@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -84,6 +86,11 @@ def is_conv1d(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
+def is_flat_experts(module: nn.Module) -> bool:
+    """DBRX's experts: matrices one below the other, `[E * N, K]`, which it views as `[E, N, K]`; that is how they are packed."""
+    return type(module).__name__ == "DbrxExpertGLU"
+
+
 def is_pointwise(module: nn.Module) -> bool:
     """A convolution that is a linear layer of each position."""
     return type(module) is nn.Conv1d and module.kernel_size == (1,) and module.groups == 1 and module.padding in ((0,), "same", "valid")
@@ -93,6 +100,8 @@ def matrix_of(module: nn.Module, weight: Tensor) -> Tensor:
     """A layer's weight as the matrix `[N, K]` that is packed; experts stay `[E, N, K]` or transposed."""
     if is_conv1d(module):
         return weight.mT
+    if is_flat_experts(module):
+        return weight.view(cast(int, module.moe_num_experts), -1, weight.shape[-1])
     return weight.squeeze(-1) if isinstance(module, nn.Conv1d) else weight
 
 

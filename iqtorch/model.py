@@ -16,7 +16,7 @@ from .errors import CalibrationError, ImportanceError
 from .formats import get_format
 from .fuse import fuse as fuse_projections
 from .hf import adopt
-from .linear import is_conv1d, is_pointwise, matrix_of, packable, set_weight
+from .linear import is_conv1d, is_flat_experts, is_pointwise, matrix_of, packable, set_weight
 from .quantize import ROUNDINGS, Rounding, check_finite, check_importance, check_options, check_weight, quantize
 from .recipe import ModelFacts, Recipe, WeightFacts, layer_of, role_of
 from .tensor import IQTensor
@@ -130,7 +130,7 @@ def _why_not(module: nn.Module, attribute: str, name: str, parameter: Tensor) ->
         return None
     if attribute == "weight" and isinstance(module, nn.Conv1d) and module.kernel_size == (1,):
         return f"convolution with groups {module.groups} and padding {module.padding}: only groups=1, padding=0 is a linear layer"
-    if _is_experts(module, attribute, parameter):
+    if _is_experts(module, attribute, parameter) or is_flat_experts(module):
         return None
     return f"no linear layer, embedding or expert ({type(module).__name__}.{attribute})"
 

@@ -126,9 +126,10 @@ def _new_zeros(func: Any, args: Any, kwargs: Any) -> Any:
 
 @dispatch_handler(aten.view.default, aten.as_strided.default)
 def _same_view(func: Any, args: Any, kwargs: Any) -> Any:
-    """FSDP2 asks for the flat and for the original view of what it holds, and looks at neither."""
-    w, size = args[:2]
-    if tuple(size) in ((-1,), tuple(w.shape)):
+    """The tensor itself in its own shape; also for the flat view, which FSDP2 asks for and does not look at."""
+    w, size = args[0], tuple(args[1])
+    own = tuple(w.shape)
+    if size == (-1,) or (len(size) == len(own) and all(n in (-1, m) for n, m in zip(size, own))):
         return w._with(w.packed)
     return fallback(func, args, kwargs)
 

@@ -102,6 +102,28 @@ def test_grouped_experts_on_the_kernels_of_this_machine(tokens: int) -> None:
     assert (got - want).norm() <= 0.02 * want.norm()
 
 
+def test_experts_of_dbrx_which_lie_flat() -> None:
+    from transformers.models.dbrx.modeling_dbrx import DbrxExperts
+
+    torch.manual_seed(0)
+    config = SimpleNamespace(hidden_size=64, ffn_hidden_size=96, moe_num_experts=4, ffn_act_fn={"name": "silu"})
+    model = DbrxExperts(config)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    x, index, weights = torch.randn(7, 64), torch.rand(7, 4).argsort(1)[:, :2], torch.rand(7, 2)
+    iqtorch.quantize_model(model, Recipe.pure("q8_0"), progress=False)
+    assert iqtorch.report(model).packed_fraction == 1 and model.mlp.w1.shape == (4, 96, 64)
+    iqtorch.set_fallback("error")
+    try:
+        got = model(x, index, weights)
+    finally:
+        iqtorch.set_fallback("warn")
+    for name in ("w1", "v1", "w2"):
+        setattr(model.mlp, name, nn.Parameter(getattr(model.mlp, name).dequantize().reshape(-1, 64)))
+    want = model(x, index, weights)
+    assert want.norm() > 0 and (got - want).norm() <= 1e-5 * want.norm()
+
+
 def test_gradients_of_grouped_experts() -> None:
     layer = expert_layer(True, True, False, False)
     plain = copy.copy(layer)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import iqtorch
@@ -68,11 +69,39 @@ def test_device_maps_count_packed_bytes(tmp_path: Path) -> None:
     assert torch.equal(logits(loaded), logits(model))
 
 
-def test_disk_is_refused(tmp_path: Path) -> None:
-    packed().save_pretrained(tmp_path)
-    with pytest.raises(UnsupportedOperationError, match="memory-mapped"):
+@pytest.mark.parametrize(
+    ("kind", "changes", "where"),
+    [
+        ("llama", {}, {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "disk",
+                       "model.rotary_emb": "cpu", "lm_head": "disk"}),
+        ("llama", {"tie_word_embeddings": True}, "auto"),
+        ("gpt_oss", {}, "auto"),
+    ],
+)  # fmt: skip
+def test_disk_offload_keeps_packed_bytes_in_their_file(kind: str, changes: dict, where: object, tmp_path: Path) -> None:
+    model = iqtorch.quantize_model(tiny_model(kind, **changes), Recipe.pure("q8_0"), progress=False)
+    model.save_pretrained(tmp_path)
+    memory = {"max_memory": {"cpu": 1000}} if where == "auto" else {}
+    loaded, info = type(model).from_pretrained(tmp_path, device_map=where, output_loading_info=True, **memory)
+    assert not any(info.values()), info
+    offloaded = [name for name, p in loaded.named_parameters(remove_duplicate=False) if p.is_meta]
+    assert any("layers.1" in name for name in offloaded) and "lm_head.weight" in offloaded
+    assert all(isinstance(p, IQTensor) for p in loaded.parameters() if p.dim() > 1 and "router" not in str(p.shape) and p.shape[0] > 4)
+    for _ in range(2):  # nothing stays behind
+        assert torch.equal(logits(loaded), logits(model))
+        assert [name for name, p in loaded.named_parameters(remove_duplicate=False) if p.is_meta] == offloaded
+    tokens = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(loaded.generate(IDS, **tokens), model.generate(IDS, **tokens))
+    loaded.save_pretrained(tmp_path / "again")
+    first, second = (load_file(folder / "model.safetensors") for folder in (tmp_path, tmp_path / "again"))
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_quantizing_onto_disk_is_refused(tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedOperationError, match="packed checkpoint"):
         transformers.AutoModelForCausalLM.from_pretrained(
-            tmp_path, device_map="auto", max_memory={"cpu": 1000}, offload_folder=tmp_path / "o"
+            tmp_path, quantization_config=iqtorch.IQConfig("q8_0"), device_map="auto", max_memory={"cpu": 1000}
         )
 
 

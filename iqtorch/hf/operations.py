@@ -51,7 +51,11 @@ class Unpack(_Operation):
     def convert(self, input_dict: dict[str, Any], *, model: nn.Module, **kwargs: Any) -> dict[str, Any]:
         """As above, for the one tensor of a packed weight, which arrives under the pattern that its name matched."""
         (value,) = input_dict.values()
-        return super().convert({kwargs.pop("full_layer_name"): value}, model=model)
+        made = super().convert({kwargs.pop("full_layer_name"): value}, model=model)
+        for name in [name for name in made if self.quantizer.is_on_disk(name)]:
+            self.quantizer.on_disk[name] = made.pop(name)
+            kwargs["missing_keys"].discard(name)
+        return made
 
 
 def unpacking(names: Iterable[str], quantizer: IQQuantizer) -> list[WeightConverter]:

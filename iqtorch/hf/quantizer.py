@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers.integrations.accelerate import get_device, load_offloaded_parameter
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 
@@ -57,6 +58,7 @@ class IQQuantizer(HfQuantizer):
     Attributes:
         planned: weights to quantize, by parameter name (empty for a packed checkpoint).
         stored: packed weights to read, by parameter name (empty unless the checkpoint is packed).
+        on_disk: packed weights that a `device_map` leaves in their (memory-mapped) file, by parameter name.
         error: the first error of an operation; transformers would hide its type, so it is raised at the end of loading.
     """
 
@@ -69,18 +71,23 @@ class IQQuantizer(HfQuantizer):
         self.stored: dict[str, StoredTensor] = {}
         self.error: Exception | None = None
         self.calibration: Calibration | None = None
+        self.device_map: dict[str, Any] = {}
+        self.on_disk: dict[str, Any] = {}
         self.dtype = torch.get_default_dtype()
         self._notes: dict[str, str] = {}
 
     # -- before loading: the model is on the meta device -------------------------------------------------------
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
-        """Raises UnsupportedOperationError for a device map that cannot hold packed weights."""
-        if isinstance(device_map, dict) and "disk" in map(str, device_map.values()):
+        """Raises UnsupportedOperationError for weights that would have to be quantized on disk."""
+        if not isinstance(device_map, dict):
+            return  # called again, once it is resolved
+        if "disk" in map(str, device_map.values()) and not self.pre_quantized:
             raise UnsupportedOperationError(
-                "a device_map with 'disk' is not supported by iqtorch: save the packed model, and load it with device_map 'cpu' "
-                "for those layers: packed files are memory-mapped and stay on disk until they are used"
+                "a device_map with 'disk' needs a packed checkpoint: save the packed model (iqtorch.quantize_checkpoint does so in "
+                "bounded memory), and load that"
             )
+        self.device_map = device_map
 
     def _process_model_before_weight_loading(self, model: Any, dtype: torch.dtype | None = None, **kwargs: Any) -> Any:
         self.dtype = dtype or model.dtype
@@ -210,6 +217,10 @@ class IQQuantizer(HfQuantizer):
             self.error = error
             return None
 
+    def is_on_disk(self, name: str) -> bool:
+        """Whether the device map leaves a parameter on disk."""
+        return bool(self.device_map) and get_device(self.device_map, name) == "disk"
+
     def read_weight(self, model: nn.Module, name: str, blocks: Tensor) -> nn.Parameter | None:
         """The packed parameter for the bytes of a packed checkpoint; None after an error, which is kept in `error`."""
         if self.error is not None:
@@ -246,6 +257,8 @@ class IQQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if self.error is not None:
             raise self.error
+        if self.on_disk:
+            offload(model, self.on_disk)
         for name in self.stored:
             if not isinstance(model.get_parameter(name), IQTensor):
                 raise CheckpointError(f"config.json lists the packed weight {name!r}, no file of the checkpoint has it: a file is missing")
@@ -282,6 +295,8 @@ class IQQuantizer(HfQuantizer):
             elif mesh is not None and getattr(model.config, "distributed_config", None) is None:
                 value = value.full_tensor()  # split by the user; transformers puts together only what it has split
             if isinstance(value, IQTensor):
+                if value.is_meta:
+                    value = load_offloaded_parameter(model, name)
                 own = value._deferred()
                 key = (value.packed if own is None else own).data_ptr()
                 if key not in blocks:
@@ -318,6 +333,25 @@ class IQQuantizer(HfQuantizer):
                     module._parameters[name] = plain[id(parameter)]
         vars(model).pop("_weight_conversions", None)  # a model that was never loaded has none
         return model
+
+
+def offload(model: Any, weights: dict[str, Any]) -> None:
+    """Gives memory-mapped weights to the hooks that accelerate has put on the modules; the model gets placeholders for them."""
+    for target, source in model.all_tied_weights_keys.items():
+        if source in weights:
+            weights.setdefault(target, weights[source])
+    for module in model.modules():
+        hook = getattr(module, "_hf_hook", None)
+        for one in getattr(hook, "hooks", (hook,)):
+            loader: Any = getattr(one, "weights_map", None)
+            loader = getattr(loader, "dataset", loader)
+            if hasattr(loader, "state_dict"):
+                loader.state_dict.update(weights)  # which it asks before its own files
+    for name, weight in weights.items():
+        path, _, attribute = name.rpartition(".")
+        blocks = weight.to_blocks().to("meta")
+        placeholder = IQTensor.from_blocks(blocks, weight.format, weight.dtype, transposed=weight.transposed)
+        model.get_submodule(path)._parameters[attribute] = packed_parameter(placeholder)
 
 
 def adopt(model: Any, config: IQConfig) -> None:
