@@ -15,12 +15,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from iqtorch.formats import get_format
-from iqtorch.kernels import launch, skeletons
+from iqtorch.kernels import routed, skeletons
+from iqtorch.kernels.choices import gemv_options
 from iqtorch.kernels.layout import layout
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 #: Integer arguments that a launch never specialises on.
-FREE = {"tokens", "experts", "count"}
+FREE = {"tokens", "experts", "count", "split"}
 INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,6})\*/\s+(.*?);")
 
 
@@ -47,18 +48,26 @@ def gemv(
         "bias": None, "ids": None, "per_token": 1,
     }  # fmt: skip
     pointers = {"x": dtype, "data": "*u8", "book": "*i32", "lut": "*fp32", "y": dtype}
-    return compile_kernel(skeletons.gemv, constants, pointers, arch, 4, **launch.gemv_options(asm > 0)), rows * passes * s.run
+    return compile_kernel(skeletons.gemv, constants, pointers, arch, 4, **gemv_options(asm > 0)), rows * passes * s.run
 
 
 def gemm(name: str, arch: int | str = 90, tokens: int = 16, asm: int = 1, grouped: bool = False) -> tuple[Any, float]:
     """The matrix kernel, and the weights per thread and step of its loop."""
     s = layout(get_format(name)).scheme
     rows, warps = (128, 8) if tokens == 128 else (64, 4)
-    constants = {"S": s, "GROUPED": grouped, "BN": rows, "BM": tokens, "SPLIT": 1, "EP": 8 if grouped else 1, "ASM": asm, "bias": None}
+    constants = {"S": s, "GROUPED": grouped, "BN": rows, "BM": tokens, "EP": 8 if grouped else 1, "ASM": asm, "bias": None}
     if not grouped:
         constants["offsets"] = None
     pointers = {"xs": "*fp16", "steps": "*fp32", "data": "*u8", "book": "*i32", "lut": "*fp32", "y": "*bf16", "offsets": "*i32"}
     return compile_kernel(skeletons.gemm, constants, pointers, arch, warps), rows * 4 * s.run / (32 * warps)
+
+
+def experts(name: str, arch: int | str = 90, asm: int = 2) -> list[Any]:
+    """The two fused kernels of experts, for int8 activations."""
+    s = layout(get_format(name)).scheme
+    constants = {"S": s, "DIGITS": 1, "ROWS": 8, "RUNS": 32, "ASM": asm, "ACTIVATION": "silu"}
+    pointers = {"x": "*bf16", "data": "*u8", "book": "*i32", "lut": "*fp32", "y": "*bf16", "ids": "*i64", "weights": "*bf16"}
+    return [compile_kernel(k, constants, pointers, arch, 1, **gemv_options(asm > 0)) for k in (routed.gated, routed.weighted)]
 
 
 def dequantize(name: str, arch: int | str = 90, asm: int = 2) -> Any:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -14,8 +13,11 @@ from torch import Tensor
 from ..errors import BlockSizeError, UnsupportedOperationError
 from ..formats import Format, format_by_ggml_type
 from . import skeletons
-from .layout import Layout, Scheme, layout
-from .library import INTERPRETED
+from .choices import Device, GemmTile, GemvTile, device_facts, gemm_tile, gemv_options, gemv_tile, key, power_of_two, tuned
+from .layout import Layout, layout
+from .tuning import Choices
+
+__all__ = ["Device", "GemmTile", "GemvTile", "gemm_tile", "gemv_tile", "key", "layout"]
 
 #: Products with up to this many tokens use `gemv`.
 GEMV_TOKENS = 4
@@ -25,19 +27,13 @@ GEMM_TOKENS = 1024
 LARGE_SLICE = 1 << 28
 
 
-@dataclass(frozen=True)
-class Device:
-    """What the choices depend on."""
-
-    processors: int
-    asm: bool
+#: Set by `tuning.tune` while it measures: choices instead of the card's.
+override: Choices | None = None
 
 
-@lru_cache
-def device_facts(device: torch.device) -> Device:
-    if device.type != "cuda":
-        return Device(1, False)
-    return Device(torch.cuda.get_device_properties(device).multi_processor_count, torch.version.hip is None and not INTERPRETED)
+def _facts(device: torch.device) -> Device:
+    facts = device_facts(device)
+    return facts if override is None else dataclasses.replace(facts, tuned=override)
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:
@@ -45,63 +41,6 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
     if device.type == "cuda" and device.index is not None and device.index != torch.cuda.current_device():
         return torch.cuda.device(device)
     return nullcontext()
-
-
-def gemv_options(asm: bool) -> dict[str, int]:
-    """Compiler options of `gemv`: all registers, or ptxas spills a few to fit one more program on a processor."""
-    return {"maxnreg": 255} if asm else {}
-
-
-def _power_of_two(n: int) -> int:
-    return 1 << max(n - 1, 0).bit_length()
-
-
-# -- choices -------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class GemvTile:
-    rows: int
-    passes: int
-    runs: int
-    warps: int
-
-
-def gemv_tile(rows: int, runs: int, programs: int, processors: int, s: Scheme, digits: int = 1) -> GemvTile:
-    """Tile of a vector product: `programs` of them run beside each other for other tokens.
-
-    A warp's 32 threads take neighbouring runs of the same rows. Sixteen rows (eight for grids and for three digits, which take
-    more registers), in two passes, share one reading and rounding of the activations; fewer where processors would be left idle.
-    """
-    warps = 4 if runs >= 128 else 2 if runs >= 64 else 1
-    most = 8 if s.family == "grid" or digits == 3 else 16
-    tile_rows = most
-    while tile_rows > 1 and -(-rows // tile_rows) * programs < 3 * processors:
-        tile_rows //= 2
-    passes = 2 if tile_rows == most else 1
-    return GemvTile(tile_rows // passes, passes, min(_power_of_two(runs), 32 * warps), warps)
-
-
-@dataclass(frozen=True)
-class GemmTile:
-    rows: int
-    tokens: int
-    split: int
-    warps: int
-    stages: int
-
-
-def gemm_tile(rows: int, tokens: int, steps: int, processors: int) -> GemmTile:
-    """Tile of a matrix product over `steps` steps along K.
-
-    64 rows per warp group of 4 (one tensor-core instruction high), tokens padded to a power of two; the sum over K is split
-    until two programs per processor run, but not below four steps per part.
-    """
-    tile_tokens = min(max(_power_of_two(tokens), 16), 128)
-    tile_rows, warps = (128, 8) if tile_tokens == 128 else (64, 4)
-    tiles = -(-rows // tile_rows) * -(-tokens // tile_tokens)
-    split = max(1, min(steps // 4, -(-2 * processors // tiles)))
-    return GemmTile(tile_rows, tile_tokens, split, warps, 3)
 
 
 # -- checks --------------------------------------------------------------------------------------------------
@@ -154,11 +93,17 @@ def linear(x: Tensor, data: Tensor, format: int, rows: int, bias: Tensor | None,
     with _on(x.device):
         if tokens <= GEMV_TOKENS and x.dtype != torch.float64:
             out = _gemv(flat, data, plan, rows, bias, precision)
-        elif tokens <= GEMM_TOKENS and x.dtype in (torch.float16, torch.bfloat16):
+        elif tokens <= _fused_up_to(fmt, rows, k, x.device) and x.dtype in (torch.float16, torch.bfloat16):
             out = _gemm(flat, data, plan, rows, bias)
         else:
             out = _large(flat, data, fmt, rows, bias)
     return out.reshape(*x.shape[:-1], rows)
+
+
+def _fused_up_to(fmt: Format, rows: int, k: int, device: torch.device) -> int:
+    """Tokens above which dequantizing the matrix is faster."""
+    facts = _facts(device)
+    return facts.tuned.get(key("large", fmt.name, rows, k, 0), {}).get("above", GEMM_TOKENS) if facts.tuned else GEMM_TOKENS
 
 
 def _digits(dtype: torch.dtype, precision: int) -> int:
@@ -170,21 +115,23 @@ def _gemv(
     x: Tensor, data: Tensor, plan: Layout, rows: int, bias: Tensor | None, precision: int, ids: Tensor | None = None, mode: str = "one"
 ) -> Tensor:
     """Vector products: all tokens with one matrix, or each with the matrix that `ids` names (see `skeletons.gemv`)."""
-    s, facts = plan.scheme, device_facts(x.device)
+    s, facts = plan.scheme, _facts(x.device)
     runs = x.shape[1] // s.run
     tokens, per_token = x.shape[0], 1
     if mode == "ids" and ids is not None:
         tokens, per_token = ids.numel(), ids.numel() // x.shape[0]
-    group = _power_of_two(tokens) if mode == "one" else 1
+    group = power_of_two(tokens) if mode == "one" else 1
     digits = _digits(x.dtype, precision)
     tile = gemv_tile(rows, runs, -(-tokens // group), facts.processors, s, digits)
+    if mode == "one":
+        tile = tuned(tile, facts, "gemv", plan.fmt.name, rows, x.shape[1], group, digits)
     book, lut = plan.tables(x.device)
     experts = data.shape[0] if data.ndim > 1 else 1
     out = torch.empty((tokens, rows), dtype=x.dtype, device=x.device)
     skeletons.gemv[(triton.cdiv(rows, tile.rows * tile.passes), triton.cdiv(tokens, group))](
         x, data, book, lut, bias, ids, out, tokens, rows, runs, x.stride(0), data.shape[-1], experts, per_token,
         S=s, MODE=mode, DIGITS=digits, TOKENS=group, ROWS=tile.rows, PASSES=tile.passes, RUNS=tile.runs,
-        EP=_power_of_two(experts), ASM=2 * facts.asm, num_warps=tile.warps,
+        EP=power_of_two(experts), ASM=2 * facts.asm, num_warps=tile.warps,
         **gemv_options(facts.asm),
     )  # fmt: skip
     return out
@@ -192,17 +139,19 @@ def _gemv(
 
 def _gemm(x: Tensor, data: Tensor, plan: Layout, rows: int, bias: Tensor | None, offsets: Tensor | None = None) -> Tensor:
     """Matrix products on tensor cores; with `offsets`, each row of x with its expert's matrix."""
-    s, facts = plan.scheme, device_facts(x.device)
+    s, facts = plan.scheme, _facts(x.device)
     tokens, k = x.shape
     runs = k // s.run
     steps = -(-runs // 4)
     k_padded = 4 * s.run * steps
     experts = data.shape[0] if offsets is not None else 1
     tile = gemm_tile(rows, -(-tokens // experts), steps, facts.processors)
-    split = tile.split if offsets is None else 1
+    if offsets is None:
+        tile = tuned(tile, facts, "gemm", plan.fmt.name, rows, k, power_of_two(tokens))
+    split = min(tile.split, steps) if offsets is None else 1
     xs = torch.empty((tokens, k_padded), dtype=torch.float16, device=x.device)
     scale = torch.empty((tokens,), dtype=torch.float32, device=x.device)
-    block = min(_power_of_two(k_padded), 4096)
+    block = min(power_of_two(k_padded), 4096)
     skeletons.stage[(tokens,)](x, xs, scale, tokens, k, x.stride(0), k_padded, RUN=s.run, BLOCK=block, num_warps=4)
     out = (torch.zeros if offsets is not None else torch.empty)((tokens, rows), dtype=x.dtype, device=x.device)
     parts = out if split == 1 else torch.empty((split, tokens, rows), dtype=torch.float32, device=x.device)
@@ -211,12 +160,12 @@ def _gemm(x: Tensor, data: Tensor, plan: Layout, rows: int, bias: Tensor | None,
     book, lut = plan.tables(x.device)
     skeletons.gemm[(triton.cdiv(rows, tile.rows), token_tiles, split)](
         xs, scale, data, book, lut, bias if split == 1 else None, offsets, parts, tokens, rows, runs, k_padded, data.shape[-1], experts,
-        S=s, GROUPED=offsets is not None, BN=tile.rows, BM=tile.tokens, SPLIT=split, EP=_power_of_two(experts), ASM=1 * facts.asm,
+        split, S=s, GROUPED=offsets is not None, BN=tile.rows, BM=tile.tokens, EP=power_of_two(experts), ASM=1 * facts.asm,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     if split > 1:
         count = tokens * rows
-        skeletons.combine[(triton.cdiv(count, 1024),)](parts, bias, out, count, rows, SPLIT=split, BLOCK=1024, num_warps=4)
+        skeletons.combine[(triton.cdiv(count, 1024),)](parts, bias, out, count, rows, split, BLOCK=1024, num_warps=4)
     return out
 
 
@@ -270,13 +219,13 @@ def _weights(data: Tensor, plan: Layout, rows: int, k: int, dtype: torch.dtype, 
 
 def _decode(data: Tensor, plan: Layout, rows: int, k: int, dtype: torch.dtype, count: int, ids: Tensor | None) -> Tensor:
     """`count` rows of each matrix in `data [..., packed_bytes]`: `[..., count, K]`."""
-    s, facts = plan.scheme, device_facts(data.device)
+    s, facts = plan.scheme, _facts(data.device)
     runs = k // s.run
     matrices = data.numel() // data.shape[-1]
     wanted = torch.float32 if dtype == torch.float64 else dtype
     out = torch.empty((*data.shape[:-1], count, k), dtype=wanted, device=data.device)
     if out.numel():
-        tile_runs = min(_power_of_two(runs), 32)
+        tile_runs = min(power_of_two(runs), 32)
         tile_rows = 4 if tile_runs == 32 else 8
         book, lut = plan.tables(data.device)
         skeletons.dequantize[(triton.cdiv(runs, tile_runs), triton.cdiv(count, tile_rows), matrices)](

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..errors import ShapeError, UnsupportedOperationError
 from . import launch
+from .choices import gemv_options, gemv_tile
 from .decode import prepare, prepare_scales
 from .layout import Layout
 from .library import ACTIVATIONS
@@ -145,17 +146,17 @@ def routed_gated(x: Tensor, data: Tensor, ids: Tensor, format: int, rows: int, a
         raise ShapeError(f"a gate and an up projection have an even number of rows together, got {rows}")
     plan, k, flat = _prepare(x, data, format, rows, ids, tuple(ids.shape[:1]))
     out = torch.empty((*ids.shape, rows // 2), dtype=flat.dtype, device=x.device)
-    s, facts = plan.scheme, launch.device_facts(x.device)
+    s, facts = plan.scheme, launch._facts(x.device)
     runs, pairs = k // s.run, ids.numel()
     if pairs:
         digits = launch._digits(flat.dtype, precision)
-        tile = launch.gemv_tile(rows, runs, pairs, facts.processors, s, digits)
+        tile = gemv_tile(rows, runs, pairs, facts.processors, s, digits)
         tile_rows = max(tile.rows * tile.passes // 2, 1)
         with launch._on(x.device):
             gated[(triton.cdiv(rows // 2, tile_rows), pairs)](
                 flat, data, *plan.tables(x.device), ids.contiguous(), out, rows // 2, runs, flat.stride(0), data.shape[-1],
                 data.shape[0], ids.shape[1], S=s, ACTIVATION=activation, DIGITS=digits, ROWS=tile_rows, RUNS=tile.runs,
-                ASM=2 * facts.asm, num_warps=tile.warps, **launch.gemv_options(facts.asm),
+                ASM=2 * facts.asm, num_warps=tile.warps, **gemv_options(facts.asm),
             )  # fmt: skip
     return out.to(x.dtype)
 
@@ -165,15 +166,15 @@ def routed_weighted(x: Tensor, data: Tensor, ids: Tensor, weights: Tensor, forma
     if weights.shape != ids.shape or weights.device != ids.device:
         raise ShapeError(f"routing weights {tuple(weights.shape)} on {weights.device} for ids {tuple(ids.shape)} on {ids.device}")
     out = torch.empty((ids.shape[0], rows), dtype=flat.dtype, device=x.device)
-    s, facts = plan.scheme, launch.device_facts(x.device)
+    s, facts = plan.scheme, launch._facts(x.device)
     runs, tokens = k // s.run, ids.shape[0]
     if tokens:
         digits = launch._digits(flat.dtype, precision)
-        tile = launch.gemv_tile(rows, runs, tokens, facts.processors, s, digits)
+        tile = gemv_tile(rows, runs, tokens, facts.processors, s, digits)
         with launch._on(x.device):
             weighted[(triton.cdiv(rows, tile.rows), tokens)](
                 flat, data, *plan.tables(x.device), ids.contiguous(), weights.contiguous(), out, rows, runs, flat.stride(0),
                 data.shape[-1], data.shape[0], ids.shape[1], S=s, DIGITS=digits, ROWS=tile.rows, RUNS=tile.runs,
-                ASM=2 * facts.asm, num_warps=tile.warps, **launch.gemv_options(facts.asm),
+                ASM=2 * facts.asm, num_warps=tile.warps, **gemv_options(facts.asm),
             )  # fmt: skip
     return out.to(x.dtype)

@@ -431,7 +431,7 @@ def each_quad(v, TO: tl.constexpr, SHAPE: tl.constexpr):
     return tl.reshape(tl.broadcast_to(v[:, :, :, None], SHAPE), TO)
 
 
-@triton.jit(do_not_specialize=["tokens", "experts"])
+@triton.jit(do_not_specialize=["tokens", "experts", "split"])
 def gemm(
     xs,
     steps,
@@ -447,15 +447,15 @@ def gemm(
     k_padded,
     matrix_bytes,
     experts,
+    split,
     S: tl.constexpr,
     GROUPED: tl.constexpr,
     BN: tl.constexpr,
     BM: tl.constexpr,
-    SPLIT: tl.constexpr,
     EP: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    """y[m, n] = sum_k xs[m, k] steps[m] w[n, k] + bias[n]; with SPLIT > 1, part `s` of the sum over k goes to y[s, m, n].
+    """y[m, n] = sum_k xs[m, k] steps[m] w[n, k] + bias[n]; with split > 1, part `s` of the sum over k goes to y[s, m, n].
 
     GROUPED: rows of x are sorted by expert, `offsets` are their cumulative ends; each program works for one expert.
     """
@@ -482,7 +482,7 @@ def gemm(
     if S.d_size > 0:
         exponent = row_exponent(data, row, rows, runs, S)
     steps_k = (runs + 3) // 4
-    part = (steps_k + SPLIT - 1) // SPLIT
+    part = (steps_k + split - 1) // split
     first = tl.program_id(2) * part
     acc = tl.zeros((BN, BM), tl.float32)
     held = prepare(book, S, ASM)
@@ -508,12 +508,12 @@ def gemm(
     tl.store(y + at, out.to(y.dtype.element_ty), mask=(n < rows)[:, None] & (m < end)[None, :])
 
 
-@triton.jit(do_not_specialize=["count"])
-def combine(parts, bias, y, count, rows, SPLIT: tl.constexpr, BLOCK: tl.constexpr):
-    """y = sum over SPLIT parts, first to last, plus bias; `count` elements each."""
+@triton.jit(do_not_specialize=["count", "split"])
+def combine(parts, bias, y, count, rows, split, BLOCK: tl.constexpr):
+    """y = sum over `split` parts, first to last, plus bias; `count` elements each."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     acc = tl.zeros((BLOCK,), tl.float32)
-    for s in tl.static_range(SPLIT):
+    for s in range(split):
         acc += tl.load(parts + s * count.to(tl.int64) + i, mask=i < count, other=0.0)
     if bias is not None:
         acc += tl.load(bias + i % rows, mask=i < count, other=0.0).to(tl.float32)

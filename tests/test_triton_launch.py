@@ -1,0 +1,209 @@
+"""What the host does around the Triton kernels: which kernel, how often it compiles, tuned choices. No GPU, no kernel runs."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter has no signatures", allow_module_level=True)
+
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from iqtorch.formats import get_format
+from iqtorch.kernels import choices, launch, routed, skeletons, tuning
+from iqtorch.kernels.layout import layout
+
+H200 = choices.Device(132, True)
+
+
+class Recorder:
+    """Takes the place of a kernel: notes what Triton would compile for the arguments of each launch, and the grid."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+        self.keys: set[tuple[Any, ...]] = set()
+        self.grids: list[tuple[int, ...]] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def run(*args: Any, **options: Any) -> None:
+            values = dict(zip(self.kernel.arg_names, args, strict=False)) | options
+            parts: list[Any] = []
+            for parameter in self.kernel.params:
+                value = values.pop(parameter.name)
+                if parameter.is_constexpr or value is None:
+                    parts.append(value)
+                elif isinstance(value, Tensor):
+                    parts.append((value.dtype, value.storage_offset() * value.itemsize % 16 == 0))
+                elif parameter.do_not_specialize:
+                    parts.append("int" if -(1 << 31) <= value < 1 << 31 else "long")
+                else:
+                    parts.append((value == 1, value % 16 == 0))
+            self.keys.add((*parts, *sorted(values.items())))
+            self.grids.append(grid)
+
+        return run
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> dict[str, Recorder]:
+    made = {}
+    for module, names in ((skeletons, ("gemv", "stage", "gemm", "combine", "dequantize")), (routed, ("gated", "weighted"))):
+        for name in names:
+            made[name] = Recorder(getattr(module, name))
+            monkeypatch.setattr(module, name, made[name])
+    monkeypatch.setattr(launch, "device_facts", lambda device: H200)
+    return made
+
+
+def packed(name: str, rows: int, k: int, *experts: int) -> Tensor:
+    return torch.zeros((*experts, layout(get_format(name)).packed_bytes(rows, k)), dtype=torch.uint8)
+
+
+BUCKETS = [
+    (1,),
+    (2,),
+    (3, 4),
+    range(5, 17),
+    range(17, 33),
+    range(33, 65),
+    range(65, 129),
+    range(129, 257),
+    range(257, 513),
+    range(513, 1025),
+]
+
+
+@pytest.mark.parametrize("rows", [512, 8192])
+@pytest.mark.parametrize("name", ["iq2_kl", "iq4_kt"])
+def test_no_number_of_tokens_compiles_again_inside_a_bucket(recorded: dict[str, Recorder], name: str, rows: int) -> None:
+    data, kind = packed(name, rows, 1024), get_format(name).ggml_type
+    for bucket in BUCKETS:
+        for recorder in recorded.values():
+            recorder.keys.clear()
+        for tokens in {*bucket[:2], *bucket[-2:], bucket[len(bucket) // 2]}:
+            launch.linear(torch.empty(tokens, 1024, dtype=torch.bfloat16), data, kind, rows, None, 1)
+        counts = {kernel: len(recorder.keys) for kernel, recorder in recorded.items() if recorder.keys}
+        assert counts and all(count == 1 for count in counts.values()), (bucket, counts)
+
+
+def test_kernels_of_a_decoding_model_compile_once(recorded: dict[str, Recorder]) -> None:
+    """Every matrix of a Llama-8B-shaped model, one to four tokens: as many kernels as shapes make different tiles, not more."""
+    for rows, k in [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (128256, 4096)]:
+        data = packed("iq2_kl", rows, k)
+        for tokens in (1, 2, 3, 4):
+            launch.linear(torch.empty(tokens, k, dtype=torch.bfloat16), data, get_format("iq2_kl").ggml_type, rows, None, 1)
+    # 1, 2, 4 tokens, times three tiles: short and long rows, and a matrix of few rows
+    assert len(recorded["gemv"].keys) <= 9
+
+
+def test_routing_is_not_seen_by_the_host(recorded: dict[str, Recorder]) -> None:
+    """Under fake tensors, reading a value or allocating by one is an error: launches depend on shapes alone."""
+    fmt, experts = get_format("iq2_kl"), 16
+    kind, plan = fmt.ggml_type, layout(fmt)
+    plan.tables(torch.device("cpu"))
+    for tokens in (2, 9, 400):
+        grids: list[Any] = []
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            x = torch.empty(tokens, 512, dtype=torch.bfloat16)
+            data = torch.empty(experts, plan.packed_bytes(64, 512), dtype=torch.uint8)
+            ids = torch.empty(tokens, 4, dtype=torch.int64)
+            launch.linear(x, data[0], kind, 64, None, 1)
+            launch.grouped_linear(x, data, torch.empty(experts, dtype=torch.int64), kind, 64, 1)
+            launch.routed_linear(x, data, ids, kind, 64, 1)
+            h = routed.routed_gated(x, data, ids, kind, 64, "silu", 1)
+            assert h.shape == (tokens, 4, 32)
+            inner = torch.empty(tokens, 4, 512, dtype=torch.bfloat16)
+            out = routed.routed_weighted(inner, data, ids, torch.empty(tokens, 4), kind, 64, 1)
+            assert out.shape == (tokens, 64)
+        grids += [recorder.grids[-1] for recorder in recorded.values() if recorder.grids]
+        assert all(isinstance(n, int) for grid in grids for n in grid)
+
+
+def test_pairs_of_tokens_and_experts_compile_by_powers_of_two(recorded: dict[str, Recorder]) -> None:
+    fmt = get_format("iq4_ks")
+    data = packed("iq4_ks", 256, 256, 8)
+    for tokens in range(5, 9):
+        x, ids = torch.empty(tokens, 256, dtype=torch.bfloat16), torch.zeros(tokens, 4, dtype=torch.int64)
+        h = routed.routed_gated(x, data, ids, fmt.ggml_type, 256, "silu", 1)
+        assert h.shape == (tokens, 4, 128)
+    assert len(recorded["gated"].keys) == 1
+
+
+def test_tuned_choices_replace_the_closed_forms(recorded: dict[str, Recorder], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    rows, k = 512, 1024
+    names = {
+        launch.key("gemv", "iq2_kl", rows, k, 4, 1): {"rows": 2, "passes": 1, "runs": 64, "warps": 2},
+        launch.key("gemm", "iq2_kl", rows, k, 16): {"split": 2, "stages": 4},
+        launch.key("large", "iq2_kl", rows, k, 0): {"above": 256},
+    }
+    monkeypatch.setenv("IQTORCH_TUNING", str(tmp_path))
+    path = tuning.tuning_path("NVIDIA H200")
+    assert path.name == "triton-nvidia-h200.json"
+    tuning.write(path, "NVIDIA H200", names)
+    tuning.write(path, "NVIDIA H200", {})  # keeps what is there
+    facts = choices.Device(132, True, choices.load_tuned("NVIDIA H200"))
+    monkeypatch.setattr(launch, "device_facts", lambda device: facts)
+    data, kind = packed("iq2_kl", rows, k), get_format("iq2_kl").ggml_type
+    launch.linear(torch.empty(3, k, dtype=torch.bfloat16), data, kind, rows, None, 1)
+    assert recorded["gemv"].grids[-1] == (256, 1)
+    launch.linear(torch.empty(9, k, dtype=torch.bfloat16), data, kind, rows, None, 1)
+    assert recorded["gemm"].grids[-1] == (8, 1, 2)
+    launch.linear(torch.empty(300, k, dtype=torch.bfloat16), data, kind, rows, None, 1)
+    assert len(recorded["gemm"].grids) == 1 and recorded["dequantize"].grids
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"version": 2}, "not of version 1"),
+        ({"card": "NVIDIA A100"}, "made on 'NVIDIA A100'"),
+        ({"choices": []}, "no table of choices"),
+        ({"choices": {"gemv iq2_kl 8x256 tokens 1 digits 1": {"rows": 3}}}, "may choose"),
+        ({"choices": {"gemv iq2_kl 8x256 tokens 1 digits 1": {"split": 1}}}, "may choose"),
+        ({"choices": {"other": {"rows": 2}}}, "may choose"),
+        (None, "cannot be read as JSON"),
+    ],
+)
+def test_a_damaged_tuning_file_is_refused_by_name(
+    change: dict[str, Any] | None, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("IQTORCH_TUNING", str(tmp_path))
+    path = tuning.tuning_path("NVIDIA H200")
+    good = {"version": 1, "card": "NVIDIA H200", "choices": {}}
+    path.write_text("{" if change is None else json.dumps({**good, **change}))
+    with pytest.raises(tuning.TuningError, match=message):
+        tuning.read(path, "NVIDIA H200")
+    with caplog.at_level("WARNING", logger="iqtorch"):
+        assert choices.load_tuned("NVIDIA H200") == {}
+    assert message in caplog.text and "iqtorch bench --tune" in caplog.text
+
+
+def test_tuning_measures_and_writes(recorded: dict[str, Recorder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every line of `tune` on the CPU, with kernels that do nothing and a clock that prefers one tile."""
+    from iqtorch.kernels import timing
+
+    monkeypatch.setattr(choices.device_facts, "cache_clear", lambda: None, raising=False)
+    monkeypatch.setattr(launch, "device_facts", type("Facts", (), {"__call__": lambda self, d: H200, "cache_clear": lambda self: None})())
+
+    def clock(call: Callable[[int], object], copies: int, device: torch.device) -> float:
+        call(copies - 1)
+        option = next(iter((launch.override or {"": {}}).values()))
+        return {8: 50.0}.get(option.get("warps", 0), 100.0) - option.get("split", 1)
+
+    monkeypatch.setattr(timing, "microseconds", clock)
+    lines: list[str] = []
+    path = tuning.tune(["iq2_kl"], [(64, 512)], "cpu", tmp_path / "t.json", lines.append)
+    found = tuning.read(path, "cpu")
+    assert found[launch.key("gemv", "iq2_kl", 64, 512, 2, 2)]["warps"] == 8
+    assert found[launch.key("gemm", "iq2_kl", 64, 512, 64)]["split"] == 8
+    assert found[launch.key("large", "iq2_kl", 64, 512, 0)] == {"above": 2048}
+    assert launch.override is None and any("dequantized above" in line for line in lines)
