@@ -2,12 +2,15 @@
 
     correctness   every format x activation dtype x M, against float64 products of the weights decoded by plain torch
     linear        N = K = 8192 and other shapes: microseconds, GB/s of packed bytes, share of the copy bandwidth, ratio to cuBLAS bf16
-    experts       routed products, top 8 of 128
+    experts       top 8 of 128, gate and up to routing weights, against bfloat16 experts fused in Triton (gpu_experts.py)
     pack          canonical bytes -> device layout
+    model         Llama-8B-shaped: compiled decoding and a prompt of 2048 tokens, against bfloat16 (gpu_model.py)
+    aims          what was asked for beside what was measured
 
 Each part writes a CSV whose first lines are the conditions. Timings: one CUDA graph that runs the kernel over copies of the
 weights that together exceed the L2 cache several times, replayed; the median of the replays, divided by the copies.
 `--quick` takes a few formats. The exit status is 1 if any product is outside its error bound (timings are still written).
+`TRITON_INTERPRET=1 python benchmarks/gpu.py --rehearse` runs all of it on the CPU in tiny sizes.
 """
 
 from __future__ import annotations
@@ -15,14 +18,16 @@ from __future__ import annotations
 import argparse
 import csv
 import datetime
-import statistics
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_model import TINY, Model, Shape
 from torch import Tensor
 
 import iqtorch
@@ -30,33 +35,59 @@ from iqtorch import kernels
 from iqtorch.formats import Format, get_format, list_formats
 from iqtorch.kernels import launch
 from iqtorch.kernels.layout import layout
+from iqtorch.kernels.timing import REPLAYS, copies_of, microseconds, repeated, synchronize
 
-TOKENS = (1, 2, 3, 4, 7, 8, 9, 16, 17, 33, 64, 65, 128, 129, 512, 1000, 4096)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 EPS = {torch.float32: 2.0**-23, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
-DEVICE = "cuda"
-QUICK = ["iq2_kl", "iq2_kt", "iq4_k", "iq4_kt", "q4_k"]
-#: Bytes of rotating weights per measurement, well above any L2 cache.
-ROTATION = 512 << 20
-REPLAYS = 30
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sizes of a run. `checked`: rows and K of the correctness part; `experts`: number, top, inner, hidden."""
+
+    device: torch.device = field(default_factory=lambda: torch.device("cuda"))
+    tokens: tuple[int, ...] = (1, 2, 3, 4, 7, 8, 9, 16, 17, 33, 64, 65, 128, 129, 512, 1000, 4096)
+    timed: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+    checked: tuple[int, int] = (257, 1024)
+    exact: tuple[torch.dtype, ...] = DTYPES
+    shapes: tuple[tuple[int, int], ...] = ((8192, 8192), (4096, 4096), (14336, 4096), (4096, 14336))
+    copy_bytes: int = 1 << 30
+    experts: tuple[int, int, int, int] = (128, 8, 768, 2048)
+    expert_tokens: tuple[int, ...] = (1, 64, 4096)
+    routes: int = 8
+    model: Shape = field(default_factory=Shape)
+    prompt: int = 2048
+    steps: int = 64
+    compile_decode: dict[str, Any] = field(default_factory=lambda: {"mode": "reduce-overhead"})
+    compile_prefill: dict[str, Any] = field(default_factory=dict)
+    quick: tuple[str, ...] = ("iq2_kl", "iq2_kt", "iq4_k", "iq4_kt", "q4_k")
+
+
+#: On the CPU in the interpreter (which is slow, and cannot round to bfloat16, hence `exact`): runs every line, measures nothing.
+REHEARSAL = Plan(
+    device=torch.device("cpu"), tokens=(1, 5), timed=(1, 16), checked=(9, 128), exact=(torch.float32, torch.float16),
+    shapes=((16, 64),), copy_bytes=1 << 12, experts=(3, 2, 32, 64), expert_tokens=(1, 3), routes=1, model=TINY, prompt=3, steps=1,
+    compile_decode={"backend": "eager"}, compile_prefill={"backend": "eager"}, quick=("iq4_nl",),
+)  # fmt: skip
+plan = Plan()
 
 
 def plain_formats(quick: bool) -> list[str]:
-    return QUICK if quick else [n for n in list_formats() if get_format(n).interleave == 1]
+    return list(plan.quick) if quick else [n for n in list_formats() if get_format(n).interleave == 1]
 
 
 def random_blocks(fmt: Format, rows: int, k: int, seed: int = 0) -> Tensor:
     """Random bytes with scales of ordinary size, on the GPU: every bit pattern of codes, signs and small scales occurs."""
-    generator = torch.Generator(device=DEVICE).manual_seed(seed)
-    blocks = torch.randint(0, 256, (rows, fmt.row_bytes(k)), dtype=torch.uint8, device=DEVICE, generator=generator)
+    generator = torch.Generator(device=plan.device).manual_seed(seed)
+    blocks = torch.randint(0, 256, (rows, fmt.row_bytes(k)), dtype=torch.uint8, device=plan.device, generator=generator)
     step = max(1, (1 << 24) // k)
     for i in range(0, rows, step):
         parts = fmt.unpack(blocks[i : i + step])
         for name in ("d", "dmin"):
             if name in parts:
-                size = 1e-4 * (1 + torch.rand(parts[name].shape, device=DEVICE, generator=generator))
+                size = 1e-4 * (1 + torch.rand(parts[name].shape, device=plan.device, generator=generator))
                 if fmt.d_kind == "e8m0":
-                    parts[name] = torch.randint(110, 118, parts[name].shape, device=DEVICE, dtype=torch.int32, generator=generator)
+                    parts[name] = torch.randint(110, 118, parts[name].shape, device=plan.device, dtype=torch.int32, generator=generator)
                 elif fmt.d_kind == "f16":
                     parts[name] = size.half().view(torch.int16).to(torch.int32) & 0xFFFF
                 else:
@@ -87,7 +118,7 @@ def check_product(y: Tensor, x: Tensor, w: Tensor, size: Tensor, dtype: torch.dt
 
 
 def correctness(names: list[str]) -> Iterator[dict[str, Any]]:
-    rows, k = 257, 1024
+    rows, k = plan.checked
     for name in names:
         fmt = get_format(name)
         blocks = random_blocks(fmt, rows, k)
@@ -106,33 +137,48 @@ def correctness(names: list[str]) -> Iterator[dict[str, Any]]:
 
         yield row("pack", "uint8", 0, 0, 0.0 if torch.equal(kernels.unpack(packed, fmt, rows, k), blocks) else 9.0)
         for dtype in DTYPES:
-            same = torch.equal(kernels.dequantize(packed, fmt, rows, k, dtype), w.to(dtype))
-            yield row("dequantize", dtype, 0, 0, 0.0 if same else 9.0)
-            ids = torch.randint(0, rows, (3, 5), device=DEVICE)
-            same = torch.equal(kernels.embedding(ids, packed, fmt, rows, k, dtype), w[ids].to(dtype))
-            yield row("embedding", dtype, 0, 0, 0.0 if same else 9.0)
-            for tokens in TOKENS:
-                x = torch.randn(tokens, k, device=DEVICE, dtype=dtype)
+            if dtype in plan.exact:
+                same = torch.equal(kernels.dequantize(packed, fmt, rows, k, dtype), w.to(dtype))
+                yield row("dequantize", dtype, 0, 0, 0.0 if same else 9.0)
+                ids = torch.randint(0, rows, (3, 5), device=plan.device)
+                same = torch.equal(kernels.embedding(ids, packed, fmt, rows, k, dtype), w[ids].to(dtype))
+                yield row("embedding", dtype, 0, 0, 0.0 if same else 9.0)
+            for tokens in plan.tokens:
+                x = torch.randn(tokens, k, device=plan.device, dtype=dtype)
                 for precision in (0, 1):
                     y = kernels.linear(x, packed, fmt, rows, None, precision)
                     yield row("linear", dtype, tokens, precision, check_product(y, x, w, size, dtype, precision, run))
                     again = kernels.linear(x, packed, fmt, rows, None, precision)
                     if not torch.equal(y, again):
                         yield row("linear: not deterministic", dtype, tokens, precision, 9.0)
-            g = torch.randn(9, rows, device=DEVICE, dtype=dtype)
+            g = torch.randn(9, rows, device=plan.device, dtype=dtype)
             back, exact = kernels.linear_transposed(g, packed, fmt, k), g.double() @ w.double()
             bound = (16 if dtype == torch.float32 else 2) * EPS[dtype] * (g.double().abs() @ size.double()) + 1e-30
             yield row("linear_transposed", dtype, 9, 0, float(((back.double() - exact).abs() / bound).max()))
             experts = torch.stack([packed, packed, packed])
-            ends = torch.tensor([3, 3, 90], dtype=torch.int32, device=DEVICE)
-            x = torch.randn(100, k, device=DEVICE, dtype=dtype)
+            ends = torch.tensor([3, 3, 90], dtype=torch.int32, device=plan.device)
+            x = torch.randn(100, k, device=plan.device, dtype=dtype)
             y = kernels.grouped_linear(x, experts, ends, fmt, rows, 0)
             # the same bound as a dense product of more than GEMV_TOKENS tokens, unless float32 (three digits)
             share = check_grouped(y[:90], x[:90], w, size, dtype, run)
             yield row("grouped_linear", dtype, 100, 0, share if bool((y[90:] == 0).all()) else 9.0)
-            chosen = torch.randint(0, 3, (4, 2), device=DEVICE)
+            chosen = torch.randint(0, 3, (4, 2), device=plan.device)
             y = kernels.routed_linear(x[:4], experts, chosen, fmt, rows, 1).reshape(8, rows)
             yield row("routed_linear", dtype, 8, 1, max(check_product(y[i::2], x[:4], w, size, dtype, 1, run) for i in (0, 1)))
+            mix = torch.rand(4, 2, device=plan.device)
+            y = kernels.routed_weighted(x[:8].view(4, 2, k), experts, chosen, mix, fmt, rows, 0)
+            each, sizes = x[:8].double() @ w.double().T, x[:8].double().abs() @ size.double().T
+            exact = (each.view(4, 2, rows) * mix.double()[..., None]).sum(1)
+            bound = (2.0**-10 + EPS[dtype]) * (sizes.view(4, 2, rows) * mix.double()[..., None]).sum(1) + 1e-30
+            yield row("routed_weighted", dtype, 8, 0, float(((y.double() - exact).abs() / bound).max()))
+            even = rows // 2 * 2
+            part = kernels.pack(blocks[:even], fmt).expand(3, -1).contiguous()
+            y = kernels.routed_gated(x[:4], part, chosen, fmt, even, "silu", 0)[:, 0]
+            gate, up = (x[:4].double() @ w[:even].double().T).chunk(2, -1)
+            gate_size, up_size = (x[:4].double().abs() @ size[:even].double().T).chunk(2, -1)
+            exact = torch.nn.functional.silu(gate) * up
+            bound = (2.0**-9 + EPS[dtype]) * (gate_size * up.abs() + gate.abs() * up_size + gate_size * up_size * 2.0**-9) + 1e-30
+            yield row("routed_gated", dtype, 4, 0, float(((y.double() - exact).abs() / bound).max()))
 
 
 def check_grouped(y: Tensor, x: Tensor, w: Tensor, size: Tensor, dtype: torch.dtype, run: int) -> float:
@@ -144,119 +190,183 @@ def check_grouped(y: Tensor, x: Tensor, w: Tensor, size: Tensor, dtype: torch.dt
 # -- timing --------------------------------------------------------------------------------------------------
 
 
-def microseconds(call: Callable[[int], object], copies: int) -> float:
-    """Median time of `call(i)` for i over the copies, in one CUDA graph."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for i in range(2):
-            call(i % copies)
-    torch.cuda.current_stream().wait_stream(side)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for i in range(copies):
-            call(i)
-    times = []
-    for replay in range(REPLAYS + 3):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        if replay >= 3:
-            times.append(start.elapsed_time(end) * 1e3 / copies)
-    return statistics.median(times)
+def timed(call: Callable[[int], object], copies: int) -> float:
+    return microseconds(call, copies, plan.device)
 
 
 def copy_bandwidth() -> float:
-    """Bytes per second of reading, measured as half of the traffic of a large device copy."""
-    source = torch.empty(1 << 30, dtype=torch.uint8, device=DEVICE)
+    """Bytes per second of reading and writing of a large device copy."""
+    source = torch.empty(plan.copy_bytes, dtype=torch.uint8, device=plan.device)
     target = torch.empty_like(source)
-    return 2 * source.numel() / (microseconds(lambda i: target.copy_(source), 1) * 1e-6)
+    return 2 * source.numel() / (timed(lambda i: target.copy_(source), 1) * 1e-6)
 
 
-def linear_times(names: list[str], shapes: list[tuple[int, int]], bandwidth: float) -> Iterator[dict[str, Any]]:
-    for rows, k in shapes:
-        copies = max(2, min(64, ROTATION // (2 * rows * k)))
-        dense = torch.randn(copies, rows, k, device=DEVICE, dtype=torch.bfloat16)
+def linear_times(names: list[str], bandwidth: float) -> Iterator[dict[str, Any]]:
+    for rows, k in plan.shapes:
+        dense = torch.randn(copies_of(2 * rows * k, plan.device), rows, k, device=plan.device, dtype=torch.bfloat16)
         baseline = {}
-        for tokens in TIMED:
-            x = torch.randn(tokens, k, device=DEVICE, dtype=torch.bfloat16)
-            baseline[tokens] = microseconds(lambda i, x=x, dense=dense: torch.mm(x, dense[i].t()), copies)
-        dense = None
+        for tokens in plan.timed:
+            x = torch.randn(tokens, k, device=plan.device, dtype=torch.bfloat16)
+            baseline[tokens] = timed(lambda i, x=x, dense=dense: torch.mm(x, dense[i].t()), len(dense))
+        del dense
         for name in names:
             fmt = get_format(name)
-            if k % fmt.block_size:
-                continue
             packed = kernels.pack(random_blocks(fmt, rows, k), fmt)
-            copies = max(2, min(256, ROTATION // packed.numel()))
-            data = packed.expand(copies, -1).contiguous()
-            for tokens in TIMED:
-                x = torch.randn(tokens, k, device=DEVICE, dtype=torch.bfloat16)
+            data = packed.expand(copies_of(packed.numel(), plan.device), -1).contiguous()
+            for tokens in plan.timed:
+                x = torch.randn(tokens, k, device=plan.device, dtype=torch.bfloat16)
                 for precision in (0, 1) if tokens <= launch.GEMV_TOKENS else (0,):
                     started = time.perf_counter()
                     kernels.linear(x, data[0], fmt, rows, None, precision)
-                    torch.cuda.synchronize()
+                    synchronize(plan.device)
                     first = time.perf_counter() - started
-
-                    def call(
-                        i: int, x: Tensor = x, fmt: Format = fmt, data: Tensor = data, rows: int = rows, precision: int = precision
-                    ) -> Tensor:
-                        return kernels.linear(x, data[i], fmt, rows, None, precision)
-
-                    us = microseconds(call, copies)
+                    us = timed(lambda i, x=x, p=precision, f=fmt, d=data, n=rows: kernels.linear(x, d[i], f, n, None, p), len(data))
                     yield {
                         "format": name, "bpw": f"{fmt.bits_per_weight(k):.3f}", "rows": rows, "k": k, "tokens": tokens,
                         "precision": ("float", "int8")[precision], "us": f"{us:.2f}", "GB/s": f"{packed.numel() / us / 1e3:.0f}",
                         "share_of_copy_bandwidth": f"{packed.numel() / us * 1e6 / bandwidth:.3f}",
                         "TFLOPS": f"{2 * rows * k * tokens / us / 1e6:.1f}", "cublas_bf16_us": f"{baseline[tokens]:.2f}",
-                        "speedup": f"{baseline[tokens] / us:.3f}", "first_call_s": f"{first:.2f}", "rotating_copies": copies,
+                        "speedup": f"{baseline[tokens] / us:.3f}", "first_call_s": f"{first:.2f}", "rotating_copies": len(data),
                     }  # fmt: skip
             del data
 
 
-TIMED = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
-
-
 def expert_times(names: list[str]) -> Iterator[dict[str, Any]]:
-    """Top 8 of 128 experts of [1536, 4096] (gate and up of a Qwen3-30B-like layer), by ids and sorted."""
-    experts, top, rows, k = 128, 8, 1536, 4096
-    dense = torch.randn(experts, rows, k, device=DEVICE, dtype=torch.bfloat16)
+    """A layer of experts, gate and up, activation, down and routing weights: packed against bfloat16 fused in Triton."""
+    import gpu_experts
+
+    experts, top, inner, hidden = plan.experts
+    dense = [
+        torch.randn(experts, n, k, device=plan.device, dtype=torch.bfloat16) / k**0.5 for n, k in ((2 * inner, hidden), (hidden, inner))
+    ]
     for name in names:
         fmt = get_format(name)
-        one = kernels.pack(random_blocks(fmt, rows, k), fmt)
-        data = one.expand(experts, -1).contiguous()
-        for tokens in (1, 64, 1024):
-            x = torch.randn(tokens, k, device=DEVICE, dtype=torch.bfloat16)
-            ids = torch.stack([torch.randperm(experts, device=DEVICE)[:top] for _ in range(tokens)])
-            order = ids.flatten().argsort()
-            xs = x.repeat_interleave(top, 0)[order].contiguous()
-            ends = torch.bincount(ids.flatten(), minlength=experts).cumsum(0).to(torch.int32)
-            us = microseconds(lambda i, xs=xs, data=data, ends=ends, fmt=fmt: kernels.grouped_linear(xs, data, ends, fmt, rows, 1), 4)
-            base = microseconds(lambda i, xs=xs, ends=ends: torch._grouped_mm(xs, dense.transpose(-2, -1), offs=ends), 4)
-            found = {"format": name, "experts": experts, "top": top, "rows": rows, "k": k, "tokens": tokens}
-            yield {**found, "kernel": "grouped", "us": f"{us:.2f}", "grouped_mm_bf16_us": f"{base:.2f}", "speedup": f"{base / us:.3f}"}
-            if tokens <= 64:
-                us = microseconds(lambda i, x=x, data=data, ids=ids, fmt=fmt: kernels.routed_linear(x, data, ids, fmt, rows, 1), 4)
-                yield {**found, "kernel": "routed", "us": f"{us:.2f}", "grouped_mm_bf16_us": f"{base:.2f}", "speedup": f"{base / us:.3f}"}
+        gate_up, down = (
+            kernels.pack(random_blocks(fmt, n, k), fmt).expand(experts, -1).contiguous() for n, k in ((2 * inner, hidden), (hidden, inner))
+        )
+        for tokens in plan.expert_tokens:
+            # another routing for every replay: the experts of one would stay in cache
+            x = torch.randn(tokens, hidden, device=plan.device, dtype=torch.bfloat16)
+            routes = [torch.rand(tokens, experts, device=plan.device).topk(top).indices for _ in range(plan.routes)]
+            mix = torch.rand(tokens, top, device=plan.device)
+
+            def fused(i: int, x: Tensor = x, routes: list[Tensor] = routes, mix: Tensor = mix, fmt: Format = fmt) -> Tensor:
+                h = kernels.routed_gated(x, gate_up, routes[i], fmt, 2 * inner, "silu", 1)  # noqa: B023
+                return kernels.routed_weighted(h, down, routes[i], mix, fmt, hidden, 1)  # noqa: B023
+
+            def grouped(i: int, x: Tensor = x, routes: list[Tensor] = routes, mix: Tensor = mix, fmt: Format = fmt) -> Tensor:
+                chosen, order = torch.sort(routes[i].reshape(-1))
+                ends = torch.searchsorted(chosen, torch.arange(experts, device=plan.device), right=True).to(torch.int32)
+                y = kernels.grouped_linear(x[order // top], gate_up, ends, fmt, 2 * inner, 1)  # noqa: B023
+                gate, up = y.chunk(2, -1)
+                y = kernels.grouped_linear(torch.nn.functional.silu(gate) * up, down, ends, fmt, hidden, 1)  # noqa: B023
+                return (y[order.argsort()].view(len(x), top, hidden) * mix[..., None]).sum(1)
+
+            base = timed(lambda i, x=x, r=routes, m=mix: gpu_experts.experts(x, dense[0], dense[1], r[i], m), len(routes))
+            for kernel, call in (("fused", fused), ("grouped", grouped)):
+                if kernel == "fused" and tokens * top > 1024:
+                    continue  # every pair reads its expert again
+                us = timed(call, len(routes))
+                yield {
+                    "format": name, "experts": experts, "top": top, "inner": inner, "hidden": hidden, "tokens": tokens, "kernel": kernel,
+                    "us": f"{us:.2f}", "bf16_triton_us": f"{base:.2f}", "speedup": f"{base / us:.3f}",
+                }  # fmt: skip
 
 
 def pack_times(names: list[str]) -> Iterator[dict[str, Any]]:
-    rows, k = 8192, 8192
+    rows, k = plan.shapes[0]
     for name in names:
         fmt = get_format(name)
         blocks = random_blocks(fmt, rows, k)
-        kernels.pack(blocks[:64], fmt)
-        torch.cuda.synchronize()
+        kernels.pack(blocks[: rows // 2], fmt)
+        synchronize(plan.device)
         started = time.perf_counter()
         packed = kernels.pack(blocks, fmt)
-        torch.cuda.synchronize()
+        synchronize(plan.device)
         seconds = time.perf_counter() - started
         yield {
             "format": name, "rows": rows, "k": k, "ms": f"{seconds * 1e3:.2f}", "GB/s": f"{blocks.numel() / seconds / 1e9:.2f}",
             "bytes_ratio": f"{packed.numel() / blocks.numel():.4f}",
         }  # fmt: skip
+
+
+def model_times(names: list[str]) -> Iterator[dict[str, Any]]:
+    """A Llama-8B-shaped model: compiled decoding of one sequence, and a prompt, packed against bfloat16 in the same run."""
+    shape, dtype = plan.model, torch.bfloat16
+
+    def packed(fmt: Format) -> Callable[[int, int], Tensor]:
+        made: dict[tuple[int, int], Tensor] = {}
+
+        def make(rows: int, k: int) -> Tensor:
+            if (rows, k) not in made:
+                made[rows, k] = kernels.pack(random_blocks(fmt, rows, k), fmt)
+            return iqtorch.IQTensor(made[rows, k].clone(), fmt, "triton", (rows, k), dtype)
+
+        return make
+
+    def dense(rows: int, k: int) -> Tensor:
+        return torch.randn(rows, k, device=plan.device, dtype=dtype) / k**0.5
+
+    reference: dict[str, float] = {}
+    for name, make in [("bf16", dense), *((n, packed(get_format(n))) for n in names)]:
+        found, error = model_run(Model(shape, make, plan.device, dtype))
+        torch._dynamo.reset()
+        reference = reference or found
+        yield {
+            "format": name, "layers": shape.layers, "hidden": shape.hidden, "prompt": plan.prompt,
+            "decode_tokens_per_s": f"{1e6 / found['decode']:.1f}", "decode_speedup": f"{reference['decode'] / found['decode']:.3f}",
+            "prefill_tokens_per_s": f"{plan.prompt * 1e6 / found['prefill']:.0f}",
+            "prefill_speedup": f"{reference['prefill'] / found['prefill']:.3f}",
+            "decode_against_prompt": f"{error:.4f}", "ok": error < 0.05,
+        }  # fmt: skip
+
+
+@torch.no_grad()
+def model_run(model: Model) -> tuple[dict[str, float], float]:
+    """Microseconds of a decoded token and of the prompt; the difference of the last logits read as a prompt and decoded."""
+    prompt = torch.randint(0, model.shape.vocabulary, (plan.prompt,), device=plan.device)
+    positions = torch.arange(plan.prompt, device=plan.device)
+    whole = model.forward(prompt, positions).float()
+    model.forward(prompt[:-1], positions[:-1])
+    alone = model.forward(prompt[-1:], positions[-1:]).float()
+    step = torch.compile(model.forward, fullgraph=True, **plan.compile_decode)
+    prefill = torch.compile(model.forward, fullgraph=True, **plan.compile_prefill)
+    decode_us = repeated(step, plan.device, plan.steps, prompt[-1:].clone(), positions[-1:].clone())
+    prefill_us = repeated(prefill, plan.device, max(plan.steps // 16, 1), prompt, positions)
+    return {"decode": decode_us, "prefill": prefill_us}, float((whole - alone).norm() / whole.norm())
+
+
+# -- the aims ------------------------------------------------------------------------------------------------
+
+
+def aims(results: dict[str, list[dict[str, Any]]]) -> Iterator[dict[str, Any]]:
+    """What was asked of the kernels beside what was measured."""
+
+    def linear(name: str, tokens: int, field: str) -> list[float]:
+        return [
+            float(r[field])
+            for r in results["linear"]
+            if r.get("format") == name and r["tokens"] == tokens and r["rows"] == plan.shapes[0][0]
+        ]
+
+    def aim(what: str, values: list[float], limit: float, most: bool = False) -> dict[str, Any]:
+        best = (min if most else max)(values) if values else float("nan")
+        return {"aim": what, "measured": f"{best:.3f}", "limit": limit, "reached": best <= limit if most else best >= limit}
+
+    tables = ("iq4_k", "iq4_ks", "iq4_nl", "iq4_xs", "mxfp4")
+    for name, share in [("iq2_kl", 0.6), ("iq2_kt", 0.4), ("iq4_kt", 0.65), *((n, 0.75) for n in tables)]:
+        yield aim(f"{name}, 1 token: share of the copy bandwidth", linear(name, 1, "share_of_copy_bandwidth"), share)
+    yield aim("iq2_kl, 1 token: times cuBLAS bf16", linear("iq2_kl", 1, "speedup"), 4.0)
+    for name in sorted({str(r["format"]) for r in results["linear"] if "format" in r}):
+        one, sixteen = linear(name, 1, "us"), linear(name, 16, "us")
+        yield aim(f"{name}, 16 tokens: time of 1", [sixteen[0] / min(one)] if one and sixteen else [], 1.2, most=True)
+        for tokens, share in ((512, 0.7), (1024, 0.7), (2048, 0.9), (4096, 0.9)):
+            yield aim(f"{name}, {tokens} tokens: share of cuBLAS bf16", linear(name, tokens, "speedup"), share)
+    for tokens in plan.expert_tokens[:2]:
+        found = [float(r["speedup"]) for r in results["experts"] if r.get("tokens") == tokens and r["format"] == "iq2_kl"]
+        yield aim(f"iq2_kl experts, {tokens} tokens: times bf16 in Triton", found, 3.0)
+    for speed, limit in (("decode_speedup", 3.5), ("prefill_speedup", 0.9)):
+        yield aim(f"iq2_kl model: {speed}", [float(r[speed]) for r in results["model"] if r.get("format") == "iq2_kl"], limit)
 
 
 # -- output --------------------------------------------------------------------------------------------------
@@ -265,13 +375,16 @@ def pack_times(names: list[str]) -> Iterator[dict[str, Any]]:
 def conditions(bandwidth: float) -> list[str]:
     import triton
 
-    card = torch.cuda.get_device_properties(0)
-    return [
-        f"# {datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d %H:%M} UTC, iqtorch {getattr(iqtorch, '__version__', 'source')}",
-        f"# {card.name}, {card.multi_processor_count} processors, {card.total_memory >> 30} GiB, L2 {card.L2_cache_size >> 20} MiB",
+    lines = [
+        f"# {datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d %H:%M} UTC, iqtorch {iqtorch.__version__}",
         f"# torch {torch.__version__}, Triton {triton.__version__}, Python {sys.version.split()[0]}",
-        f"# measured copy bandwidth {bandwidth / 1e9:.0f} GB/s; median of {REPLAYS} CUDA-graph replays over rotating weights",
+        f"# measured copy bandwidth {bandwidth / 1e9:.1f} GB/s; median of {REPLAYS[plan.device.type]} replays over rotating weights",
     ]
+    if plan.device.type != "cuda":
+        return ["# REHEARSAL in the interpreter: these are no timings", *lines]
+    card = torch.cuda.get_device_properties(0)
+    facts = f"{card.multi_processor_count} processors, {card.total_memory >> 30} GiB, L2 {card.L2_cache_size >> 20} MiB"
+    return [f"# {card.name}, {facts}", *lines]
 
 
 def write(path: Path, header: list[str], rows: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -289,23 +402,30 @@ def write(path: Path, header: list[str], rows: Iterator[dict[str, Any]]) -> list
                 file.flush()
                 done.append(row)
         except Exception as error:
+            traceback.print_exc()
             file.write(f"# failed: {type(error).__name__}: {error}\n")
-            print(f"{path.name}: {type(error).__name__}: {error}", file=sys.stderr)
             done.append({"ok": False})
-    print(f"{path}: {len(done)} rows")
+    print(f"{path}: {len(done)} rows", flush=True)
     return done
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(arguments: list[str] | None = None) -> int:
+    global plan
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("gpu-results"), help="folder for the CSV files")
-    parser.add_argument("--quick", action="store_true", help=f"only {', '.join(QUICK)}")
+    parser.add_argument("--quick", action="store_true", help=f"only {', '.join(plan.quick)}")
     parser.add_argument("--formats", help="comma-separated names instead of all")
     parser.add_argument("--skip-checks", action="store_true", help="time without checking first")
-    options = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.error("no CUDA or ROCm device is available to this PyTorch")
-    names = options.formats.split(",") if options.formats else plain_formats(options.quick)
+    parser.add_argument("--rehearse", action="store_true", help="every step on the CPU in tiny sizes, in Triton's interpreter")
+    options = parser.parse_args(arguments)
+    if options.rehearse:
+        if not kernels.library.INTERPRETED:
+            parser.error("a rehearsal needs the environment variable TRITON_INTERPRET=1")
+        plan = REHEARSAL
+    elif not torch.cuda.is_available():
+        parser.error("no CUDA or ROCm device is available to this PyTorch; --rehearse runs without")
+    names = options.formats.split(",") if options.formats else plain_formats(options.quick or options.rehearse)
+    some = names if options.formats else list(plan.quick)
     options.out.mkdir(parents=True, exist_ok=True)
     bandwidth = copy_bandwidth()
     header = conditions(bandwidth)
@@ -316,13 +436,17 @@ def main() -> int:
         wrong = [r for r in checked if not r["ok"]]
         good = not wrong
         print(f"{len(checked) - len(wrong)} of {len(checked)} checks passed" + "".join(f"\n  WRONG {r}" for r in wrong[:40]))
-    parts = {
-        "linear": linear_times(names, [(8192, 8192), (4096, 4096), (14336, 4096), (4096, 14336)], bandwidth),
-        "experts": expert_times(names if options.formats else QUICK),
+    results = {}
+    for part, rows in {
+        "linear": linear_times(names, bandwidth),
+        "experts": expert_times(some),
         "pack": pack_times(names),
-    }
-    for part, rows in parts.items():
-        good &= all(r.get("ok", True) for r in write(options.out / f"{part}.csv", header, rows))
+        "model": model_times(some),
+    }.items():
+        results[part] = write(options.out / f"{part}.csv", header, rows)
+        good &= all(r.get("ok", True) for r in results[part])
+    for row in write(options.out / "aims.csv", header, aims(results)):
+        print("  ".join(f"{k} {v}" for k, v in row.items()))
     return 0 if good else 1
 
 

@@ -39,12 +39,12 @@ def compile_kernel(kernel: Any, constants: dict[str, Any], pointers: dict[str, s
 
 
 def gemv(
-    name: str, arch: int | str = 90, digits: int = 1, asm: int = 2, rows: int = 8, passes: int = 2, dtype: str = "*bf16"
+    name: str, arch: int | str = 90, digits: int = 1, asm: int = 2, rows: int = 8, passes: int = 2, dtype: str = "*bf16", tokens: int = 1
 ) -> tuple[Any, float]:
-    """The vector kernel for one token and long rows, and the weights per thread and step of its loop."""
+    """The vector kernel for long rows, and the weights per thread and step of its loop."""
     s = layout(get_format(name)).scheme
     constants = {
-        "S": s, "MODE": "one", "DIGITS": digits, "TOKENS": 1, "ROWS": rows, "PASSES": passes, "RUNS": 128, "EP": 1, "ASM": asm,
+        "S": s, "MODE": "one", "DIGITS": digits, "TOKENS": tokens, "ROWS": rows, "PASSES": passes, "RUNS": 128, "EP": 1, "ASM": asm,
         "bias": None, "ids": None, "per_token": 1,
     }  # fmt: skip
     pointers = {"x": dtype, "data": "*u8", "book": "*i32", "lut": "*fp32", "y": dtype}

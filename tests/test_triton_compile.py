@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 import torch
@@ -34,6 +36,14 @@ LIMITS = {
 }
 
 
+def assert_no_spill(kernel: object) -> None:
+    """No register in memory, as ptxas or the metadata of the AMD compiler report it."""
+    if "cubin" in kernel.asm:
+        assert sass.resources(kernel)["STACK"] == 0
+    else:
+        assert re.findall(r"\.[sv]gpr_spill_count:\s*(\d+)", kernel.asm["amdgcn"]) == ["0", "0"]
+
+
 def check_sass(kernel: object, weights: float, limit: float) -> None:
     counts = sass.loop(kernel)
     assert sum(counts.values()) / weights <= limit, f"{sum(counts.values()) / weights:.2f} > {limit}: {counts.most_common(12)}"
@@ -42,12 +52,22 @@ def check_sass(kernel: object, weights: float, limit: float) -> None:
 @pytest.mark.parametrize("arch", ARCHES)
 def test_every_kernel_compiles(arch: int | str) -> None:
     asm = not isinstance(arch, str)
-    for kernel in (
+    kernels = [
         sass.gemv("iq2_kl", arch, asm=2 * asm)[0],
         sass.gemm("iq2_kl", arch, asm=1 * asm)[0],
         sass.dequantize("iq2_kl", arch, 2 * asm),
-    ):
+        *sass.experts("iq2_kl", arch, 2 * asm),
+    ]
+    for kernel in kernels:
         assert "cubin" in kernel.asm if asm else "hsaco" in kernel.asm
+        assert_no_spill(kernel)
+
+
+def test_experts_are_addressed_in_64_bits() -> None:
+    """The grouped matrix kernel: the number of the expert times the bytes of a matrix (the interpreter tests the other kernels)."""
+    text = sass.gemm("iq2_kl", 90, grouped=True)[0].asm["ttir"]
+    (product,) = re.findall(r"(%\S+) = arith.muli %\S+, %\S+ : i64", text)[:1]
+    assert re.search(rf"tt.addptr %data\S*, {re.escape(product)} : !tt.ptr<i8>, i64", text)
 
 
 def test_vector_kernel_of_iq2_kl() -> None:
@@ -57,15 +77,20 @@ def test_vector_kernel_of_iq2_kl() -> None:
     # the steps of the activations change threads, nothing else may: no weights pass through shared memory
     assert counts["BAR"] <= 8 and counts["STS"] + counts["STSM"] <= 8, counts
     assert counts["SHFL"] / weights == 0.5, "one look-up per pair"
-    assert sass.resources(kernel)["STACK"] == 0
+    assert_no_spill(kernel)
+
+
+def assert_weights_stay_in_registers(counts: Counter[str]) -> None:
+    """Of a loop on sm_90: tensor cores of this architecture, and nothing is stored in shared memory (copies to it come from memory)."""
+    assert counts["HGMMA"] > 0 and counts["STS"] == counts["STSM"] == 0, counts
 
 
 def test_matrix_kernel_keeps_weights_in_registers() -> None:
     for name in ("iq2_kl", "iq4_k"):
         kernel, weights = sass.gemm(name)
         counts = sass.loop(kernel)
-        assert counts["HGMMA"] > 0 and counts["STS"] == counts["STSM"] == 0, counts
-        assert sass.resources(kernel)["STACK"] == 0
+        assert_weights_stay_in_registers(counts)
+        assert_no_spill(kernel)
         check_sass(kernel, weights, 7.0)
 
 
@@ -75,6 +100,7 @@ def test_instructions_of_every_vector_kernel(name: str) -> None:
     tile = launch.gemv_tile(8192, 8192 // layout(get_format(name)).scheme.run, 1, 132, layout(get_format(name)).scheme)
     kernel, weights = sass.gemv(name, rows=tile.rows, passes=tile.passes)
     check_sass(kernel, weights, LIMITS.get(name, 6.0))
+    assert_no_spill(kernel)
 
 
 @pytest.mark.slow
@@ -83,16 +109,17 @@ def test_instructions_of_every_vector_kernel(name: str) -> None:
 def test_every_format_compiles_everywhere(name: str, arch: int | str) -> None:
     asm = not isinstance(arch, str)
     s = layout(get_format(name)).scheme
-    tile = launch.gemv_tile(8192, 8192 // s.run, 1, 132, s)
     for digits in (1, 2, 3):
-        sass.gemv(name, arch, digits, 2 * asm, tile.rows, tile.passes)
+        for tokens in (1, 4):
+            tile = launch.gemv_tile(8192, 8192 // s.run, 1, 132, s, digits, tokens)
+            assert_no_spill(sass.gemv(name, arch, digits, 2 * asm, tile.rows, tile.passes, tokens=tokens)[0])
     for tokens in (16, 128):
         kernel, _ = sass.gemm(name, arch, tokens, asm=1 * asm)
+        assert_no_spill(kernel)
         if arch == 90:
-            counts = sass.loop(kernel)
-            assert counts["HGMMA"] > 0, "no tensor-core instruction of this architecture"
-    sass.gemm(name, arch, 16, asm=1 * asm, grouped=True)
-    sass.dequantize(name, arch, 2 * asm)
+            assert_weights_stay_in_registers(sass.loop(kernel))
+    assert_no_spill(sass.gemm(name, arch, 16, asm=1 * asm, grouped=True)[0])
+    assert_no_spill(sass.dequantize(name, arch, 2 * asm))
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import mmap
 from typing import Any
 
 import pytest
@@ -245,6 +246,28 @@ def test_fused_experts(name: str) -> None:
         kernels.routed_gated(x, packed, ids, fmt, 14, "tanh", 0)
     with pytest.raises(ShapeError, match="do not fit together"):
         kernels.routed_weighted(h[0], packed, ids, mix, fmt, 14, 0)
+
+
+def test_experts_beyond_two_to_the_31_bytes() -> None:
+    """The last of so many experts that its matrix starts beyond 2^31 bytes, in memory that is mapped only where it is touched."""
+    fmt, blocks, packed, w = matrix("iq2_kl", 16)
+    size = packed.numel()
+    count = (1 << 31) // size + 10
+    last = count - 1
+    assert last * size > 1 << 31 and count * w.numel() > 1 << 31
+    with mmap.mmap(-1, count * size) as memory:
+        experts = torch.frombuffer(memory, dtype=torch.uint8).view(count, size)
+        experts[last] = packed
+        x = activations(2, w.shape[1], torch.float32)
+        y = kernels.routed_linear(x, experts, torch.tensor([[last], [0]]), fmt, 16, 0)
+        check(y[0], x[:1], w, magnitude(fmt, blocks), 3, 64)
+        assert (y[1] == 0).all()
+        h = kernels.routed_gated(x, experts, torch.tensor([[last], [0]]), fmt, 16, "relu", 0)
+        gate, up = (x[:1].double() @ w.double().T).chunk(2, -1)
+        assert torch.allclose(h[0].double(), gate.relu() * up, rtol=1e-3, atol=1e-3 * float((gate * up).abs().max()))
+        y = kernels.routed_weighted(x[:, None], experts, torch.tensor([[last], [last]]), torch.ones(2, 1), fmt, 16, 0)
+        check(y, x, w, magnitude(fmt, blocks), 3, 64)
+        del experts
 
 
 def test_experts_of_a_transformers_layer(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,15 +71,16 @@ class GemvTile:
     warps: int
 
 
-def gemv_tile(rows: int, runs: int, programs: int, processors: int, s: Scheme, digits: int = 1) -> GemvTile:
+def gemv_tile(rows: int, runs: int, programs: int, processors: int, s: Scheme, digits: int = 1, tokens: int = 1) -> GemvTile:
     """Tile of a vector product: `programs` of them run beside each other for other tokens.
 
     A warp's 32 threads take neighbouring runs of the same rows. Sixteen rows (eight for grids and for three digits, which take
-    more registers), in two passes, share one reading and rounding of the activations; fewer where processors would be left idle.
+    more registers; fewer for several tokens), in two passes, share one reading and rounding of the activations; fewer where
+    processors would be left idle.
     `programs` counts in powers of two, so that not every number of tokens compiles a kernel of its own.
     """
     warps = 4 if runs >= 128 else 2 if runs >= 64 else 1
-    most = 8 if s.family == "grid" or digits == 3 else 16
+    most = max((8 if s.family == "grid" or digits == 3 else 16) // tokens, 2)
     tile_rows = most
     while tile_rows > 1 and -(-rows // tile_rows) * power_of_two(programs) < 3 * processors:
         tile_rows //= 2

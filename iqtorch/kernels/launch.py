@@ -17,7 +17,7 @@ from .choices import Device, GemmTile, GemvTile, device_facts, gemm_tile, gemv_o
 from .layout import Layout, layout
 from .tuning import Choices
 
-__all__ = ["Device", "GemmTile", "GemvTile", "gemm_tile", "gemv_tile", "key", "layout"]
+__all__ = ["Device", "GemmTile", "GemvTile", "device_facts", "gemm_tile", "gemv_tile", "key", "layout"]
 
 #: Products with up to this many tokens use `gemv`.
 GEMV_TOKENS = 4
@@ -122,7 +122,7 @@ def _gemv(
         tokens, per_token = ids.numel(), ids.numel() // x.shape[0]
     group = power_of_two(tokens) if mode == "one" else 1
     digits = _digits(x.dtype, precision)
-    tile = gemv_tile(rows, runs, -(-tokens // group), facts.processors, s, digits)
+    tile = gemv_tile(rows, runs, -(-tokens // group), facts.processors, s, digits, group)
     if mode == "one":
         tile = tuned(tile, facts, "gemv", plan.fmt.name, rows, x.shape[1], group, digits)
     book, lut = plan.tables(x.device)

@@ -14,6 +14,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,7 @@ def tune(
     chosen: dict[str, dict[str, int]] = {}
 
     def best(name: str, options: Iterator[dict[str, int]], call: Callable[[int], Any], copies: int) -> None:
+        launch.override = {}
         times: list[tuple[float, dict[str, int]]] = [(microseconds(call, copies, device), {})]
         for option in options:
             launch.override = {name: option}
@@ -134,7 +136,6 @@ def tune(
                 times.append((microseconds(call, copies, device), option))
             except Exception as error:  # a tile that does not compile or does not fit is no candidate
                 report(f"{name} {option}: {type(error).__name__}")
-        launch.override = None
         us, option = min(times, key=lambda pair: pair[0])
         if option and us < 0.97 * times[0][0]:
             chosen[name] = option
@@ -154,16 +155,15 @@ def tune(
                     for precision in (0, 1):
                         digits = launch._digits(x.dtype, precision)
                         name = launch.key("gemv", fmt.name, rows, k, tokens, digits)
-                        best(name, tries("gemv"), lambda i, x=x, p=precision, call=call: call(i, x, p), len(data))
+                        best(name, tries("gemv"), partial(call, x=x, precision=precision), len(data))
                 else:
-                    best(launch.key("gemm", fmt.name, rows, k, tokens), tries("gemm"), lambda i, x=x, call=call: call(i, x), len(data))
+                    best(launch.key("gemm", fmt.name, rows, k, tokens), tries("gemm"), partial(call, x=x), len(data))
             above = {}
             for tokens in (256, 512, 1024, 2048):
                 x = torch.randn(tokens, k, device=device, dtype=torch.bfloat16)
                 for limit in (0, 4096):  # dequantize, fused
                     launch.override = {launch.key("large", fmt.name, rows, k, 0): {"above": limit}}
-                    above[tokens, limit] = microseconds(lambda i, x=x, call=call: call(i, x), len(data), device)
-                launch.override = None
+                    above[tokens, limit] = microseconds(partial(call, x=x), len(data), device)
             fused = [t for t in (256, 512, 1024, 2048) if above[t, 4096] <= above[t, 0]]
             limit = max(fused, default=128)
             chosen[launch.key("large", fmt.name, rows, k, 0)] = {"above": limit}
