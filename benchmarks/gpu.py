@@ -104,7 +104,7 @@ def check_product(y: Tensor, x: Tensor, w: Tensor, size: Tensor, dtype: torch.dt
     exact = x.double() @ w.double().T
     sizes = x.double().abs() @ size.double().T
     tokens = x.shape[0]
-    if tokens <= launch.GEMV_TOKENS:
+    if tokens <= launch.vector_tokens(dtype):
         top = {1: 127, 2: 32767, 3: 8388544}[launch._digits(dtype, precision)]
         step = x.double().abs().unflatten(1, (-1, run)).amax(-1) / top
         error = 0.505 * step.repeat_interleave(run, 1) @ w.double().abs().T
@@ -215,7 +215,7 @@ def linear_times(names: list[str], bandwidth: float) -> Iterator[dict[str, Any]]
             data = packed.expand(copies_of(packed.numel(), plan.device), -1).contiguous()
             for tokens in plan.timed:
                 x = torch.randn(tokens, k, device=plan.device, dtype=torch.bfloat16)
-                for precision in (0, 1) if tokens <= launch.GEMV_TOKENS else (0,):
+                for precision in (0, 1) if tokens <= launch.vector_tokens(x.dtype) else (0,):
                     started = time.perf_counter()
                     kernels.linear(x, data[0], fmt, rows, None, precision)
                     synchronize(plan.device)

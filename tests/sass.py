@@ -16,7 +16,7 @@ from triton.compiler import ASTSource
 
 from iqtorch.formats import get_format
 from iqtorch.kernels import routed, skeletons
-from iqtorch.kernels.choices import gemv_options
+from iqtorch.kernels.choices import all_registers
 from iqtorch.kernels.layout import layout
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -48,7 +48,7 @@ def gemv(
         "bias": None, "ids": None, "per_token": 1,
     }  # fmt: skip
     pointers = {"x": dtype, "data": "*u8", "book": "*i32", "lut": "*fp32", "y": dtype}
-    return compile_kernel(skeletons.gemv, constants, pointers, arch, 4, **gemv_options(asm > 0)), rows * passes * s.run
+    return compile_kernel(skeletons.gemv, constants, pointers, arch, 4, **all_registers(asm > 0)), rows * passes * s.run
 
 
 def gemm(name: str, arch: int | str = 90, tokens: int = 16, asm: int = 1, grouped: bool = False) -> tuple[Any, float]:
@@ -59,7 +59,7 @@ def gemm(name: str, arch: int | str = 90, tokens: int = 16, asm: int = 1, groupe
     if not grouped:
         constants["offsets"] = None
     pointers = {"xs": "*fp16", "steps": "*fp32", "data": "*u8", "book": "*i32", "lut": "*fp32", "y": "*bf16", "offsets": "*i32"}
-    return compile_kernel(skeletons.gemm, constants, pointers, arch, warps), rows * 4 * s.run / (32 * warps)
+    return compile_kernel(skeletons.gemm, constants, pointers, arch, warps, **all_registers(asm > 0)), rows * 4 * s.run / (32 * warps)
 
 
 def experts(name: str, arch: int | str = 90, asm: int = 2) -> list[Any]:
@@ -67,7 +67,7 @@ def experts(name: str, arch: int | str = 90, asm: int = 2) -> list[Any]:
     s = layout(get_format(name)).scheme
     constants = {"S": s, "DIGITS": 1, "ROWS": 8, "RUNS": 32, "ASM": asm, "ACTIVATION": "silu"}
     pointers = {"x": "*bf16", "data": "*u8", "book": "*i32", "lut": "*fp32", "y": "*bf16", "ids": "*i64", "weights": "*bf16"}
-    return [compile_kernel(k, constants, pointers, arch, 1, **gemv_options(asm > 0)) for k in (routed.gated, routed.weighted)]
+    return [compile_kernel(k, constants, pointers, arch, 1, **all_registers(asm > 0)) for k in (routed.gated, routed.weighted)]
 
 
 def dequantize(name: str, arch: int | str = 90, asm: int = 2) -> Any:

@@ -110,7 +110,7 @@ def test_every_format_compiles_everywhere(name: str, arch: int | str) -> None:
     asm = not isinstance(arch, str)
     s = layout(get_format(name)).scheme
     for digits in (1, 2, 3):
-        for tokens in (1, 4):
+        for tokens in (1, 2):
             tile = launch.gemv_tile(8192, 8192 // s.run, 1, 132, s, digits, tokens)
             assert_no_spill(sass.gemv(name, arch, digits, 2 * asm, tile.rows, tile.passes, tokens=tokens)[0])
     for tokens in (16, 128):

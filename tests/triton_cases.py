@@ -88,7 +88,8 @@ def test_linear(name: str) -> None:
     for tokens, dtype, precision in (
         (1, torch.float32, 0),
         (2, torch.bfloat16, 0),
-        (3, torch.float16, 1),
+        (2, torch.float16, 1),
+        (3, torch.float32, 1),
         (7, torch.bfloat16, 1),
         (7, torch.float32, 1),
         (17, torch.float16, 0),
@@ -97,7 +98,7 @@ def test_linear(name: str) -> None:
         y = OPS.linear(x, packed, fmt.ggml_type, rows, None, precision)
         assert y.dtype == dtype and y.shape == (tokens, rows)
         exact = dtype == torch.float32 and tokens > launch.GEMV_TOKENS
-        digits = 3 if exact else 0 if tokens > launch.GEMV_TOKENS else launch._digits(dtype, precision)
+        digits = 3 if exact else 0 if tokens > launch.vector_tokens(dtype) else launch._digits(dtype, precision)
         check(y, x, w, size, digits, run)
 
 
@@ -133,7 +134,7 @@ def test_odd_shapes(rows: int, tokens: int) -> None:
         bias = activations(1, rows, torch.float32)[0]
         x = activations(tokens, w.shape[1], torch.bfloat16)
         y = OPS.linear(x, packed, fmt.ggml_type, rows, bias, 0)
-        digits = 2 if tokens <= launch.GEMV_TOKENS else 0
+        digits = 2 if tokens <= launch.vector_tokens(x.dtype) else 0
         check(y, x, w, magnitude(fmt, blocks), digits, launch.layout(fmt).scheme.run, bias)
 
 

@@ -88,8 +88,8 @@ def gemv_tile(rows: int, runs: int, programs: int, processors: int, s: Scheme, d
     return GemvTile(tile_rows // passes, passes, min(power_of_two(runs), 32 * warps), warps)
 
 
-def gemv_options(asm: bool) -> dict[str, int]:
-    """Compiler options of `gemv`: all registers, or ptxas spills a few to fit one more program on a processor."""
+def all_registers(asm: bool) -> dict[str, int]:
+    """Compiler options: all registers, or ptxas spills a few to fit one more program on a processor."""
     return {"maxnreg": 255} if asm else {}
 
 

@@ -13,14 +13,17 @@ from torch import Tensor
 from ..errors import BlockSizeError, UnsupportedOperationError
 from ..formats import Format, format_by_ggml_type
 from . import skeletons
-from .choices import Device, GemmTile, GemvTile, device_facts, gemm_tile, gemv_options, gemv_tile, key, power_of_two, tuned
+from .choices import Device, GemmTile, GemvTile, all_registers, device_facts, gemm_tile, gemv_tile, key, power_of_two, tuned
 from .layout import Layout, layout
 from .tuning import Choices
 
 __all__ = ["Device", "GemmTile", "GemvTile", "device_facts", "gemm_tile", "gemv_tile", "key", "layout"]
 
-#: Products with up to this many tokens use `gemv`.
+#: float32 products with up to this many tokens use `gemv`; of 16-bit activations, up to GEMV_GROUP: with more, `gemm` takes fewer
+#: instructions in every format (docs/gpu.md).
 GEMV_TOKENS = 4
+#: Tokens that a program of `gemv` handles together.
+GEMV_GROUP = 2
 #: Products with more tokens than this dequantize the matrix and use torch.mm, whose tensor-core rate then pays for it.
 GEMM_TOKENS = 1024
 #: Weights dequantized at a time for the large products: bounds the temporary copy (half a GiB in bfloat16).
@@ -91,7 +94,7 @@ def linear(x: Tensor, data: Tensor, format: int, rows: int, bias: Tensor | None,
     if tokens == 0:
         return x.new_empty((*x.shape[:-1], rows))
     with _on(x.device):
-        if tokens <= GEMV_TOKENS and x.dtype != torch.float64:
+        if tokens <= vector_tokens(x.dtype) and x.dtype != torch.float64:
             out = _gemv(flat, data, plan, rows, bias, precision)
         elif tokens <= _fused_up_to(fmt, rows, k, x.device) and x.dtype in (torch.float16, torch.bfloat16):
             out = _gemm(flat, data, plan, rows, bias)
@@ -104,6 +107,11 @@ def _fused_up_to(fmt: Format, rows: int, k: int, device: torch.device) -> int:
     """Tokens above which dequantizing the matrix is faster."""
     facts = _facts(device)
     return facts.tuned.get(key("large", fmt.name, rows, k, 0), {}).get("above", GEMM_TOKENS) if facts.tuned else GEMM_TOKENS
+
+
+def vector_tokens(dtype: torch.dtype) -> int:
+    """Products with up to this many tokens use `gemv`."""
+    return GEMV_TOKENS if dtype == torch.float32 else GEMV_GROUP
 
 
 def _digits(dtype: torch.dtype, precision: int) -> int:
@@ -120,7 +128,7 @@ def _gemv(
     tokens, per_token = x.shape[0], 1
     if mode == "ids" and ids is not None:
         tokens, per_token = ids.numel(), ids.numel() // x.shape[0]
-    group = power_of_two(tokens) if mode == "one" else 1
+    group = min(power_of_two(tokens), GEMV_GROUP) if mode == "one" else 1
     digits = _digits(x.dtype, precision)
     tile = gemv_tile(rows, runs, -(-tokens // group), facts.processors, s, digits, group)
     if mode == "one":
@@ -132,7 +140,7 @@ def _gemv(
         x, data, book, lut, bias, ids, out, tokens, rows, runs, x.stride(0), data.shape[-1], experts, per_token,
         S=s, MODE=mode, DIGITS=digits, TOKENS=group, ROWS=tile.rows, PASSES=tile.passes, RUNS=tile.runs,
         EP=power_of_two(experts), ASM=2 * facts.asm, num_warps=tile.warps,
-        **gemv_options(facts.asm),
+        **all_registers(facts.asm),
     )  # fmt: skip
     return out
 
@@ -161,7 +169,7 @@ def _gemm(x: Tensor, data: Tensor, plan: Layout, rows: int, bias: Tensor | None,
     skeletons.gemm[(triton.cdiv(rows, tile.rows), token_tiles, split)](
         xs, scale, data, book, lut, bias if split == 1 else None, offsets, parts, tokens, rows, runs, k_padded, data.shape[-1], experts,
         split, S=s, GROUPED=offsets is not None, BN=tile.rows, BM=tile.tokens, EP=power_of_two(experts), ASM=1 * facts.asm,
-        num_warps=tile.warps, num_stages=tile.stages,
+        num_warps=tile.warps, num_stages=tile.stages, **all_registers(facts.asm),
     )  # fmt: skip
     if split > 1:
         count = tokens * rows

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..errors import ShapeError, UnsupportedOperationError
 from . import launch
-from .choices import gemv_options, gemv_tile
+from .choices import all_registers, gemv_tile
 from .decode import prepare, prepare_scales
 from .layout import Layout
 from .library import ACTIVATIONS
@@ -156,7 +156,7 @@ def routed_gated(x: Tensor, data: Tensor, ids: Tensor, format: int, rows: int, a
             gated[(triton.cdiv(rows // 2, tile_rows), pairs)](
                 flat, data, *plan.tables(x.device), ids.contiguous(), out, rows // 2, runs, flat.stride(0), data.shape[-1],
                 data.shape[0], ids.shape[1], S=s, ACTIVATION=activation, DIGITS=digits, ROWS=tile_rows, RUNS=tile.runs,
-                ASM=2 * facts.asm, num_warps=tile.warps, **gemv_options(facts.asm),
+                ASM=2 * facts.asm, num_warps=tile.warps, **all_registers(facts.asm),
             )  # fmt: skip
     return out.to(x.dtype)
 
@@ -175,6 +175,6 @@ def routed_weighted(x: Tensor, data: Tensor, ids: Tensor, weights: Tensor, forma
             weighted[(triton.cdiv(rows, tile.rows), tokens)](
                 flat, data, *plan.tables(x.device), ids.contiguous(), weights.contiguous(), out, rows, runs, flat.stride(0),
                 data.shape[-1], data.shape[0], ids.shape[1], S=s, DIGITS=digits, ROWS=tile.rows, RUNS=tile.runs,
-                ASM=2 * facts.asm, num_warps=tile.warps, **gemv_options(facts.asm),
+                ASM=2 * facts.asm, num_warps=tile.warps, **all_registers(facts.asm),
             )  # fmt: skip
     return out.to(x.dtype)

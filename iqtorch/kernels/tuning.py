@@ -149,9 +149,9 @@ def tune(
             def call(i: int, x: torch.Tensor, precision: int = 0, fmt: Any = fmt, data: torch.Tensor = data, rows: int = rows) -> Any:
                 return launch.linear(x, data[i], fmt.ggml_type, rows, None, precision)
 
-            for tokens in (1, 2, 4, 16, 32, 64, 128):
+            for tokens in (1, 2, 16, 32, 64, 128):
                 x = torch.randn(tokens, k, device=device, dtype=torch.bfloat16)
-                if tokens <= launch.GEMV_TOKENS:
+                if tokens <= launch.vector_tokens(x.dtype):
                     for precision in (0, 1):
                         digits = launch._digits(x.dtype, precision)
                         name = launch.key("gemv", fmt.name, rows, k, tokens, digits)
