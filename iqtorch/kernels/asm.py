@@ -200,9 +200,9 @@ def magnitude(v, ASM: tl.constexpr):
 
 
 @triton.constexpr_function
-def cubic_text(coefficients):
+def cubic_text(s):
     """PTX of `cubic`: codes in the mantissa of 1024.0, Horner's rule, the result in the low byte of 1024 + 256 + value."""
-    words = [f"0x{word:04x}{word:04x}" for word in (int(getattr(c, "value", c)) for c in coefficients)]
+    words = [f"0x{word:04x}{word:04x}" for word in s.cubic]
     constants = "".join(f"mov.b32 c{i}, {word};" for i, word in enumerate(words) if i != 3)
     steps = "".join(
         f"prmt.b32 x, $1, $2, {half}; add.rn.f16x2 x, x, c0; fma.rn.f16x2 {y}, x, c4, $3;"
@@ -213,12 +213,12 @@ def cubic_text(coefficients):
 
 
 @triton.jit
-def cubic(q, magic, square, COEFFICIENTS: tl.constexpr):
+def cubic(q, magic, square, S: tl.constexpr):
     """Four values of a cubic polynomial, as bytes, for the codes in the bytes of q. The twin is a table.
 
     See `layout.CUBIC`; the constants that cannot be part of an instruction, 0x64646464 and the square's, come in registers.
     """
-    text: tl.constexpr = cubic_text(COEFFICIENTS)
+    text: tl.constexpr = cubic_text(S)
     return tl.inline_asm_elementwise(text, "=r,r,r,r", [q, magic, square], dtype=tl.int32, is_pure=True, pack=1)
 
 

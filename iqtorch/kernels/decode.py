@@ -157,7 +157,7 @@ def cubic_quads(data, row, run, rows, runs, held, S: tl.constexpr, ASM: tl.const
     """Codes whose table is a rounded cubic polynomial."""
     codes = direct_quads(data, row, run, rows, runs, held, S, ASM)
     if ASM:
-        q = cubic(codes, held[0], held[1], S.cubic)
+        q = cubic(codes, held[0], held[1], S)
     else:
         v0, v1, v2, v3 = split4(tl.load(held[0] + bytes_of(codes, False)))
         q = pack4(v0, v1, v2, v3, ASM)
