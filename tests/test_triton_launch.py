@@ -18,6 +18,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from iqtorch.errors import KernelUnavailableError
 from iqtorch.formats import get_format
 from iqtorch.kernels import choices, launch, routed, skeletons, tuning
 from iqtorch.kernels.layout import layout
@@ -201,6 +202,10 @@ def test_tuning_measures_and_writes(recorded: dict[str, Recorder], tmp_path: Pat
 
     monkeypatch.setattr(timing, "microseconds", clock)
     lines: list[str] = []
+    if not torch.cuda.is_available():
+        with pytest.raises(KernelUnavailableError, match="no CUDA or ROCm device"):
+            tuning.tune(["iq2_kl"], [(64, 512)])
+    monkeypatch.setattr("iqtorch.kernels.supports", lambda *a: None)
     path = tuning.tune(["iq2_kl"], [(64, 512)], "cpu", tmp_path / "t.json", lines.append)
     found = tuning.read(path, "cpu")
     assert found[launch.key("gemv", "iq2_kl", 64, 512, 2, 2)]["warps"] == 8

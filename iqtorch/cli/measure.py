@@ -84,12 +84,18 @@ def bench(
     device: Device = "cpu",
     threads: Annotated[int | None, typer.Option(help="Threads. Default: as torch is set.", min=1)] = None,
     megabytes: Annotated[float, typer.Option(help="Weights used in turn, so that they come from memory.", min=0)] = 256,
+    tune: Annotated[bool, typer.Option("--tune", help="Choose the GPU kernels' tiles by measuring; keep them for this card.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Time packed products against a plain bfloat16 nn.Linear on this machine, after checking their values."""
     from .. import bench as module
 
     shapes = [_shape(text) for text in shape or ["4096x4096"]]
+    if tune:
+        from ..kernels import tuning
+
+        made = str(tuning.tune(formats or module.FORMATS, shapes, "cuda" if device == "cpu" else device, report=err.print))
+        return print_json({"output": made}) if as_json else out.print(made, highlight=False)
     with bar("timing") as advance:
         found = module.run(formats or module.FORMATS, shapes, rows or module.ROWS, device, threads, megabytes, advance)
     if as_json:

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from ..errors import IQTorchError
+from ..errors import IQTorchError, KernelUnavailableError
 
 VERSION = 1
 #: Values that a choice may have; a file with others is refused.
@@ -118,8 +118,16 @@ def tune(
 
     Returns:
         The file.
+
+    Raises:
+        KernelUnavailableError: the kernels cannot run on this machine.
     """
     from ..formats import get_format
+    from . import supports
+
+    reason = supports(get_format(formats[0]), *shapes[0])
+    if reason is not None:
+        raise KernelUnavailableError(f"tuning measures the kernels on a GPU: {reason}")
     from . import launch
     from .timing import card_name, microseconds, rotating
 
