@@ -61,8 +61,8 @@ def token_windows(ids: Tensor, count: int, seed: int, bos: int) -> Tensor:
     return windows
 
 
-def quantized(base: nn.Module, windows: Tensor, name: str, rounding: str) -> tuple[nn.Module, float]:
-    """The model in a format, and the CPU time it took."""
+def quantized(base: nn.Module, windows: Tensor, every: Tensor, name: str, rounding: str) -> tuple[nn.Module, float]:
+    """The model in a format, and the CPU time it took; `refine` sees all calibration windows."""
     model = copy.deepcopy(base)
     recipe = {r"layers\.": name, r"embed_tokens": "q8_0"}
     started = time.process_time()
@@ -72,12 +72,12 @@ def quantized(base: nn.Module, windows: Tensor, name: str, rounding: str) -> tup
     else:
         iqtorch.quantize_model(model, recipe, calibration=batches, rounding=rounding.removesuffix("+refine"), progress=False)
     if rounding.endswith("+refine"):
-        print(iqtorch.refine(model, base, windows.split(4)))
+        print(iqtorch.refine(model, base, every.split(4), codes=True))
     return model, time.process_time() - started
 
 
-def measure(base: Remembered, ids: Tensor, windows: Tensor, name: str, rounding: str) -> dict[str, Any]:
-    model, seconds = quantized(base.model, windows, name, rounding)
+def measure(base: Remembered, ids: Tensor, windows: Tensor, every: Tensor, name: str, rounding: str) -> dict[str, Any]:
+    model, seconds = quantized(base.model, windows, every, name, rounding)
     score = evaluate.kl_divergence(dense(model), base, ids)
     return {
         "mean_kl": f"{score.mean_kl:.5f}",
@@ -160,12 +160,17 @@ def main() -> None:
     heldout, calibration = (torch.tensor(tokenizer(t, add_special_tokens=False).input_ids) for t in (heldout_text(), calibration_text()))
     for seed in options.seeds:
         windows = token_windows(calibration, options.windows, seed, model.config.bos_token_id)
+        every = token_windows(calibration, len(calibration), 0, model.config.bos_token_id)
         for name in options.formats:
             for rounding in options.roundings:
                 key = {"format": name, "rounding": rounding, "windows": str(len(windows)), "seed": str(seed)}
                 if any(all(row[k] == v for k, v in key.items()) for row in read(options.csv)):
                     continue
-                row = {**key, "bpw": f"{iqtorch.get_format(name).bits_per_weight():.4f}", **measure(base, heldout, windows, name, rounding)}
+                row = {
+                    **key,
+                    "bpw": f"{iqtorch.get_format(name).bits_per_weight():.4f}",
+                    **measure(base, heldout, windows, every, name, rounding),
+                }
                 if name in reference:
                     row["reference_kl"] = reference[name]["mean_kl"]
                     row["ratio"] = f"{float(row['mean_kl']) / float(row['reference_kl']):.3f}"

@@ -33,7 +33,7 @@ from iqtorch import evaluate
 from iqtorch.data import calibration_text, heldout_text, load_tiny_llama
 
 COLUMNS = ("model", "format", "bpw", "rounding", "measure", "error", "stderr", "perplexity", "cpu_seconds")
-STEPS = 200
+STEPS = 120
 
 
 def trained(cache: Path, teacher: nn.Module, ids: Tensor) -> nn.Module:

@@ -180,6 +180,7 @@ def feedback(
     order: Tensor,
     lower: Tensor,
     form: Tensor,
+    square: Tensor,
     wanted: tuple[Tensor, Tensor, Tensor, Tensor],
     scales: tuple[Tensor, Tensor, Tensor, Tensor],
     state: tuple[Tensor, Tensor, Tensor],
@@ -190,6 +191,7 @@ def feedback(
     Args:
         order: int64 `[B]`: the columns.
         lower, form: their part of the metric, `[B, B]` and `[B / vec, vec, vec]`.
+        square: what `squares` makes of `form`.
         wanted: float32: targets and weights `[B, R]`; `d` and `dmin` of each group `[G, R]`.
         scales: values by rank, and neighbours of each rank `[S, count]`; the same for minima.
         state: int32 `[G, R]` ranks of scale and minimum, and variants; overwritten.
@@ -199,14 +201,7 @@ def feedback(
     table = near if isinstance(near, TableNearest) else None
     kinds = fmt.codebook.variants if fmt.variant_size == fmt.group_size else 1
     entries = fmt.codebook.entries * (fmt.codebook.variants // kinds)
-    book, square = _book(fmt, kinds), form[:0]
     signs = "none" if "sign" not in fmt.fields else "even" if fmt.sign_parity else "free"
-    if table is None:
-        if signs == "none":
-            square = torch.stack([((book @ f) * book).sum(-1) for f in form])
-        else:
-            square = form.diagonal(0, 1, 2) @ book.square().mT
-        square = square.contiguous()
     none = torch.zeros(0, dtype=torch.int32)
     word = torch.tensor(parity_words(table, order % fmt.group_size), dtype=torch.int32) if table and fmt.code_parity else none
     lookup = table.lookup if table else None
@@ -215,7 +210,7 @@ def feedback(
         lower.contiguous(),
         form,
         square,
-        book,
+        _book(fmt, kinds),
         *scales,
         lookup.index if lookup else none,
         lookup.value if lookup else form[:0].flatten(),
@@ -227,6 +222,17 @@ def feedback(
         [fmt.group_size, fmt.vec, entries, kinds, lookup.cells if lookup else 0, SIGNS[signs], shortlist],
         [lookup.low, lookup.high] if lookup else [0.0, 0.0],
     )
+
+
+def squares(fmt: Format, form: Tensor) -> Tensor:
+    """float32 `[steps, kinds * entries]`: each entry's quadratic form `[steps, vec, vec]`; with separate signs, the diagonal's part.
+    Empty for codebooks of single values."""
+    if fmt.vec == 1:
+        return form[:0].flatten()
+    book = _book(fmt, 1)[0]
+    if "sign" in fmt.fields:
+        return (form.diagonal(0, 1, 2) @ book.square().mT).contiguous()
+    return torch.stack([((book @ own) * book).sum(-1) for own in form])
 
 
 @lru_cache(maxsize=64)

@@ -16,8 +16,10 @@ Everything is transposed here, `[columns, rows]`, and columns are in rounding or
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import product
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,6 +31,8 @@ from .choose import make_chooser
 from .encoder import LARGEST_FACTOR, Objective, encode
 from .nearest import CELL_SEARCH_ENTRIES
 from .search import ScaleGrid, StoredFloat, divide
+
+T = TypeVar("T")
 
 #: Columns after which errors are propagated to the rest of the row, in one product.
 BLOCK = 256
@@ -86,7 +90,9 @@ def encode_with_feedback(
     if rows is None:
         step = ROWS["cpu" if weight.device.type == "cpu" else "gpu"]
         for i in range(0, len(weight), step):
-            out[i : i + step] = _encode_rows(weight[i : i + step].float(), start[i : i + step], fmt, metric, effort, objective)
+            rounding = Rounding(weight[i : i + step].float(), start[i : i + step], fmt, metric, effort)
+            rounding.run(objective)
+            out[i : i + step] = rounding.blocks()
         return out
     weight = weight.float()[rows.order]
     error = torch.empty_like(weight)
@@ -94,15 +100,11 @@ def encode_with_feedback(
         part = slice(i, i + rows.step)
         index = rows.order[part]
         wanted = torch.addmm(weight[part], rows.unit[:i, part].T, error[:i]) if i else weight[part]
-        out[index] = _encode_rows(wanted, start[index], fmt, metric, effort, objective)
-        error[part] = weight[part] - fmt.decode(out[index]) * fmt.runtime_scale
+        rounding = Rounding(wanted, start[index], fmt, metric, effort)
+        rounding.run(objective)
+        out[index] = rounding.blocks()
+        error[part] = weight[part] - rounding.decoded()
     return out
-
-
-def _encode_rows(weight: Tensor, start: Tensor, fmt: Format, metric: Metric, effort: Feedback, objective: Objective) -> Tensor:
-    rounding = Rounding(weight, start, fmt, metric, effort)
-    rounding.run(objective)
-    return rounding.blocks()
 
 
 def unit_factor(form: Tensor, step: int) -> tuple[Tensor, Tensor]:
@@ -148,6 +150,14 @@ class Metric:
         self.lower = unit.T.float().contiguous()
         #: `[K / vec, vec, vec]`: D
         self.form = form.float().contiguous()
+        self._cache: dict[str, Any] = {}
+
+    def cached(self, key: str, make: Callable[[], T]) -> T:
+        """What depends on metric and format alone, made once for all rows."""
+        if key not in self._cache:
+            self._cache[key] = make()
+        found: T = self._cache[key]
+        return found
 
     def solve(self, right: Tensor) -> Tensor:
         """float32 `[R, K]`: `right` times the inverse of the damped moments; columns in their natural order."""
@@ -286,6 +296,7 @@ class Rounding:
             self.metric.order[start:stop],
             self.metric.lower[start:stop, start:stop],
             self.metric.form[steps],
+            self.metric.cached(f"square {start}", lambda: compiled.squares(self.fmt, self.metric.form[steps])),
             (x[start:stop], self.x[start:stop], state["d"][unit], state["dmin"][unit] if self.minima else nothing),
             (self.scales.sorted, self.scale_near, self.minima.sorted if self.minima else nothing, self.min_near),
             (state["scale"][groups], state["min"][groups] if self.minima else state["kind"][:0], state["kind"][groups]),
@@ -368,19 +379,14 @@ class Rounding:
     def refit(self, cost: Tensor) -> Tensor:
         """Moves each `d` (and `dmin`) to the storable optimum for the integers of now, one after the other; `cost` of each row before,
         and after."""
-        moments, n = self.metric.moments, self.n
         error = self.x - self._effective()
-        columns = torch.arange(self.columns, device=self.x.device).view(-1, n)
-        for unit in range(len(self.state["d"])):
-            groups = (self.unit_of == unit).nonzero()[:, 0]
-            index = columns[groups].flatten()
-            own = moments[index]
+        for unit, (groups, index, own, inner) in enumerate(self.metric.cached("units", self._units)):
             pull = own @ error
             direction = [self._direction("value", self.scales, "scale", groups)]
             if self.minima is not None:
                 direction.append(self._direction("", self.minima, "min", groups))
             names = ("d", "dmin")[: len(direction)]
-            seen = [own[:, index] @ b for b in direction]
+            seen = [inner @ b for b in direction]
             gradient = [(pull * b).sum(0) for b in direction]
             form = [[(a * b).sum(0) for b in direction] for a in seen]
             moves = []
@@ -392,6 +398,17 @@ class Rounding:
                 error[index] = torch.addcmul(error[index], direction[i], move, value=-1)
                 cost = cost - 2 * gradient[i] * move + sum(form[i][j] * move * moves[j] for j in range(len(moves)))
         return cost
+
+    def _units(self) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """For each `d`: its groups, their columns, and the moments of these with all columns and with each other."""
+        moments, found = self.metric.moments, []
+        columns = torch.arange(self.columns, device=self.x.device).view(-1, self.n)
+        for unit in range(len(self.state["d"])):
+            groups = (self.unit_of == unit).nonzero()[:, 0]
+            index = columns[groups].flatten()
+            own = moments if len(index) == self.columns else moments[index]
+            found.append((groups, index, own, own if own is moments else own[:, index]))
+        return found
 
     def _direction(self, values: str, grid: ScaleGrid, ranks: str, groups: Tensor) -> Tensor:
         """How the weights of some groups change with `d` (or `dmin`)."""
@@ -408,6 +425,10 @@ class Rounding:
         for name in ("d", "dmin"):
             if name in self.state:
                 self.state[name] = self.stored.round(self.state[name] * factor)
+
+    def decoded(self) -> Tensor:
+        """Weights as decoded, `[rows, K]` in their natural order and size."""
+        return torch.ldexp(self._effective().T[:, self.metric.order.argsort()], self.exponent[:, None])
 
     # -- result --------------------------------------------------------------------------------------------
 
