@@ -55,7 +55,7 @@ _LAZY = {
     "Importance": ("importance", "Importance"),
     "calibrate": ("calibration", "calibrate"),
     "collect_importance": ("importance", "collect_importance"),
-    "refine": ("refine", "refine"),
+    "refine": ("calibration.refine", "refine"),
     "cpu": ("cpu_ext", ""),
     "convert_checkpoint": ("checkpoint", "convert_checkpoint"),
     "evaluate": ("evaluate", ""),
@@ -69,6 +69,7 @@ if TYPE_CHECKING:
     from . import evaluate as evaluate
     from .calibration import Calibration as Calibration
     from .calibration import calibrate as calibrate
+    from .calibration.refine import refine as refine
     from .checkpoint import convert_checkpoint as convert_checkpoint
     from .checkpoint import quantize_checkpoint as quantize_checkpoint
     from .gguf import load_gguf as load_gguf
@@ -78,7 +79,6 @@ if TYPE_CHECKING:
     from .hf.placement import place as place
     from .importance import Importance as Importance
     from .importance import collect_importance as collect_importance
-    from .refine import refine as refine
 
 # Saved models load through transformers whatever the order of imports.
 install_hook()

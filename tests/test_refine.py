@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import iqtorch
+from iqtorch.calibration.refine import _Weight, refine
 from iqtorch.errors import CalibrationError
-from iqtorch.refine import _Weight, refine
 
 transformers = pytest.importorskip("transformers")
 
@@ -84,7 +84,7 @@ def test_untouched_weights_keep_their_bytes(name: str) -> None:
 def test_a_worse_model_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
-    monkeypatch.setattr(sys.modules["iqtorch.refine"], "SCALE_STEP", 3.0)
+    monkeypatch.setattr(sys.modules["iqtorch.calibration.refine"], "SCALE_STEP", 3.0)
     base = llama()
     model = packed(base, "iq4_ks")
     before, norms = blocks_of(model), {n: p.clone() for n, p in model.named_parameters() if p.ndim == 1}
@@ -95,6 +95,7 @@ def test_a_worse_model_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_refusals() -> None:
+    assert iqtorch.refine is refine  # the function, also after its module is imported
     base = llama()
     with pytest.raises(CalibrationError, match="two batches"):
         refine(packed(base, "iq4_ks"), base, tokens(1))

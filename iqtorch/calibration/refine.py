@@ -13,13 +13,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .calibration.curvature import call
-from .calibration.moments import checked_batches
-from .encode.nearest import Nearest, nearest
-from .errors import CalibrationError
-from .formats.base import bits_to_float, float_to_bits
-from .linear import set_weight
-from .tensor import IQTensor
+from ..encode.nearest import Nearest, nearest
+from ..errors import CalibrationError
+from ..formats.base import bits_to_float, float_to_bits
+from ..linear import set_weight
+from ..tensor import IQTensor
+from .curvature import call
+from .moments import checked_batches
 
 __all__ = ["Refinement", "refine"]
 
