@@ -41,7 +41,7 @@ def minimum_ratios(grid: ScaleGrid, steps: int) -> list[float]:
 
 
 def kept_forms(effort: Effort) -> int:
-    return max(2, effort.keep // 2)
+    return max(3, effort.keep // 2)
 
 
 @dataclass

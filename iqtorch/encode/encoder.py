@@ -20,7 +20,7 @@ Speed = Literal["fast", "default", "best"]
 
 EFFORTS = {
     "fast": Effort(trials=6, keep=6, steps=12, shortlist=2, rounds=1, trial_depth=0.25, depth=0.25),
-    "default": Effort(trials=10, keep=8, steps=16, shortlist=3, rounds=1, trial_depth=0.25, depth=0.5),
+    "default": Effort(trials=10, keep=5, steps=12, shortlist=2, rounds=1, trial_depth=0.25, depth=0.5),
     "best": Effort(trials=24, keep=16, steps=48, shortlist=6, rounds=4, trial_depth=1.0, depth=1.0),
 }
 #: Weights encoded at a time: temporaries are a few dozen bytes per weight, and should stay in the cache of a CPU. What is prepared
@@ -55,8 +55,8 @@ def encode(weight: Tensor, fmt: Format, importance: Tensor | None, objective: Ob
     weights = _error_weights(importance, k, weight.device)
     effort = EFFORTS[speed]
     if large_codebook(fmt):
-        trials = effort.trials * (7 if fmt.vec == 4 else 5) // 10
-        effort = replace(effort, trials=trials, shortlist=effort.shortlist - 1, rounds=effort.rounds - 1)
+        trials = effort.trials * (6 if fmt.vec == 4 else 4) // 10
+        effort = replace(effort, trials=trials, rounds=effort.rounds - 1)
     elif fmt.vec >= 4:  # vectors are slow to search and less sensitive to the scale
         effort = replace(effort, trials=effort.trials // 2)
     out = torch.empty((rows, fmt.row_bytes(k)), dtype=torch.uint8, device=weight.device)

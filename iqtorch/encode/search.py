@@ -123,7 +123,7 @@ def divide(a: Tensor, b: Tensor) -> Tensor:
 #: Useful range of trial scales by bits of code. Few levels clip large weights; many levels hardly do.
 SPANS = {
     True: {2: (0.35, 1.5), 3: (0.45, 1.3), 4: (0.55, 1.2), 5: (0.7, 1.15), 6: (0.8, 1.1), 7: (0.85, 1.1), 8: (0.9, 1.05)},
-    False: {5: (0.35, 2.0), 8: (0.65, 1.45), 13: (0.8, 1.3), 15: (0.9, 1.6), 16: (0.8, 1.3)},
+    False: {5: (0.35, 2.0), 8: (0.65, 1.45), 13: (0.8, 1.3), 15: (0.9, 1.5), 16: (0.8, 1.3)},
 }
 
 
@@ -172,7 +172,7 @@ def propose(units: Units, fmt: Format, near: Nearest, effort: Effort) -> tuple[T
     gain: list[Tensor] = []
     kinds: list[int] = []
 
-    def trial(variant: int, ratio: float | Tensor, again: bool) -> None:
+    def trial(variant: int, ratio: float, again: bool) -> None:
         c = near.values(x, w, start * ratio, variant)
         xc, cc = wx.mul(c).sum(1), c.square_().mul_(w).sum(1)
         best = divide(xc, cc)
@@ -187,16 +187,8 @@ def propose(units: Units, fmt: Format, near: Nearest, effort: Effort) -> tuple[T
     variants = 1 if getattr(near, "merged", False) else fmt.codebook.variants
     signs = (1, -1) if two_signs(fmt) else (1,)
     for variant, sign in itertools.product(range(variants), signs):
-        some = max(3, 2 * len(ratios) // 5)
-        if large_codebook(fmt) and gain and some < len(ratios):
-            # Around the best of the first variant and sign: it depends on the weights, hardly on the codebook.
-            first = (torch.stack(gain[: len(ratios)]).argmax(0) - some // 2).clamp(0, len(ratios) - some)
-            fan = torch.tensor(ratios, device=x.device)
-            for step in range(some):
-                trial(variant, fan[first + step] * sign, step > 0)
-        else:
-            for i, ratio in enumerate(ratios):
-                trial(variant, ratio * sign, i > 0)
+        for i, ratio in enumerate(ratios):
+            trial(variant, ratio * sign, i > 0)
     keep = min(effort.keep, len(gain))
     top, index = torch.stack(gain, 1).topk(keep, 1)
     kind = torch.tensor(kinds, device=x.device, dtype=torch.int32)[index]

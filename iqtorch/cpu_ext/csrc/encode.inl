@@ -322,22 +322,18 @@ float Search::trial_unit(const float* gx, const float* gw) const {
   return __builtin_sqrtf(__builtin_sqrtf(divide(sum(xx), sum(ww)))) / f.reference;
 }
 
-// With boxes all trial scales for the first variant and sign only: for the others those around the best, which depends on the
-// weights and hardly on the codebook.
 void Search::propose(const Span& units, int g) {
   const int per = n / f.i.vec, keep = f.i.keep;
   for (int pass = 0; pass < f.i.variants * (f.i.two_signs ? 2 : 1); ++pass) {
     const int variant = f.i.two_signs ? pass / 2 : pass;
     const float sign = f.i.two_signs && pass % 2 ? -1.0f : 1.0f;
-    const bool around = pass && f.i.box_bits;
-    const int some = 2 * f.trial_count / 5 > 3 ? 2 * f.trial_count / 5 : 3, trials = around && some < f.trial_count ? some : f.trial_count;
+    const int trials = f.trial_count;
     int items = 0;
     for (int64_t i = 0; i < units.count; ++i) {
       place(units.unit(i));
       const float *gx = x + g * n, *gw = w + g * n, unit = trial_unit(gx, gw) * sign;
-      const int last = f.trial_count - trials, wanted = around ? kinds[g] - trials / 2 : 0, first = wanted < 0 ? 0 : wanted > last ? last : wanted;
       for (int t = 0; t < trials; ++t, ++items) {
-        item_x[items] = gx, item_w[items] = gw, scales[items] = unit * f.trials[first + t];
+        item_x[items] = gx, item_w[items] = gw, scales[items] = unit * f.trials[t];
         item_warm[items] = t ? code + (items - 1) * per : nullptr;
       }
     }
@@ -360,7 +356,6 @@ void Search::propose(const Span& units, int g) {
         const bool repeated = optimal == last_top && gained == last_won;  // the same codes as at the last trial scale
         last_top = optimal, last_won = gained;
         if (repeated || !(gained > won[(keep - 1) * padded])) continue;
-        if (!pass && gained > won[0]) kinds[g] = t;
         int at = (keep - 1) * padded;
         for (; at > 0 && gained > won[at - padded]; at -= padded)
           top[at] = top[at - padded], bend[at] = bend[at - padded], won[at] = won[at - padded], of[at] = of[at - padded];
