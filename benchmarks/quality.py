@@ -129,7 +129,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         for axis, key in zip(axes, ("mean_kl", "perplexity"), strict=True):
             axis.scatter([float(p["bpw"]) for p in points], [float(p[key]) for p in points], c=color, marker=marker, s=22, label=label)
     for p in (r for r in last if float(r["bpw"]) < 6):
-        axes[0].annotate(p["format"], (float(p["bpw"]), float(p["mean_kl"])), (0, -9), textcoords="offset points", ha="center", fontsize=7)
+        axes[0].annotate(p["format"], (float(p["bpw"]), float(p["mean_kl"])), (5, 0), textcoords="offset points", va="center", fontsize=7)
     axes[0].set_yscale("log")
     axes[0].yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     for axis, name in zip(axes, ("mean KL divergence (nats per token)", "perplexity"), strict=True):
