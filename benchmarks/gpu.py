@@ -164,7 +164,13 @@ def correctness(names: list[str]) -> Iterator[dict[str, Any]]:
             yield row("grouped_linear", dtype, 100, 0, share if bool((y[90:] == 0).all()) else 9.0)
             chosen = torch.randint(0, 3, (4, 2), device=plan.device)
             y = kernels.routed_linear(x[:4], experts, chosen, fmt, rows, 1).reshape(8, rows)
-            yield row("routed_linear", dtype, 8, 1, max(check_product(y[i::2], x[:4], w, size, dtype, 1, run) for i in (0, 1)))
+            yield row(
+                "routed_linear",
+                dtype,
+                8,
+                1,
+                max(check_product(y[i : i + 1], x[i // 2 : i // 2 + 1], w, size, dtype, 1, run) for i in range(8)),
+            )
             mix = torch.rand(4, 2, device=plan.device)
             y = kernels.routed_weighted(x[:8].view(4, 2, k), experts, chosen, mix, fmt, rows, 0)
             each, sizes = x[:8].double() @ w.double().T, x[:8].double().abs() @ size.double().T
