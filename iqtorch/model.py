@@ -251,7 +251,7 @@ def quantize_model(
             on after them. Remove it at the end.
         objective, speed: as in `iqtorch.quantize`; `speed` is that of rounding to nearest.
         skip: regular expressions, searched in parameter names: those weights are kept.
-        fuse: compute projections of the same activations in one call, see `iqtorch.fuse`.
+        fuse: compute projections of the same activations in one call (the same bits; measure first), see `iqtorch.fuse`.
         progress: show a progress bar.
 
     Returns:
