@@ -2,8 +2,8 @@
 
 Nothing is stored differently: every projection keeps its module, weight and name, so that checkpoints, adapters and GGUF files are those
 of the model without fusing. The first projection that is called computes all of its group and hands the others' results over when
-they are called with the same activations. Results are the same bits. What it saves is two of three calls per group and the
-preparation of the activations: a few microseconds each, which small models notice.
+they are called with the same activations. Results are the same bits. It saves two of three calls and preparations of
+the activations per group, and costs the lists of matrices that its operator takes: about as much (docs/huggingface.md has figures).
 """
 
 from __future__ import annotations
