@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from . import ops
 from .linear import Linear
 from .tensor import IQTensor
+from .tensor_ops import autocasts
 
 #: Names under which models keep linear layers that read the same activations.
 SIBLINGS: tuple[tuple[str, ...], ...] = (
@@ -58,7 +59,7 @@ class Group:
 
     def _fits(self, x: Tensor) -> bool:
         """Whether the members' weights, as they are now, can be multiplied in one call."""
-        if x.dtype not in ops.KERNEL_DTYPES or type(x) is IQTensor or torch.is_autocast_enabled(x.device.type):
+        if x.dtype not in ops.KERNEL_DTYPES or type(x) is IQTensor or autocasts(x):
             return False
         grad, backend = torch.is_grad_enabled(), getattr(self.members[0].weight, "backend", None)
         if grad and x.requires_grad:

@@ -102,6 +102,12 @@ def _plain(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return func(*args, **kwargs)
 
 
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast is on where `x` is; PyTorch has no answer for the meta device."""
+    device = "cpu" if x.is_cpu else x.device.type
+    return device != "meta" and torch.is_autocast_enabled(device)
+
+
 def _product(x: Tensor, w: IQTensor, bias: Tensor | None, transposed: bool) -> Tensor:
     """`x W^T + bias` (`transposed`: `x W`), W the stored `[rows, K]` matrix of a 2-D `w`."""
     if w.leading:
@@ -112,9 +118,8 @@ def _product(x: Tensor, w: IQTensor, bias: Tensor | None, transposed: bool) -> T
         raise ShapeError(
             f"activations of shape {tuple(x.shape)} do not fit a weight of shape {tuple(w.shape)}: the last dimension must be {inner}"
         )
-    device = "cpu" if x.is_cpu else x.device.type
-    if torch.is_autocast_enabled(device):
-        x = x.to(torch.get_autocast_dtype(device))
+    if autocasts(x):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
     if x.dtype not in ops.KERNEL_DTYPES:
         if not x.is_floating_point():
             raise UnsupportedOperationError(f"activations must be floating, got {x.dtype}; use x.to({w.dtype})")
@@ -184,7 +189,7 @@ def grouped_linear(x: Tensor, w: IQTensor, offsets: Tensor) -> Tensor:
         w: experts, stored `[E, N, K]`.
         offsets: `[E]`, integer, not decreasing.
     """
-    if torch.is_autocast_enabled(x.device.type):
+    if autocasts(x):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     offsets = offsets.to(torch.int32)
     if torch.is_grad_enabled() and x.requires_grad:

@@ -197,6 +197,7 @@ def test_copies_and_moves() -> None:
     assert w.half().dequantize().dtype == torch.float16
     meta = w.to("meta")
     assert meta.device.type == "meta" and meta.shape == w.shape
+    assert F.linear(torch.empty(3, w.shape[1], device="meta"), meta).shape == (3, w.shape[0])
     assert torch.empty_like(w).shape == w.shape
 
 
