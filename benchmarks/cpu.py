@@ -12,15 +12,12 @@ ratios medians of the ratios of neighbours. With one thread the clock is the thr
 from __future__ import annotations
 
 import argparse
-import csv
-import os
-import platform
 import time
 from collections.abc import Callable, Iterator
-from datetime import date
 from pathlib import Path
 
 import ik_ggml
+import results_file
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -31,25 +28,6 @@ from iqtorch.formats import Format, get_format, list_formats
 
 COLUMNS = ("format", "isa", "precision", "m", "n", "k", "threads", "weights_mb", "ms", "gb_per_s", "gflops", "dense_bf16_ms", "speedup")
 COLUMNS += ("ik_ms", "over_ik", "difference")
-
-
-def cpu_name() -> str:
-    """The processor's name, as the system gives it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def machine(threads: int) -> list[str]:
-    """What a reader of the figures must know."""
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
-    return [
-        f"date: {date.today()}; torch {torch.__version__}; {platform.system()} {platform.release()} {platform.machine()}",
-        f"cpu: {cpu_name()}, {os.cpu_count()} logical cores; {torch.backends.cpu.get_cpu_capability()}",
-        f"threads: {threads}; clock: {'CPU time of the thread' if threads == 1 else 'wall'}; load average at start: {load:.1f}",
-    ]
 
 
 def random_blocks(fmt: Format, n: int, k: int) -> Tensor:
@@ -177,7 +155,7 @@ def main() -> None:
     args = parser.parse_args()
 
     torch.set_num_threads(args.threads)
-    header = machine(args.threads)
+    header = results_file.machine(args.threads)
     header.append(f"read bandwidth: {read_bandwidth(args.megabytes, args.threads):.1f} GB/s of {args.megabytes:g} MB")
     if args.ik:
         header.append(
@@ -198,12 +176,8 @@ def main() -> None:
                 print("  ".join(f"{key} {row[key]}" for key in shown if key in row), flush=True)
         case.close()
     if args.csv:
-        args.csv.parent.mkdir(parents=True, exist_ok=True)
-        with args.csv.open("w", newline="") as file:
-            file.writelines(f"# {line}\n" for line in header)
-            writer = csv.DictWriter(file, COLUMNS if library else COLUMNS[:-3])
-            writer.writeheader()
-            writer.writerows(rows)
+        columns = COLUMNS if library else COLUMNS[:-3]
+        results_file.write(args.csv, header, columns, ([row.get(key, "") for key in columns] for row in rows))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
 import functools
 import json
 import os
@@ -26,9 +25,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import results_file
 import torch
 import torch.nn.functional as F
-from cpu import machine
 from torch import Tensor, nn
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -193,7 +192,10 @@ def main() -> None:
     args = parser.parse_args()
 
     torch.set_num_threads(args.threads)
-    header = [*machine(args.threads)[:2], f"threads: {args.threads}; clock: wall; load average at start: {os.getloadavg()[0]:.1f}"]
+    header = [
+        *results_file.machine(args.threads)[:2],
+        f"threads: {args.threads}; clock: wall; load average at start: {os.getloadavg()[0]:.1f}",
+    ]
     print("\n".join(header), flush=True)
     recipe = (iqtorch.Recipe.pure if args.pure else iqtorch.Recipe.default)(args.format)
     name = args.format + (", pure" if args.pure else "") + (", fused" if args.fuse else "")
@@ -236,12 +238,7 @@ def main() -> None:
     for row in rows:
         print("  ".join(f"{key} {value}" for key, value in zip(COLUMNS, row)))
     if args.csv:
-        args.csv.parent.mkdir(parents=True, exist_ok=True)
-        with args.csv.open("w", newline="") as out:
-            out.writelines(f"# {line}\n" for line in header)
-            writer = csv.writer(out)
-            writer.writerow(COLUMNS)
-            writer.writerows(rows)
+        results_file.write(args.csv, header, COLUMNS, rows)
 
 
 if __name__ == "__main__":

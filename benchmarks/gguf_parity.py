@@ -28,8 +28,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import results_file
 import torch
-from cpu import machine
 from torch import Tensor, nn
 
 import iqtorch
@@ -108,7 +108,7 @@ def main() -> None:
     parser.add_argument("--characters", type=int, default=None, help="only the beginning of the text")
     args = parser.parse_args()
     text = data.heldout_text()[: args.characters]
-    print(*(f"# {line}" for line in machine(torch.get_num_threads())), sep="\n")
+    print(*(f"# {line}" for line in results_file.machine(torch.get_num_threads())), sep="\n")
     writer = csv.DictWriter(sys.stdout, FIELDS, lineterminator="\n")
     writer.writeheader()
     found: dict[str, list[tuple[float, str]]] = {way: [] for way in WAYS}

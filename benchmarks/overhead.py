@@ -9,7 +9,6 @@ their number. The plain and the packed variant of a row take turns in one run; f
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
 import time
 import types
@@ -17,9 +16,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import results_file
 import torch
 import torch.nn.functional as F
-from cpu import machine
 from torch import Tensor, nn
 
 import iqtorch
@@ -92,7 +91,7 @@ def main() -> None:
     args = parser.parse_args()
 
     torch.set_num_threads(1)
-    header = machine(1)
+    header = results_file.machine(1)
     print("\n".join(header))
     found = []
     with torch.no_grad():
@@ -103,12 +102,7 @@ def main() -> None:
             found.append((name, args.dtype, round(one, 2), round(other, 2), round(extra, 2)))
             print("  ".join(f"{key} {value}" for key, value in zip(COLUMNS, found[-1])), flush=True)
     if args.csv:
-        args.csv.parent.mkdir(parents=True, exist_ok=True)
-        with args.csv.open("w", newline="") as file:
-            file.writelines(f"# {line}\n" for line in header)
-            writer = csv.writer(file)
-            writer.writerow(COLUMNS)
-            writer.writerows(found)
+        results_file.write(args.csv, header, COLUMNS, found)
 
 
 if __name__ == "__main__":

@@ -10,14 +10,13 @@ thread the clock is the thread's CPU time.
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import results_file
 import torch
-from cpu import machine
 
 from iqtorch import cpu_ext
 from iqtorch.formats import get_format, list_formats
@@ -38,7 +37,7 @@ def main() -> None:
 
     torch.set_num_threads(args.threads)
     clock = time.thread_time if args.threads == 1 else time.perf_counter
-    header = machine(args.threads)
+    header = results_file.machine(args.threads)
     print("\n".join(header))
 
     def seconds(call: Callable[[], object]) -> float:
@@ -62,12 +61,7 @@ def main() -> None:
         rows.append((name, args.n, args.k, args.threads, round(blocks.nbytes / 1e6, 1), extra, *speeds))
         print("  ".join(f"{key} {value}" for key, value in zip(COLUMNS, rows[-1])), flush=True)
     if args.csv:
-        args.csv.parent.mkdir(parents=True, exist_ok=True)
-        with args.csv.open("w", newline="") as file:
-            file.writelines(f"# {line}\n" for line in header)
-            writer = csv.writer(file)
-            writer.writerow(COLUMNS)
-            writer.writerows(rows)
+        results_file.write(args.csv, header, COLUMNS, rows)
 
 
 if __name__ == "__main__":

@@ -18,11 +18,11 @@ from __future__ import annotations
 import argparse
 import csv
 import ctypes
-import platform
 import time
 from pathlib import Path
 
 import numpy as np
+import results_file
 import torch
 from torch import Tensor
 
@@ -111,11 +111,9 @@ def synchronize(device: torch.device) -> None:
 
 
 def machine(device: torch.device, reference: str) -> str:
-    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "")
     isa = cpu_ext.capabilities()["isa"] if compiled.available(device) else "plain torch"
-    if device.type == "cuda":
-        cpu = torch.cuda.get_device_name(device)
-    return f"# {cpu or platform.processor()}, {isa}, torch {torch.__version__}, one thread; {reference}"
+    processor = torch.cuda.get_device_name(device) if device.type == "cuda" else results_file.cpu_name()
+    return f"# {processor}, {isa}, torch {torch.__version__}, one thread; {reference}"
 
 
 def main() -> None:
