@@ -22,6 +22,7 @@ IDS = torch.tensor([[5, 9, 12, 7, 3, 4], [8, 6, 4, 11, 10, 9]])
 
 #: Type -> auto class and changes of its tiny config.
 DEFAULT: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma3_text": ("AutoModelForCausalLM", {}),  # an embedding with a buffer of its own
     "t5": ("AutoModelForSeq2SeqLM", {"d_ff": 256, "d_kv": 64, "num_decoder_layers": 2, "decoder_start_token_id": 0}),
     "whisper": (
         "AutoModelForSpeechSeq2Seq",
@@ -43,7 +44,6 @@ DEFAULT: dict[str, tuple[str, dict[str, Any]]] = {
 SLOW: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("AutoModelForCausalLM", {}),
     "qwen3": ("AutoModelForCausalLM", {}),
-    "gemma3_text": ("AutoModelForCausalLM", {}),
     "phi3": ("AutoModelForCausalLM", {}),
     "opt": ("AutoModelForCausalLM", {"ffn_dim": 256, "word_embed_proj_dim": 256}),
     "bloom": ("AutoModelForCausalLM", {}),

@@ -246,10 +246,11 @@ class IQQuantizer(HfQuantizer):
 
             blocks = local_part(module, attribute, blocks, fmt, transposed, name)
         parameter = packed_parameter(IQTensor.from_blocks(blocks, fmt, dtype, transposed=transposed, defer=defer))
-        # transformers must not initialize it; before 5.9 it looks only at the module, which must not hide a bias that is missing.
+        # transformers must not initialize it; before 5.9 it looks only at the module, which must not hide a bias that is missing, nor
+        # buffers that no file holds (Gemma's scale of embeddings).
         parameter._is_hf_initialized = True  # type: ignore[attr-defined]
         others = (value for key, value in module._parameters.items() if key != attribute and value is not None)
-        module._is_hf_initialized = not any(value.is_meta for value in others)  # type: ignore[assignment]
+        module._is_hf_initialized = not module._buffers and not any(value.is_meta for value in others)  # type: ignore[assignment]
         return parameter
 
     # -- after loading ------------------------------------------------------------------------------------------
