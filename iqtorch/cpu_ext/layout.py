@@ -221,8 +221,12 @@ def _linear(values: tuple[int, ...] | None) -> tuple[int, float, float, int]:
     return 0, 0.0, 0.0, 0
 
 
-def _pad(values: tuple[int, ...] | None) -> list[float]:
-    return [float(v) for v in values or ()] + [0.0] * (256 - len(values or ()))
+def _scale_table(values: tuple[int, ...] | None) -> npt.NDArray[np.int32]:
+    """Up to 32 scales plus 128 as bytes, four to a number."""
+    table = np.resize(np.array(values or (0,), np.int64) + 128, 32)
+    if len(values or ()) > 32 or table.min() < 0 or table.max() > 255:
+        raise KernelUnavailableError("scales that are no linear function of what is stored are at most 32 numbers of -128 .. 127")
+    return table.astype(np.uint8).view(np.int32)
 
 
 @lru_cache
@@ -299,7 +303,7 @@ def layout(fmt: Format) -> Layout:
         fmt.ggml_type, fmt.block_size, fmt.block_bytes, fmt.row_header_bytes, fmt.d_bytes, ROWS * fmt.block_bytes,
         decoder, sign, code.width, fmt.vec, largest, bias, delta, variant_in_code, flip,
         CELL // group, fmt.group_size, fmt.variant_size, int(fmt.affine),
-        scale_flip, scale_linear,
+        scale_flip, scale_linear, *_scale_table(None if scale_linear else fmt.scale_values),
         np.int64(ik_trellis.MULTIPLIER).astype(np.int32), ik_trellis.OFFSET,
     ]  # fmt: skip
     for name in ("code", "sign", "d", "dmin", "scale", "min", "variant"):
@@ -311,5 +315,5 @@ def layout(fmt: Format) -> Layout:
             + [number for plane in own for number in plane]
             + [0] * (3 * (MAX_PLANES - len(own)))
         )
-    floats = [fmt.unit, fmt.runtime_scale, scale_a, scale_b, min_b, *_pad(fmt.scale_values)]
+    floats = [fmt.unit, fmt.runtime_scale, scale_a, scale_b, min_b]
     return Layout(fmt, ROWS * fmt.block_bytes, tuple(parts), np.array(ints, np.int32), np.array(floats, np.float32), table)

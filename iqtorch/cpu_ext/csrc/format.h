@@ -34,13 +34,13 @@ struct Ints {
   int32_t decoder, sign, code_width, vec, largest, bias, delta, variant_in_code, flip;
   int32_t groups, scale_group, variant_group, affine;  // `groups` per cell share scale, minimum and variant
   int32_t scale_flip, scale_linear;
+  uint8_t scale_table[32];  // scales that are no linear function of what is stored, plus 128
   int32_t multiplier, generator_offset;
   Field code, sign_bits, d, dmin, scale, min, variant;
 };
 
 struct Floats {
   float unit, runtime_scale, scale_a, scale_b, min_b;
-  float scale_values[256];
 };
 
 struct Bits;  // where the bits of a block go: pack.h

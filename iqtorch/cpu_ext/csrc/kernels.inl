@@ -1,136 +1,18 @@
 // The kernels, written once for a machine of 16 lanes (simd_*.h) and compiled once per instruction set (isa_*.cpp).
 
 #include "decoders.inl"
+#include "sides.inl"
 
 namespace iqtorch { namespace IQTORCH_ISA {
-
-#define IQ_ALIGNED alignas(64)
 
 template <int N> struct Size {
   static constexpr int value = N;
 };
 
-// -- scales ----------------------------------------------------------------------------------------------------
-
-IQ_FN I32 element(const Field& field, const uint8_t* tile, int e) {
-  I32 v = set(0);
-  for (int i = 0; i < kMaxPlanes && field.plane[i].bits; ++i) {
-    const Plane& plane = field.plane[i];
-    const uint8_t* p = tile + plane.offset;
-    I32 part;
-    if (plane.bits == 16) {
-      part = load16(p + 32 * e);
-    } else {
-      part = load8(p + kRows * (e * plane.bits >> 3));
-      if (plane.bits < 8) part = shift_right(part, e * plane.bits & 7) & set((1 << plane.bits) - 1);
-    }
-    v = plane.low ? v | shift_left(part, plane.low) : part;
-  }
-  return v;
-}
-
-// Bits of a stored float -> float; 1 byte is the exponent format, 2^(p - 128), made of two factors that are never subnormal.
-IQ_FN F32 bits_to_float(I32 p, int bytes) {
-  if (bytes == 2) return from_half(p);
-  if (bytes == 4) return as_float(p);
-  I32 half = shift_right(p, 1);
-  I32 rest = p + (half ^ set(-1)) + set(1);
-  return as_float(shift_left(half + set(63), 23)) * as_float(shift_left(rest + set(63), 23));
-}
-
-IQ_FN F32 header_d(const Matrix& w, int64_t group) {
-  const Ints& i = w.format->i;
-  if (!i.header_bytes) return setf(0);
-  const uint8_t* p = w.headers + group * kRows * i.header_bytes;
-  return bits_to_float(i.d_bytes == 2 ? load16(p) : load32(p), i.d_bytes);
-}
-
-// Per group of weights and row, [group][16]: a weight is scale * (operand + offset) - low.
-struct Sides {
-  IQ_ALIGNED float scale[kMaxGroups * kRows];
-  IQ_ALIGNED float offset[kMaxGroups * kRows];  // for products: scale * offset - low, with runtime_scale in both
-  IQ_ALIGNED float low[kMaxGroups * kRows];
-};
-
-// Element e of a field of `Bits` bits; like `element`, with the planes known when compiling.
-template <int Bits, int First = 0> IQ_FN I32 known_element(const Field& field, const uint8_t* tile, int e) {
-  constexpr int width = Bits & 8 ? 8 : Bits & 4 ? 4 : Bits & 2 ? 2 : 1;
-  I32 v = load8(tile + field.plane[First].offset + kRows * (e * width / 8));
-  if constexpr (width < 8) v = shift_right(v, e * width % 8) & set((1 << width) - 1);
-  if constexpr (Bits > width) v = v | shift_left(known_element<Bits - width, First + 1>(field, tile, e), width);
-  return v;
-}
-
-// How many small integers a format keeps, known when compiling: the kernels would spend longer on scales than on weights.
-// `Groups` of a cell share scale, minimum and variant. `Scales` of a cell have a scale of their own, of `Bits` bits (0: only the
-// block has one, -1: in the words of the codes), and a minimum of `MinBits`; `Variants` of a cell have a bit that shifts all values.
-template <int Groups_, int Scales, int Bits, int MinBits = 0, int Variants = 0> struct Side {
-  static constexpr int kGroups = Groups_;
-
-  static bool fits(const Ints& i) {
-    const auto counts = [&](const Field& field, int bits, int per_cell) {
-      int width = 0;
-      for (const Plane& plane : field.plane) width += plane.bits;
-      return width == bits && (!bits || field.count * kCell == per_cell * i.block);
-    };
-    if (Bits < 0) return i.groups == Groups_ && i.decoder == kWords;
-    return i.groups == Groups_ && counts(i.scale, Bits, Scales) && counts(i.min, MinBits, Scales) &&
-           (i.delta ? counts(i.variant, 1, Variants) : !Variants);
-  }
-
-  // `Exact`: what the plain-torch decoder multiplies; else ready for products, see `Sides`.
-  template <bool Exact> static void read(const Format& f, const uint8_t* tile, F32 d, int dot_bias, Sides& out) {
-    const Ints& i = f.i;
-    const int cells = i.block / kCell;
-    if (!i.header_bytes) d = bits_to_float(element(i.d, tile, 0), i.d_bytes);
-    d = d * setf(f.f.unit);
-    F32 dmin = i.affine ? bits_to_float(element(i.dmin, tile, 0), i.d_bytes) : setf(0);
-    if (!Exact) d = d * setf(f.f.runtime_scale), dmin = dmin * setf(f.f.runtime_scale);
-    const F32 base = setf((float)(dot_bias - i.bias)), delta = setf((float)i.delta);
-    F32 scale = d * setf(f.f.scale_b), low = dmin * setf(f.f.min_b), offset = base;
-    const auto scale_of = [&](I32 stored) IQ_INLINE {
-      if (!i.scale_linear) return d * gatherf(f.f.scale_values, stored);
-      return d * fma(to_float(stored ^ set(i.scale_flip)), setf(f.f.scale_a), setf(f.f.scale_b));
-    };
-    const auto read_cell = [&](int c) IQ_INLINE {
-      IQ_UNROLL(4)
-      for (int g = 0; g < Groups_; ++g) {
-        if constexpr (Bits < 0) {
-          const I32 byte = WordsDecoder::scale_byte(tile, c);
-          scale = scale_of(shift_right(byte, 1));
-          offset = fma(to_float(byte & set(1)), delta, base);
-        } else {
-          if (Bits && g % (Groups_ / Scales) == 0)
-            scale = scale_of(known_element<(Bits > 0 ? Bits : 1)>(i.scale, tile, (c * Groups_ + g) / (Groups_ / Scales)));
-          if (MinBits && g % (Groups_ / Scales) == 0)
-            low = dmin * to_float(known_element<(MinBits ? MinBits : 1)>(i.min, tile, (c * Groups_ + g) / (Groups_ / Scales)));
-          if constexpr (Variants > 0) {
-            if (g % (Groups_ / Variants) == 0)
-              offset = fma(to_float(known_element<1>(i.variant, tile, (c * Groups_ + g) / (Groups_ / Variants))), delta, base);
-          }
-        }
-        const int at = kRows * (c * Groups_ + g);
-        storef(out.scale + at, scale);
-        if (Exact) {
-          storef(out.offset + at, offset);
-          storef(out.low + at, low);
-        } else {
-          storef(out.offset + at, scale * offset - low);
-        }
-      }
-    };
-    if (cells == 8) {
-      IQ_UNROLL(8)
-      for (int c = 0; c < 8; ++c) read_cell(c);
-    } else {
-      for (int c = 0; c < cells; ++c) read_cell(c);
-    }
-  }
-};
-
 // -- one row of activations against packed weights ----------------------------------------------------------------
 
-constexpr int kPrefetch = 2048;
+// How far ahead weights are asked for: what a core reads in the time that memory takes to answer.
+constexpr int kPrefetch = 8192;
 
 IQ_FN void finish(const Output& out, int64_t rows, int64_t m, int64_t group, F32 acc) {
   const int64_t n0 = group * kRows, at = m * out.stride + n0;
@@ -162,7 +44,7 @@ template <class Decoder, class Side> static void gemv(const Matrix& w, const Act
   constexpr bool narrow = Decoder::kNarrow || !kSignedDot;
   constexpr int per_group = 8 / Side::kGroups;
   const Format& f = *w.format;
-  const int cells = f.i.block / kCell, cell_bytes = f.i.tile_bytes / cells;
+  const int cells = f.i.block / kCell, cell_bytes = f.i.tile_bytes / cells, most = kMaxBlock / f.i.block;
   const Decoder decoder(f);
   Sides side;
   const uint8_t* tile = w.tiles + g0 * w.blocks * f.i.tile_bytes;
@@ -171,12 +53,13 @@ template <class Decoder, class Side> static void gemv(const Matrix& w, const Act
     const F32 d = header_d(w, g);
     const int8_t* q = x.q;
     const float *scale = x.scale, *sums = x.sums;
-    for (int64_t b = 0; b < w.blocks; ++b, tile += f.i.tile_bytes) {
-      Side::template read<false>(f, tile, d, narrow ? 0 : 128, side);
+    for (int64_t b = 0; b < w.blocks; b += most) {
+      const int tiles = w.blocks - b < most ? (int)(w.blocks - b) : most;
+      Side::template read<false>(f, tile, tiles, d, narrow ? 0 : 128, side);
       const float *s = side.scale, *o = side.offset;
-      for (int c = 0; c < cells; ++c, q += kCell) {
+      for (int i = 0, c = 0; i < tiles * cells; ++i, q += kCell) {
         const uint8_t* ahead = tile + c * cell_bytes + kPrefetch;
-        for (int i = 0; i < cell_bytes; i += 64) __builtin_prefetch(ahead + i);
+        for (int line = 0; line < cell_bytes; line += 64) __builtin_prefetch(ahead + line);
         const F32 dx = setf(*scale++);
         I32 even = set(0), odd = set(0);
         decoder.decode(tile, c, [&](int v, U8 operand) IQ_INLINE {
@@ -192,91 +75,112 @@ template <class Decoder, class Side> static void gemv(const Matrix& w, const Act
             even = set(0), odd = set(0);
           }
         });
+        if (++c == cells) c = 0, tile += f.i.tile_bytes;
       }
     }
     finish(out, w.rows, 0, g, acc + rest);
   }
 }
 
-// -- several rows: operands of a block are decoded once, then used from the first-level cache -------------------------
+// -- several rows: operands of some blocks are decoded once, then used from the first-level cache -------------------------
 
 struct Panel {
   IQ_ALIGNED uint8_t operand[kMaxBlock * kRows];  // [cell][q][16 rows][4]
   Sides side;
 };
 
-template <class Decoder> static void expand(const Format& f, const uint8_t* tile, uint8_t* operand) {
+constexpr int kChunk = 128;  // rows of activations: accumulators stay in the first-level cache, activations in the second
+
+template <class Decoder> static void expand(const Format& f, const uint8_t* tile, int tiles, uint8_t* operand) {
   const Decoder decoder(f);
   const int cells = f.i.block / kCell;
-  for (int c = 0; c < cells; ++c, operand += 8 * kVector)
-    decoder.decode(tile, c, [&](int v, U8 value) IQ_INLINE { store(operand + kVector * v, value); });
+  for (int i = 0; i < tiles * f.i.tile_bytes; i += 64) __builtin_prefetch(tile + i + kPrefetch / 2);
+  for (int t = 0; t < tiles; ++t, tile += f.i.tile_bytes)
+    for (int c = 0; c < cells; ++c, operand += 8 * kVector)
+      decoder.decode(tile, c, [&](int v, U8 value) IQ_INLINE { store(operand + kVector * v, value); });
 }
 
-// `q`, `scale` and `sums` point at the first of M rows in the first cell of the block; `rows` is the number of all rows.
+// M rows of activations times N groups of rows of weights, over the cells of a panel: `acc` is [N][kChunk][16].
+// `q`, `scale` and `sums` point at the first of M rows in the first cell; `rows` is the number of all rows.
 // `Depth` neighbouring vectors may be summed in 16 bits where an instruction set does so.
-template <int M, int Groups, bool Narrow, int Depth>
-IQ_FN void multiply_block(const Panel& panel, int cells, const int8_t* q, const float* scale, const float* sums, int64_t rows, float* acc) {
+template <int M, int N, int Groups, bool Narrow, int Depth>
+IQ_FN void multiply_cells(const Panel* panel, int cells, const int8_t* q, const float* scale, const float* sums, int64_t rows, float* acc) {
   constexpr int per_group = 8 / Groups;
-  F32 a[M];
-  IQ_UNROLL(8)
-  for (int m = 0; m < M; ++m) a[m] = loadf(acc + kRows * m);
+  F32 a[N][M];
+  IQ_UNROLL(4)
+  for (int n = 0; n < N; ++n)
+    IQ_UNROLL(4)
+    for (int m = 0; m < M; ++m) a[n][m] = loadf(acc + kRows * (kChunk * n + m));
   for (int c = 0; c < cells; ++c, q += rows * kCell, scale += rows, sums += rows * Groups) {
-    F32 cell[M];
+    F32 cell[N][M];
     IQ_UNROLL(4)
     for (int g = 0; g < Groups; ++g) {
-      I32 d[M];
-      IQ_UNROLL(8)
-      for (int m = 0; m < M; ++m) d[m] = set(0);
+      I32 d[N][M];
+      IQ_UNROLL(4)
+      for (int n = 0; n < N; ++n)
+        IQ_UNROLL(4)
+        for (int m = 0; m < M; ++m) d[n][m] = set(0);
       IQ_UNROLL(8)
       for (int v = 0; v < per_group; v += Depth) {
         const int at = g * per_group + v;
-        const uint8_t* operand = panel.operand + kVector * (c * 8 + at);
+        IQ_UNROLL(4)
+        for (int n = 0; n < N; ++n) {
+          const uint8_t* operand = panel[n].operand + kVector * (c * 8 + at);
 #ifdef IQ_PAIR_SUMS
-        if constexpr (Depth > 1) {
-          Pairs pairs[M];
-          IQ_UNROLL(8)
-          for (int m = 0; m < M; ++m) pairs[m] = pair_products(load(operand), q + m * kCell + 4 * at);
-          IQ_UNROLL(8)
-          for (int i = 1; i < Depth; ++i) {
-            const U8 next = load(operand + kVector * i);
+          if constexpr (Depth > 1) {
+            Pairs pairs[M];
+            IQ_UNROLL(4)
+            for (int m = 0; m < M; ++m) pairs[m] = pair_products(load(operand), q + m * kCell + 4 * at);
             IQ_UNROLL(8)
-            for (int m = 0; m < M; ++m) pairs[m] = pairs[m] + pair_products(next, q + m * kCell + 4 * (at + i));
+            for (int i = 1; i < Depth; ++i) {
+              const U8 next = load(operand + kVector * i);
+              IQ_UNROLL(4)
+              for (int m = 0; m < M; ++m) pairs[m] = pairs[m] + pair_products(next, q + m * kCell + 4 * (at + i));
+            }
+            IQ_UNROLL(4)
+            for (int m = 0; m < M; ++m) d[n][m] = add_pairs(d[n][m], pairs[m]);
+            continue;
           }
-          IQ_UNROLL(8)
-          for (int m = 0; m < M; ++m) d[m] = add_pairs(d[m], pairs[m]);
-          continue;
-        }
 #endif
-        const U8 single = load(operand);
-        IQ_UNROLL(8)
-        for (int m = 0; m < M; ++m) d[m] = dot<Narrow>(d[m], single, q + m * kCell + 4 * at);
+          const U8 single = load(operand);
+          IQ_UNROLL(4)
+          for (int m = 0; m < M; ++m) d[n][m] = dot<Narrow>(d[n][m], single, q + m * kCell + 4 * at);
+        }
       }
-      const F32 s = loadf(panel.side.scale + kRows * (c * Groups + g)), o = loadf(panel.side.offset + kRows * (c * Groups + g));
-      IQ_UNROLL(8)
-      for (int m = 0; m < M; ++m) {
-        cell[m] = g ? fma(to_float(d[m]), s, cell[m]) : to_float(d[m]) * s;
-        a[m] = fma(o, setf(sums[m * Groups + g]), a[m]);
+      IQ_UNROLL(4)
+      for (int n = 0; n < N; ++n) {
+        const Sides& side = panel[n].side;
+        const F32 s = loadf(side.scale + kRows * (c * Groups + g)), o = loadf(side.offset + kRows * (c * Groups + g));
+        IQ_UNROLL(4)
+        for (int m = 0; m < M; ++m) {
+          cell[n][m] = g ? fma(to_float(d[n][m]), s, cell[n][m]) : to_float(d[n][m]) * s;
+          a[n][m] = fma(o, setf(sums[m * Groups + g]), a[n][m]);
+        }
       }
     }
-    IQ_UNROLL(8)
-    for (int m = 0; m < M; ++m) a[m] = fma(cell[m], setf(scale[m]), a[m]);
+    IQ_UNROLL(4)
+    for (int n = 0; n < N; ++n)
+      IQ_UNROLL(4)
+      for (int m = 0; m < M; ++m) a[n][m] = fma(cell[n][m], setf(scale[m]), a[n][m]);
   }
-  IQ_UNROLL(8)
-  for (int m = 0; m < M; ++m) storef(acc + kRows * m, a[m]);
+  IQ_UNROLL(4)
+  for (int n = 0; n < N; ++n)
+    IQ_UNROLL(4)
+    for (int m = 0; m < M; ++m) storef(acc + kRows * (kChunk * n + m), a[n][m]);
 }
 
-template <int Groups, bool Narrow, int Depth = 1>
-static void multiply(const Panel& panel, int cells, const Activations& x, int64_t m0, int64_t m1, int64_t cell, float* acc) {
+template <int N, int Groups, bool Narrow, int Depth>
+static void multiply(const Panel* panel, int cells, const Activations& x, int64_t m0, int64_t m1, int64_t cell, float* acc) {
   int64_t m = m0;
   const auto step = [&](auto size) {
     constexpr int M = decltype(size)::value;
     for (; m + M <= m1; m += M) {
       const int64_t at = cell * x.m + m;
-      multiply_block<M, Groups, Narrow, Depth>(panel, cells, x.q + at * kCell, x.scale + at, x.sums + at * Groups, x.m, acc + kRows * (m - m0));
+      multiply_cells<M, N, Groups, Narrow, Depth>(panel, cells, x.q + at * kCell, x.scale + at, x.sums + at * Groups, x.m, acc + kRows * (m - m0));
     }
   };
-  if constexpr (kBatch >= 8) step(Size<8>{});
-  step(Size<4>{});
+  step(Size<kBatch>{});
+  if constexpr (kBatch > 3) step(Size<3>{});
   step(Size<2>{});
   step(Size<1>{});
 }
@@ -315,9 +219,9 @@ template <int M> IQ_FN void multiply_float(const float* panel, int count, const 
 // -- which code runs a format ------------------------------------------------------------------------------------------
 
 struct Family {
-  void (*expand)(const Format&, const uint8_t* tile, uint8_t* operand);
-  void (*sides)(const Format&, const uint8_t* tile, F32 d, int dot_bias, Sides&);
-  void (*exact_sides)(const Format&, const uint8_t* tile, F32 d, int dot_bias, Sides&);
+  void (*expand)(const Format&, const uint8_t* tile, int tiles, uint8_t* operand);
+  void (*sides)(const Format&, const uint8_t* tile, int tiles, F32 d, int dot_bias, Sides&);
+  void (*exact_sides)(const Format&, const uint8_t* tile, int tiles, F32 d, int dot_bias, Sides&);
   void (*gemv)(const Matrix&, const Activations&, const Output&, int64_t, int64_t);
   bool narrow;
 };
@@ -375,42 +279,51 @@ static bool accepts(const Ints& i) {
 
 // -- products ------------------------------------------------------------------------------------------------------------
 
-constexpr int kChunk = 128;  // rows of activations: accumulators stay in the first-level cache, activations in the second
+using Multiply = void (*)(const Panel*, int cells, const Activations&, int64_t m0, int64_t m1, int64_t cell, float* acc);
 
 // For operands up to `largest`: 2 * Depth products with 127 at most fit 16 bits.
-template <int Groups> static auto multiply_with(bool narrow, [[maybe_unused]] int largest) {
+template <int N, int Groups> static Multiply multiply_with(bool narrow, [[maybe_unused]] int largest) {
 #ifdef IQ_PAIR_SUMS
   constexpr int most = 8 / Groups;
-  if (largest <= 15) return multiply<Groups, true, most>;
-  if (largest <= 31) return multiply<Groups, true, most < 4 ? most : 4>;
-  if (largest <= 63) return multiply<Groups, true, most < 2 ? most : 2>;
+  if (largest <= 15) return multiply<N, Groups, true, most>;
+  if (largest <= 31) return multiply<N, Groups, true, most < 4 ? most : 4>;
+  if (largest <= 63) return multiply<N, Groups, true, most < 2 ? most : 2>;
 #endif
-  return narrow ? multiply<Groups, true> : multiply<Groups, !kSignedDot>;
+  return narrow ? multiply<N, Groups, true, 1> : multiply<N, Groups, !kSignedDot, 1>;
+}
+
+template <int N> static Multiply multiply_of(const Ints& i, bool narrow) {
+  return i.groups == 1   ? multiply_with<N, 1>(narrow, i.largest)
+         : i.groups == 2 ? multiply_with<N, 2>(narrow, i.largest)
+                         : multiply_with<N, 4>(narrow, i.largest);
 }
 
 static void linear_int8(const Matrix& w, const Activations& x, const Output& out, int64_t g0, int64_t g1) {
   const Format& f = *w.format;
   const Family family = find_family(f.i);
   if (x.m == 1) return family.gemv(w, x, out, g0, g1);
-  const int cells = f.i.block / kCell;
+  const int cells = f.i.block / kCell, most = kMaxBlock / f.i.block;
   const bool narrow = family.narrow || f.i.largest < 128;
-  const auto run = f.i.groups == 1   ? multiply_with<1>(narrow, f.i.largest)
-                   : f.i.groups == 2 ? multiply_with<2>(narrow, f.i.largest)
-                                     : multiply_with<4>(narrow, f.i.largest);
-  Panel panel;
-  IQ_ALIGNED float acc[kChunk * kRows];
+  const Multiply run[2] = {multiply_of<1>(f.i, narrow), multiply_of<kBatchGroups>(f.i, narrow)};
+  Panel panel[kBatchGroups];
+  IQ_ALIGNED float acc[kBatchGroups * kChunk * kRows];
   for (int64_t m0 = 0; m0 < x.m; m0 += kChunk) {
     const int64_t m1 = m0 + kChunk < x.m ? m0 + kChunk : x.m;
-    for (int64_t g = g0; g < g1; ++g) {
-      const F32 d = header_d(w, g);
-      __builtin_memset(acc, 0, (m1 - m0) * kRows * sizeof(float));
-      const uint8_t* tile = w.tiles + g * w.blocks * f.i.tile_bytes;
-      for (int64_t b = 0; b < w.blocks; ++b, tile += f.i.tile_bytes) {
-        family.sides(f, tile, d, narrow ? 0 : 128, panel.side);
-        family.expand(f, tile, panel.operand);
-        run(panel, cells, x, m0, m1, b * cells, acc);
+    int count = kBatchGroups;
+    for (int64_t g = g0; g < g1; g += count) {
+      if (g1 - g < count) count = 1;
+      for (int n = 0; n < count; ++n) __builtin_memset(acc + kRows * kChunk * n, 0, (m1 - m0) * kRows * sizeof(float));
+      for (int64_t b = 0; b < w.blocks; b += most) {
+        const int tiles = w.blocks - b < most ? (int)(w.blocks - b) : most;
+        for (int n = 0; n < count; ++n) {
+          const uint8_t* tile = w.tiles + ((g + n) * w.blocks + b) * f.i.tile_bytes;
+          family.sides(f, tile, tiles, header_d(w, g + n), narrow ? 0 : 128, panel[n].side);
+          family.expand(f, tile, tiles, panel[n].operand);
+        }
+        run[count > 1](panel, tiles * cells, x, m0, m1, b * cells, acc);
       }
-      for (int64_t m = m0; m < m1; ++m) finish(out, w.rows, m, g, loadf(acc + kRows * (m - m0)));
+      for (int n = 0; n < count; ++n)
+        for (int64_t m = m0; m < m1; ++m) finish(out, w.rows, m, g + n, loadf(acc + kRows * (kChunk * n + m - m0)));
     }
   }
 }
@@ -428,8 +341,8 @@ static void linear_float(const Matrix& w, const Activations& x, const Output& ou
       __builtin_memset(acc, 0, (m1 - m0) * kRows * sizeof(float));
       const uint8_t* tile = w.tiles + g * w.blocks * f.i.tile_bytes;
       for (int64_t b = 0; b < w.blocks; ++b, tile += f.i.tile_bytes) {
-        family.exact_sides(f, tile, d, 0, panel.side);
-        family.expand(f, tile, panel.operand);
+        family.exact_sides(f, tile, 1, d, 0, panel.side);
+        family.expand(f, tile, 1, panel.operand);
         float_panel(f, panel, weights);
         int64_t m = m0;
         const auto step = [&](auto size) {
@@ -437,7 +350,7 @@ static void linear_float(const Matrix& w, const Activations& x, const Output& ou
           for (; m + M <= m1; m += M)
             multiply_float<M>(weights, f.i.block, x.x + m * x.k + b * f.i.block, x.k, acc + kRows * (m - m0));
         };
-        if constexpr (kBatch >= 8) step(Size<8>{});
+        step(Size<8>{});
         step(Size<4>{});
         step(Size<2>{});
         step(Size<1>{});

@@ -74,8 +74,8 @@ static void dequantize(const Matrix& w, DType dtype, void* out, int64_t g0, int6
     const int valid = w.rows - g * kRows < kRows ? (int)(w.rows - g * kRows) : kRows;
     const uint8_t* tile = w.tiles + g * w.blocks * f.i.tile_bytes;
     for (int64_t b = 0; b < w.blocks; ++b, tile += f.i.tile_bytes) {
-      family.exact_sides(f, tile, d, 0, panel.side);
-      family.expand(f, tile, panel.operand);
+      family.exact_sides(f, tile, 1, d, 0, panel.side);
+      family.expand(f, tile, 1, panel.operand);
       for (int r = 0; r < valid; ++r) {
         decode_row(f, panel, r, row);
         from_float(row, dtype, (uint8_t*)out + ((g * kRows + r) * w.k + b * f.i.block) * element_bytes(dtype), f.i.block);
@@ -94,8 +94,8 @@ static void gather_rows(const Matrix& w, DType dtype, const int64_t* ids, void* 
     const F32 d = header_d(w, g);
     const uint8_t* tile = w.tiles + g * w.blocks * f.i.tile_bytes;
     for (int64_t b = 0; b < w.blocks; ++b, tile += f.i.tile_bytes) {
-      family.exact_sides(f, tile, d, 0, panel.side);
-      family.expand(f, tile, panel.operand);
+      family.exact_sides(f, tile, 1, d, 0, panel.side);
+      family.expand(f, tile, 1, panel.operand);
       decode_row(f, panel, (int)(ids[i] % kRows), row);
       from_float(row, dtype, (uint8_t*)out + (i * w.k + b * f.i.block) * element_bytes(dtype), f.i.block);
     }
@@ -118,8 +118,8 @@ static void transposed(const Matrix& w, const float* g, int64_t m, float* out, i
       for (int64_t n = 0; n < groups; ++n) {
         const uint8_t* tile = w.tiles + (n * w.blocks + b) * f.i.tile_bytes;
         const int valid = w.rows - n * kRows < kRows ? (int)(w.rows - n * kRows) : kRows;
-        family.exact_sides(f, tile, header_d(w, n), 0, panel.side);
-        family.expand(f, tile, panel.operand);
+        family.exact_sides(f, tile, 1, header_d(w, n), 0, panel.side);
+        family.expand(f, tile, 1, panel.operand);
         for (int r = 0; r < valid; ++r) decode_row(f, panel, r, weights + r * block);
         for (int64_t i = m0; i < m1; ++i) {
           float* a = acc + (i - m0) * block;

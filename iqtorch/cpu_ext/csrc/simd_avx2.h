@@ -10,7 +10,8 @@ constexpr bool kSignedDot = false;
 #else
 constexpr bool kSignedDot = true;
 #endif
-constexpr int kBatch = 4;
+// Rows of activations, and groups of 16 rows of weights, whose sums fit the registers.
+constexpr int kBatch = 3, kBatchGroups = 1;
 
 struct U8 { __m256i v[2]; };
 struct I32 { __m256i v[2]; };
@@ -181,9 +182,6 @@ IQ_FN F32 operator*(F32 a, F32 b) { return {{_mm256_mul_ps(a.v[0], b.v[0]), _mm2
 IQ_FN F32 fma(F32 a, F32 b, F32 c) { return {{_mm256_fmadd_ps(a.v[0], b.v[0], c.v[0]), _mm256_fmadd_ps(a.v[1], b.v[1], c.v[1])}}; }
 IQ_FN F32 to_float(I32 a) { return {{_mm256_cvtepi32_ps(a.v[0]), _mm256_cvtepi32_ps(a.v[1])}}; }
 IQ_FN F32 as_float(I32 a) { return {{_mm256_castsi256_ps(a.v[0]), _mm256_castsi256_ps(a.v[1])}}; }
-IQ_FN F32 gatherf(const float* base, I32 index) {
-  return {{_mm256_i32gather_ps(base, index.v[0], 4), _mm256_i32gather_ps(base, index.v[1], 4)}};
-}
 IQ_FN __m256 from_half1(__m256i a) {
   __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(a, a), 0x08);
   return _mm256_cvtph_ps(_mm256_castsi256_si128(packed));

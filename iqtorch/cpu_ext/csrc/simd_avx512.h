@@ -6,7 +6,8 @@
 namespace iqtorch { namespace IQTORCH_ISA {
 
 constexpr bool kSignedDot = false;
-constexpr int kBatch = 8;
+// Rows of activations, and groups of 16 rows of weights, whose sums fit the registers.
+constexpr int kBatch = 4, kBatchGroups = 2;
 
 struct U8 { __m512i v; };
 struct I32 { __m512i v; };
@@ -91,7 +92,6 @@ IQ_FN F32 operator*(F32 a, F32 b) { return {_mm512_mul_ps(a.v, b.v)}; }
 IQ_FN F32 fma(F32 a, F32 b, F32 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 IQ_FN F32 to_float(I32 a) { return {_mm512_cvtepi32_ps(a.v)}; }
 IQ_FN F32 as_float(I32 a) { return {_mm512_castsi512_ps(a.v)}; }
-IQ_FN F32 gatherf(const float* base, I32 index) { return {_mm512_i32gather_ps(index.v, base, 4)}; }
 IQ_FN F32 from_half(I32 a) { return {_mm512_cvtph_ps(_mm512_cvtepi32_epi16(a.v))}; }
 IQ_FN void store_half(uint16_t* p, F32 a) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT)); }
 IQ_FN void store_bfloat16(uint16_t* p, F32 a) {

@@ -6,7 +6,8 @@
 namespace iqtorch { namespace IQTORCH_ISA {
 
 constexpr bool kSignedDot = true;
-constexpr int kBatch = 4;
+// Rows of activations, and groups of 16 rows of weights, whose sums fit the registers.
+constexpr int kBatch = 3, kBatchGroups = 1;
 
 struct U8 { uint8x16_t v[4]; };
 struct I32 { int32x4_t v[4]; };
@@ -121,7 +122,6 @@ IQ_FN F32 operator*(F32 a, F32 b) { return IQ_FOUR(vmulq_f32(a.v[h], b.v[h])); }
 IQ_FN F32 fma(F32 a, F32 b, F32 c) { return IQ_FOUR(vfmaq_f32(c.v[h], a.v[h], b.v[h])); }
 IQ_FN F32 to_float(I32 a) { return IQ_FOUR(vcvtq_f32_s32(a.v[h])); }
 IQ_FN F32 as_float(I32 a) { return IQ_FOUR(vreinterpretq_f32_s32(a.v[h])); }
-IQ_FN F32 gatherf(const float* base, I32 index) { return as_float(gather<4>((const uint8_t*)base, index)); }
 IQ_FN F32 from_half(I32 a) { return IQ_FOUR(vcvt_f32_f16(vreinterpret_f16_u16(vmovn_u32(vreinterpretq_u32_s32(a.v[h]))))); }
 IQ_FN void store_half(uint16_t* p, F32 a) {
   for (int h = 0; h < 4; ++h) vst1_u16(p + 4 * h, vreinterpret_u16_f16(vcvt_f16_f32(a.v[h])));

@@ -5,7 +5,8 @@
 namespace iqtorch { namespace IQTORCH_ISA {
 
 constexpr bool kSignedDot = false;
-constexpr int kBatch = 4;
+// Rows of activations, and groups of 16 rows of weights, whose sums fit the registers.
+constexpr int kBatch = 4, kBatchGroups = 1;
 
 struct U8 {
   uint8_t v[64];
@@ -98,7 +99,6 @@ IQ_FN F32 operator*(F32 a, F32 b) { IQ_EACH(16) a.v[i] *= b.v[i]; return a; }
 IQ_FN F32 fma(F32 a, F32 b, F32 c) { IQ_EACH(16) c.v[i] += a.v[i] * b.v[i]; return c; }
 IQ_FN F32 to_float(I32 a) { F32 r; IQ_EACH(16) r.v[i] = (float)a.v[i]; return r; }
 IQ_FN F32 as_float(I32 a) { F32 r; __builtin_memcpy(&r, &a, 64); return r; }
-IQ_FN F32 gatherf(const float* base, I32 index) { F32 r; IQ_EACH(16) r.v[i] = base[index.v[i]]; return r; }
 
 // IEEE half <-> single by integer arithmetic, rounding to nearest even.
 IQ_FN float half_to_float(uint32_t h) {

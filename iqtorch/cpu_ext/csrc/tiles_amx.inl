@@ -56,8 +56,8 @@ static void tile_weights(const Matrix& w, const Family& family, int64_t g, int64
   Panel own;
   for (int64_t k = k0; k < k1; k += block) {
     const uint8_t* tile = w.tiles + (g * w.blocks + k / block) * f.i.tile_bytes;
-    family.sides(f, tile, d, 0, own.side);
-    family.expand(f, tile, own.operand);
+    family.sides(f, tile, 1, d, 0, own.side);
+    family.expand(f, tile, 1, own.operand);
     for (int v = 0; v < block / 4; ++v) {
       const F32 s = loadf(own.side.scale + kRows * (v / per_group)), o = loadf(own.side.offset + kRows * (v / per_group));
       const __m512i four = load(own.operand + kVector * v).v, byte = _mm512_set1_epi32(255);

@@ -1,0 +1,133 @@
+// Scales, minima and variants of the groups of a block -> floats per group and row.
+
+namespace iqtorch { namespace IQTORCH_ISA {
+
+#define IQ_ALIGNED alignas(64)
+
+IQ_FN I32 element(const Field& field, const uint8_t* tile, int e) {
+  I32 v = set(0);
+  for (int i = 0; i < kMaxPlanes && field.plane[i].bits; ++i) {
+    const Plane& plane = field.plane[i];
+    const uint8_t* p = tile + plane.offset;
+    I32 part;
+    if (plane.bits == 16) {
+      part = load16(p + 32 * e);
+    } else {
+      part = load8(p + kRows * (e * plane.bits >> 3));
+      if (plane.bits < 8) part = shift_right(part, e * plane.bits & 7) & set((1 << plane.bits) - 1);
+    }
+    v = plane.low ? v | shift_left(part, plane.low) : part;
+  }
+  return v;
+}
+
+// Bits of a stored float -> float; 1 byte is the exponent format, 2^(p - 128), made of two factors that are never subnormal.
+IQ_FN F32 bits_to_float(I32 p, int bytes) {
+  if (bytes == 2) return from_half(p);
+  if (bytes == 4) return as_float(p);
+  I32 half = shift_right(p, 1);
+  I32 rest = p + (half ^ set(-1)) + set(1);
+  return as_float(shift_left(half + set(63), 23)) * as_float(shift_left(rest + set(63), 23));
+}
+
+IQ_FN F32 header_d(const Matrix& w, int64_t group) {
+  const Ints& i = w.format->i;
+  if (!i.header_bytes) return setf(0);
+  const uint8_t* p = w.headers + group * kRows * i.header_bytes;
+  return bits_to_float(i.d_bytes == 2 ? load16(p) : load32(p), i.d_bytes);
+}
+
+// Per group of weights and row, [group][16]: a weight is scale * (operand + offset) - low.
+struct Sides {
+  IQ_ALIGNED float scale[kMaxGroups * kRows];
+  IQ_ALIGNED float offset[kMaxGroups * kRows];  // for products: scale * offset - low, with runtime_scale in both
+  IQ_ALIGNED float low[kMaxGroups * kRows];
+};
+
+// Element e of a field of `Bits` bits; like `element`, with the planes known when compiling.
+template <int Bits, int First = 0> IQ_FN I32 known_element(const Field& field, const uint8_t* tile, int e) {
+  constexpr int width = Bits & 8 ? 8 : Bits & 4 ? 4 : Bits & 2 ? 2 : 1;
+  I32 v = load8(tile + field.plane[First].offset + kRows * (e * width / 8));
+  if constexpr (width < 8) v = shift_right(v, e * width % 8) & set((1 << width) - 1);
+  if constexpr (Bits > width) v = v | shift_left(known_element<Bits - width, First + 1>(field, tile, e), width);
+  return v;
+}
+
+// How many small integers a format keeps, known when compiling: the kernels would spend longer on scales than on weights.
+// `Groups` of a cell share scale, minimum and variant. `Scales` of a cell have a scale of their own, of `Bits` bits (0: only the
+// block has one, -1: in the words of the codes), and a minimum of `MinBits`; `Variants` of a cell have a bit that shifts all values.
+template <int Groups_, int Scales, int Bits, int MinBits = 0, int Variants = 0> class Side {
+ public:
+  static constexpr int kGroups = Groups_;
+
+  static bool fits(const Ints& i) {
+    const auto counts = [&](const Field& field, int bits, int per_cell) {
+      int width = 0;
+      for (const Plane& plane : field.plane) width += plane.bits;
+      return width == bits && (!bits || field.count * kCell == per_cell * i.block);
+    };
+    if (Bits < 0) return i.groups == Groups_ && i.decoder == kWords;
+    return i.groups == Groups_ && counts(i.scale, Bits, Scales) && counts(i.min, MinBits, Scales) &&
+           (i.delta ? counts(i.variant, 1, Variants) : !Variants);
+  }
+
+  // Of `tiles` neighbouring tiles. `Exact`: what the plain-torch decoder multiplies; else ready for products, see `Sides`.
+  template <bool Exact> static void read(const Format& f, const uint8_t* tile, int tiles, F32 d, int dot_bias, Sides& out) {
+    const int count = f.i.block / kCell * kGroups * kRows;
+    for (int t = 0; t < tiles; ++t, tile += f.i.tile_bytes)
+      read_tile<Exact>(f, tile, d, dot_bias, out.scale + t * count, out.offset + t * count, out.low + t * count);
+  }
+
+ private:
+  template <bool Exact>
+  static IQ_FN void read_tile(const Format& f, const uint8_t* tile, F32 d, int dot_bias, float* scales, float* offsets, float* lows) {
+    const Ints& i = f.i;
+    const int cells = i.block / kCell;
+    if (!i.header_bytes) d = bits_to_float(element(i.d, tile, 0), i.d_bytes);
+    d = d * setf(f.f.unit);
+    F32 dmin = i.affine ? bits_to_float(element(i.dmin, tile, 0), i.d_bytes) : setf(0);
+    if (!Exact) d = d * setf(f.f.runtime_scale), dmin = dmin * setf(f.f.runtime_scale);
+    const F32 base = setf((float)(dot_bias - i.bias)), delta = setf((float)i.delta);
+    F32 scale = d * setf(f.f.scale_b), low = dmin * setf(f.f.min_b), offset = base;
+    const Table<32> table = load_table<32>(i.scale_table);
+    const auto scale_of = [&](I32 stored) IQ_INLINE {
+      if (!i.scale_linear) return d * to_float((as_i32(lookup(table, as_bytes(stored))) & set(255)) + set(-128));
+      return d * fma(to_float(stored ^ set(i.scale_flip)), setf(f.f.scale_a), setf(f.f.scale_b));
+    };
+    const auto read_cell = [&](int c) IQ_INLINE {
+      IQ_UNROLL(4)
+      for (int g = 0; g < Groups_; ++g) {
+        if constexpr (Bits < 0) {
+          const I32 byte = WordsDecoder::scale_byte(tile, c);
+          scale = scale_of(shift_right(byte, 1));
+          offset = fma(to_float(byte & set(1)), delta, base);
+        } else {
+          if (Bits && g % (Groups_ / Scales) == 0)
+            scale = scale_of(known_element<(Bits > 0 ? Bits : 1)>(i.scale, tile, (c * Groups_ + g) / (Groups_ / Scales)));
+          if (MinBits && g % (Groups_ / Scales) == 0)
+            low = dmin * to_float(known_element<(MinBits ? MinBits : 1)>(i.min, tile, (c * Groups_ + g) / (Groups_ / Scales)));
+          if constexpr (Variants > 0) {
+            if (g % (Groups_ / Variants) == 0)
+              offset = fma(to_float(known_element<1>(i.variant, tile, (c * Groups_ + g) / (Groups_ / Variants))), delta, base);
+          }
+        }
+        const int at = kRows * (c * Groups_ + g);
+        storef(scales + at, scale);
+        if (Exact) {
+          storef(offsets + at, offset);
+          storef(lows + at, low);
+        } else {
+          storef(offsets + at, scale * offset - low);
+        }
+      }
+    };
+    if (cells == 8) {
+      IQ_UNROLL(8)
+      for (int c = 0; c < 8; ++c) read_cell(c);
+    } else {
+      for (int c = 0; c < cells; ++c) read_cell(c);
+    }
+  }
+};
+
+}}  // namespace iqtorch::IQTORCH_ISA
