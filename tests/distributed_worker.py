@@ -1,9 +1,14 @@
-"""What each process of test_distributed.py runs: `torch.distributed.run distributed_worker.py MODE CHECKPOINT`."""
+"""What the processes of test_distributed.py run. As a program: reads `[processes, mode, folder, seconds]`, answers what failed."""
 
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
+import queue
 import sys
+import time
+import traceback
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -148,13 +153,49 @@ MODES = {
     "dtensor": dtensor,
 }
 
-if __name__ == "__main__":
+
+def run(rank: int, world: int, mode: str, folder: str, answers: Any) -> None:
+    """One process of `world`: answers with its rank and what failed, an empty text if nothing did."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
+    os.dup2(2, 1)  # what the server answers stands there alone
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
     iqtorch.set_backend("torch")  # the same float32 products whatever the size of the parts
-    dist.init_process_group("gloo")
-    results = MODES[sys.argv[1]](sys.argv[2])
-    failed = [name for name, passed in results.items() if not passed]
-    dist.barrier()
-    dist.destroy_process_group()
-    sys.exit(f"rank failed: {failed}" if failed or not results else 0)
+    try:
+        dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", world), rank=rank, world_size=world)
+        results = MODES[mode](folder)
+        answers.put((rank, ", ".join(name for name, passed in results.items() if not passed) if results else "nothing was checked"))
+        dist.barrier()
+        dist.destroy_process_group()
+    except BaseException:
+        answers.put((rank, traceback.format_exc()))
+        raise
+
+
+def serve(world: int, mode: str, folder: str, seconds: float) -> str:
+    """Forks `world` processes for a mode; what failed."""
+    context = multiprocessing.get_context("fork")
+    answers = context.Queue()
+    workers = [context.Process(target=run, args=(rank, world, mode, folder, answers), daemon=True) for rank in range(world)]
+    for worker in workers:
+        worker.start()
+    end, seen = time.monotonic() + seconds, set()
+    try:
+        for _ in workers:
+            rank, failed = answers.get(timeout=max(end - time.monotonic(), 0.1))
+            seen.add(rank)
+            if failed:
+                return f"process {rank} of {world}: {failed}"
+        for worker in workers:
+            worker.join(max(end - time.monotonic(), 0.1))
+        return "" if all(worker.exitcode == 0 for worker in workers) else f"exit codes {[worker.exitcode for worker in workers]}"
+    except queue.Empty:
+        return f"after {seconds} s only {sorted(seen)} of {world} processes have answered"
+    finally:
+        for worker in workers:
+            worker.kill()
+
+
+if __name__ == "__main__":  # importing takes longer than what is done then: one process imports, and is forked for each request
+    for line in sys.stdin:
+        print(json.dumps(serve(*json.loads(line))), flush=True)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -24,17 +26,25 @@ from iqtorch.sharding import join_blocks, split_blocks
 TESTS = Path(__file__).parent
 
 
-def spawn(processes: int, mode: str, checkpoint: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+Spawn = Callable[[int, str, Path], None]
+
+
+@pytest.fixture(scope="module")
+def spawn() -> Iterator[Spawn]:
+    """Runs a mode of distributed_worker.py in as many processes; all of them have to answer that nothing failed."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
-    done = subprocess.run(
-        [*command, str(TESTS / "distributed_worker.py"), mode, str(checkpoint)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=environment,
-    )
-    assert done.returncode == 0, done.stderr[-6000:]
+    command = [sys.executable, str(TESTS / "distributed_worker.py")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as server:
+        assert server.stdin and server.stdout
+
+        def ask(processes: int, mode: str, folder: Path) -> None:
+            print(json.dumps([processes, mode, str(folder), 240]), file=server.stdin, flush=True)
+            answer = server.stdout.readline()
+            assert answer, f"the server has ended: {server.poll()}"
+            assert not json.loads(answer), json.loads(answer)
+
+        yield ask
+        server.stdin.close()
 
 
 def save(kind: str, path: Path, **changes: object) -> Path:
@@ -43,22 +53,22 @@ def save(kind: str, path: Path, **changes: object) -> Path:
     return path
 
 
-def test_tensor_parallel_on_two_processes(tmp_path: Path) -> None:
+def test_tensor_parallel_on_two_processes(spawn: Spawn, tmp_path: Path) -> None:
     spawn(2, "tensor_parallel", save("llama", tmp_path))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "processes"), [("llama", 4), ("mixtral", 2), ("mixtral", 4)])
-def test_tensor_parallel(kind: str, processes: int, tmp_path: Path) -> None:
+def test_tensor_parallel(spawn: Spawn, kind: str, processes: int, tmp_path: Path) -> None:
     spawn(processes, "tensor_parallel", save(kind, tmp_path, num_key_value_heads=4))
 
 
 @pytest.mark.slow
-def test_tensor_parallel_of_a_tied_model(tmp_path: Path) -> None:
+def test_tensor_parallel_of_a_tied_model(spawn: Spawn, tmp_path: Path) -> None:
     spawn(2, "tensor_parallel", save("llama", tmp_path, tie_word_embeddings=True))
 
 
-def test_fsdp2_with_packed_shards_on_two_processes(tmp_path: Path) -> None:
+def test_fsdp2_with_packed_shards_on_two_processes(spawn: Spawn, tmp_path: Path) -> None:
     spawn(2, "fsdp", save("llama", tmp_path))
 
 
@@ -67,12 +77,12 @@ def test_fsdp2_with_packed_shards_on_two_processes(tmp_path: Path) -> None:
     ("mode", "processes", "kind"),
     [("fsdp", 4, "llama"), ("fsdp", 2, "mixtral"), ("fsdp", 4, "gpt_oss"), ("fsdp_adapters", 2, "llama"), ("fsdp_adapters", 4, "llama")],
 )
-def test_fsdp2(mode: str, processes: int, kind: str, tmp_path: Path) -> None:
+def test_fsdp2(spawn: Spawn, mode: str, processes: int, kind: str, tmp_path: Path) -> None:
     spawn(processes, mode, save(kind, tmp_path))
 
 
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_dtensor(processes: int, tmp_path: Path) -> None:
+def test_dtensor(spawn: Spawn, processes: int, tmp_path: Path) -> None:
     spawn(processes, "dtensor", tmp_path)
 
 
