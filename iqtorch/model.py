@@ -95,20 +95,24 @@ def find_sites(model: nn.Module) -> tuple[list[Site], dict[str, str]]:
     """Weights of a model that can be packed, and the reason for each parameter that cannot."""
     sites: dict[int, Site] = {}
     kept: dict[str, str] = {}
+    tied: dict[int, str] = {}  # kept for one of its places: then for all, or the tie would break
     output = _output_weight(model)
     for module_name, module in model.named_modules():
         for attribute, parameter in module._parameters.items():
             if parameter is None:
                 continue
             name = f"{module_name}.{attribute}" if module_name else attribute
-            if id(parameter) in sites:
+            reason = "packed already" if isinstance(parameter, IQTensor) else _why_not(module, attribute, name, parameter)
+            if id(parameter) in tied:
+                kept[name] = f"tied to {tied[id(parameter)]}"
+            elif reason:
+                kept[name], tied[id(parameter)] = reason, name
+                if id(parameter) in sites:
+                    kept[sites.pop(id(parameter)).name] = f"tied to {name}"
+            elif id(parameter) in sites:
                 site = sites[id(parameter)]
                 site.places.append((module, attribute))
                 site.role = "tied" if site.role in ("embedding", "output") else site.role
-            elif isinstance(parameter, IQTensor):
-                kept[name] = "packed already"
-            elif reason := _why_not(module, attribute, name, parameter):
-                kept[name] = reason
             else:
                 transposed = parameter.dim() == 3 and _experts_transposed(module)
                 role = "embedding" if isinstance(module, nn.Embedding) else role_of(name)
@@ -124,11 +128,13 @@ def _why_not(module: nn.Module, attribute: str, name: str, parameter: Tensor) ->
         return f"{parameter.dim()}-D"
     if not parameter.is_floating_point():
         return f"dtype {parameter.dtype}"
+    if not parameter.numel():
+        return "empty"
     if _NEVER.search(name):
         return "router, position table or the like"
     if attribute == "weight" and (isinstance(module, (nn.Linear, nn.Embedding)) or is_conv1d(module) or is_pointwise(module)):
         return None
-    if attribute == "weight" and isinstance(module, nn.Conv1d) and module.kernel_size == (1,):
+    if attribute == "weight" and type(module) is nn.Conv1d and module.kernel_size == (1,):
         return f"convolution with groups {module.groups} and padding {module.padding}: only groups=1, padding=0 is a linear layer"
     if _is_experts(module, attribute, parameter) or is_flat_experts(module):
         return None

@@ -9,6 +9,7 @@ import queue
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from transformers.distributed import DistributedConfig
 
 import iqtorch
 from iqtorch import IQTensor
+from iqtorch.errors import ShapeError, UnsupportedOperationError
 
 IDS = torch.tensor([[1, 5, 9, 12, 7, 3], [2, 8, 6, 4, 11, 10]])
 
@@ -124,6 +126,51 @@ def fsdp(path: str, whole: bool) -> dict[str, bool]:
     return checks
 
 
+def split_by_transformers(path: str, saves: bool = True, **sizes: int) -> dict[str, bool]:
+    """Pipeline, FSDP2 or expert parallelism by `from_pretrained`: outputs, tokens, and what a process holds."""
+    whole, parts = load(path), load(path, distributed_config=DistributedConfig(**sizes))
+    held = [getattr(p, "_local_tensor", p) for p in parts.parameters()]
+    total = sum(p.to_blocks().nbytes for p in whole.parameters() if isinstance(p, IQTensor))
+    feed = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    checks = {"part": 0 < sum(p.to_blocks().nbytes for p in held if isinstance(p, IQTensor)) < 0.7 * total}
+    with torch.no_grad():
+        checks["output"] = close(parts(IDS).logits, whole(IDS).logits)
+    checks["tokens"] = torch.equal(parts.generate(IDS, **feed), whole.generate(IDS, **feed))
+    if saves:
+        parts.save_pretrained(f"{path}/again")
+        dist.barrier()
+        checks["save"] = same_bytes(f"{path}/again", path)
+    else:
+        checks["save"] = raises(UnsupportedOperationError, lambda: parts.save_pretrained(f"{path}/again"))
+    return checks
+
+
+def refused(path: str) -> dict[str, bool]:
+    """What is said where packed weights cannot be split."""
+    whole = load(path)
+    plain, world = whole.dequantize(), dist.get_world_size()
+    if dist.get_rank() == 0:
+        plain.save_pretrained(f"{path}/plain")
+    dist.barrier()
+    config, quantize = DistributedConfig(fsdp_size=world), iqtorch.IQConfig("q8_0")
+    checks = {
+        "quantizing": raises(
+            UnsupportedOperationError, lambda: load(f"{path}/plain", distributed_config=config, quantization_config=quantize)
+        )
+    }
+    if world == 3:
+        checks["rows"] = raises(ShapeError, lambda: load(path, distributed_config=config))
+    return checks
+
+
+def raises(kind: type[Exception], call: Callable[[], object]) -> bool:
+    try:
+        call()
+    except kind:
+        return True
+    return False
+
+
 def dtensor(path: str) -> dict[str, bool]:
     """PyTorch's own tensor parallelism on packed linear layers."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
@@ -151,6 +198,10 @@ MODES = {
     "fsdp": partial(fsdp, whole=False),
     "fsdp_adapters": partial(fsdp, whole=True),
     "dtensor": dtensor,
+    **{f"pp_size={n}": partial(split_by_transformers, saves=False, pp_size=n) for n in (2, 4)},
+    **{f"fsdp_size={n}": partial(split_by_transformers, fsdp_size=n) for n in (2, 4)},
+    **{f"ep_size={n}": partial(split_by_transformers, ep_size=n, tp_size=n) for n in (2, 4)},
+    "refused": refused,
 }
 
 

@@ -48,7 +48,7 @@ def spawn() -> Iterator[Spawn]:
 
 
 def save(kind: str, path: Path, **changes: object) -> Path:
-    model = tiny_model(kind, num_hidden_layers=1, hidden_size=1024, head_dim=256, intermediate_size=1024, **changes)
+    model = tiny_model(kind, **{"num_hidden_layers": 1, "hidden_size": 1024, "head_dim": 256, "intermediate_size": 1024, **changes})
     iqtorch.quantize_model(model, Recipe.pure("iq4_ks"), progress=False).save_pretrained(path)  # a format with row headers
     return path
 
@@ -79,6 +79,27 @@ def test_fsdp2_with_packed_shards_on_two_processes(spawn: Spawn, tmp_path: Path)
 )
 def test_fsdp2(spawn: Spawn, mode: str, processes: int, kind: str, tmp_path: Path) -> None:
     spawn(processes, mode, save(kind, tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "kind"),
+    [
+        ("pp_size=2", "llama"),
+        ("fsdp_size=2", "llama"),
+        ("ep_size=2", "mixtral"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [("pp_size=4", "llama"), ("fsdp_size=4", "gpt_oss"), ("fsdp_size=4", "llama"), ("ep_size=4", "mixtral")]
+        ),
+    ],
+)
+def test_split_by_from_pretrained(spawn: Spawn, sizes: str, kind: str, tmp_path: Path) -> None:
+    processes = int(sizes[-1])
+    spawn(processes, sizes, save(kind, tmp_path, num_hidden_layers=processes if "pp" in sizes else 1, num_key_value_heads=4))
+
+
+def test_what_cannot_be_split_is_said(spawn: Spawn, tmp_path: Path) -> None:
+    spawn(3, "refused", save("llama", tmp_path))
 
 
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])

@@ -107,6 +107,25 @@ def test_tied_weights_stay_tied_and_are_packed_once() -> None:
     assert sum(row.name == "lm_head.weight" for row in iqtorch.report(model).rows) == 0
 
 
+def test_a_tie_to_what_cannot_be_packed_is_kept_whole() -> None:
+    class Lookup(nn.Module):  # an embedding of its own kind, as in I-BERT
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(64, 256))
+
+    for names in (("table", "head"), ("head", "table")):  # whichever comes first
+        head = nn.Linear(256, 64, bias=False)
+        parts = {"table": Lookup(), "head": head}
+        head.weight = parts["table"].weight
+        model = nn.ModuleDict({**{name: parts[name] for name in names}, "other": nn.Linear(256, 256), "empty": nn.Linear(0, 64)})
+        iqtorch.quantize_model(model, "q8_0", progress=False)
+        assert model["head"].weight is model["table"].weight and not isinstance(head.weight, IQTensor)
+        assert isinstance(model["other"].weight, IQTensor)
+        reasons = {row.name: row.reason for row in iqtorch.report(model).rows}
+        assert any("tied to" in reason or "Lookup.weight" in reason for name, reason in reasons.items() if name == f"{names[0]}.weight")
+        assert reasons["empty.weight"] == "empty"
+
+
 def test_tied_embedding_takes_the_format_of_the_mix() -> None:
     model = llama(tie_word_embeddings=True, num_hidden_layers=1)
     (site,) = [site for site in find_sites(model)[0] if site.name == "model.embed_tokens.weight"]

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES, replace_layer_number_by_wildcard
 from transformers.distributed.tensor_parallel import TensorParallelLayer
 
+from ..errors import ShapeError, UnsupportedOperationError
 from ..formats import Format
+from ..linear import packed_parameter
 from ..sharding import SHARDS, split_blocks, stored_dim
+from ..tensor import IQTensor
+from .config import StoredTensor
 
 #: Attribute of a module: names of its parameters that will be packed.
 PACKED = "_iqtorch_packed"
@@ -58,12 +65,14 @@ def use_packed_styles(model: Any, names: Iterable[str], plan: dict[str, str]) ->
         path, _, attribute = name.rpartition(".")
         module = model.get_submodule(path)
         module.__dict__.setdefault(PACKED, set()).add(attribute)
-        keys = {replace_layer_number_by_wildcard(name), replace_layer_number_by_wildcard(path)}
+        keys = {replace_layer_number_by_wildcard(name)}
+        if isinstance(module, (nn.Linear, nn.Embedding)):  # experts: the module's style sends tokens to them, the weights have their own
+            keys.add(replace_layer_number_by_wildcard(path))
         (whole if isinstance(module, nn.Embedding) or name in tied else split).update(keys)
     for key, style in list(plan.items()):
         if key in whole:
             del plan[key]
-        elif key in split and not style.startswith("iqtorch_") and style != "moe_tp_experts":
+        elif key in split and not style.startswith("iqtorch_"):
             ALL_PARALLEL_STYLES.register(f"iqtorch_{style}", PackedStyle(ALL_PARALLEL_STYLES[style]))
             plan[key] = f"iqtorch_{style}"
 
@@ -82,3 +91,29 @@ def local_part(module: nn.Module, attribute: str, blocks: Tensor, fmt: Format, t
         parts, rank = mesh.size(axis), mesh.get_local_rank(axis)
         blocks = split_blocks(blocks, fmt, dim, parts, rank, getattr(placement, "split_factor", 1), name)
     return blocks.contiguous()
+
+
+def fsdp_part(model: Any, name: str, blocks: Tensor, stored: StoredTensor, dtype: torch.dtype) -> nn.Parameter:
+    """The parameter for this process's rows (or experts) of a weight's bytes, which transformers has cut for FSDP2 and makes a DTensor of.
+
+    Raises:
+        UnsupportedOperationError: the weight is also split by a tensor-parallel plan.
+        ShapeError: rows that the processes do not divide.
+        CheckpointError: bytes of another size than config.json says.
+    """
+    path, _, attribute = name.rpartition(".")
+    whole = model.get_parameter(name)
+    if attribute in getattr(model.get_submodule(path), SHARDS, {}):
+        raise UnsupportedOperationError(f"{name!r} cannot be split by FSDP2 and a tensor-parallel plan at once: use fsdp_size or tp_size")
+    parts = math.prod(whole.device_mesh.size(axis) for axis, placement in enumerate(whole.placements) if hasattr(placement, "dim"))
+    if stored.shape[0] % parts:
+        raise ShapeError(
+            f"{name!r}: {stored.shape[0]} rows (or experts) cannot be split over {parts} processes; use a number that divides them, or "
+            "load the model without fsdp_size and call fully_shard with ignored_params"
+        )
+    own = replace(stored, shape=(stored.shape[0] // parts, *stored.shape[1:]))
+    own.check(name, blocks)
+    whole.requires_grad_(False)  # which transformers gives to the DTensor
+    # Kept as canonical bytes: they are what is gathered.
+    weight = IQTensor(blocks, stored.format, "torch", own.shape, dtype, stored.transposed)
+    return packed_parameter(weight)

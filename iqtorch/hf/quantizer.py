@@ -201,6 +201,10 @@ class IQQuantizer(HfQuantizer):
             return None
         plan = self.planned[name]
         try:
+            if hasattr(model.get_parameter(name), "device_mesh"):
+                raise UnsupportedOperationError(
+                    f"{name!r} is split over processes before it is quantized: save the packed model, and load that with fsdp_size"
+                )
             matrix = matrix_of(plan.layer, weight)
             matrix = matrix.mT if plan.transposed else matrix
             config, fmt = self.quantization_config, get_format(plan.format)
@@ -227,6 +231,10 @@ class IQQuantizer(HfQuantizer):
             return None
         stored = self.stored[name]
         try:
+            if hasattr(model.get_parameter(name), "device_mesh"):
+                from .parallel import fsdp_part
+
+                return fsdp_part(model, name, blocks, stored, stored.dtype or self.dtype)
             stored.check(name, blocks)
             return self._parameter(
                 model, name, blocks, get_format(stored.format), stored.dtype or self.dtype, stored.transposed, defer=True
@@ -260,10 +268,12 @@ class IQQuantizer(HfQuantizer):
             raise self.error
         if self.on_disk:
             offload(model, self.on_disk)
+        # What a process holds of each: the part of a DTensor (FSDP2), nothing of another stage's layers (pipeline parallelism).
+        here = {name: getattr(p, "_local_tensor", p) for name, p in model.named_parameters(remove_duplicate=False)}
         for name in self.stored:
-            if not isinstance(model.get_parameter(name), IQTensor):
+            if name in here and not isinstance(here[name], IQTensor):
                 raise CheckpointError(f"config.json lists the packed weight {name!r}, no file of the checkpoint has it: a file is missing")
-        for name, parameter in model.named_parameters():
+        for name, parameter in here.items():
             if self.pre_quantized and not isinstance(parameter, IQTensor) and parameter.dtype == torch.uint8:
                 raise CheckpointError(f"the file has packed bytes for {name!r}, which config.json does not list; the checkpoint was edited")
         for module in model.modules():
@@ -283,6 +293,11 @@ class IQQuantizer(HfQuantizer):
 
         Of a model that is split over processes, each has to call this: they put its weights together.
         """
+        if hasattr(model, "_pp_stage"):
+            raise UnsupportedOperationError(
+                "a process of a pipeline (pp_size) has only its own layers, so it cannot save the model; load it without pp_size to save it"
+            )
+        fsdp = getattr(getattr(model.config, "distributed_config", None), "dp_size", 1) > 1  # transformers has cut it for FSDP2
         tensors: dict[str, StoredTensor] = {}
         blocks: dict[int, Tensor] = {}  # tied weights share their bytes, so that they are saved once
         state: dict[str, Tensor] = {}
@@ -293,8 +308,8 @@ class IQQuantizer(HfQuantizer):
                 value = value._local_tensor
             elif isinstance(value, IQTensor):
                 mesh, placements = getattr(model.get_submodule(path), SHARDS, {}).get(attribute, (None, ()))
-            elif mesh is not None and getattr(model.config, "distributed_config", None) is None:
-                value = value.full_tensor()  # split by the user; transformers puts together only what it has split
+            elif mesh is not None and (fsdp or getattr(model.config, "distributed_config", None) is None):
+                value = value.full_tensor()  # what transformers does only for tensor parallelism of its own
             if isinstance(value, IQTensor):
                 if value.is_meta:
                     value = load_offloaded_parameter(model, name)
@@ -307,6 +322,10 @@ class IQQuantizer(HfQuantizer):
         self.quantization_config.tensors = tensors
         # Conversions back to the layout of the model's authors would take the bytes for weights: see update_weight_conversions.
         model._weight_conversions = []
+        if fsdp:  # else it would leave this state and gather packed weights as if they were plain
+            model.gather_sharded_state_dict_for_save = lambda _model, state_dict, *args, save_on_this_rank=True, **kwargs: (
+                state_dict if save_on_this_rank else {}
+            )
         return state, {}
 
     def is_serializable(self, safe_serialization: bool | None = None) -> bool:
