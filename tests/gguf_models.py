@@ -1,12 +1,18 @@
-"""Tiny random models of every family, for the tests of GGUF files."""
+"""Tiny random models of every family and tokenizers of every kind, for the tests of GGUF files."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import nn
+
+import iqtorch
+from iqtorch import IQTensor
+from iqtorch.gguf import GGUFFile, TensorSource, write_gguf
 
 _BASE: dict[str, Any] = {
     "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -44,6 +50,16 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3": ("Phi3Config", {"sliding_window": 64, "pad_token_id": 0}),
     "deepseek-v2": ("DeepseekV2Config", {**_MLA, "q_lora_rank": None}),
     "deepseek-v3": ("DeepseekV3Config", {**_MLA, "q_lora_rank": 32}),
+    "deepseek-yarn": (
+        "DeepseekV3Config",
+        {
+            **_MLA, "q_lora_rank": 32,
+            "rope_parameters": {
+                "rope_type": "yarn", "rope_theta": 10000.0, "factor": 40.0, "original_max_position_embeddings": 32, "mscale": 0.707,
+                "mscale_all_dim": 0.707,
+            },
+        },
+    ),
     "glm4-moe": (
         "Glm4MoeConfig",
         {
@@ -70,3 +86,91 @@ def tiny(name: str, dtype: torch.dtype = torch.bfloat16, seed: int = 0, **settin
 
 def ids(length: int = 24) -> torch.Tensor:
     return torch.randint(3, 96, (2, length), generator=torch.Generator().manual_seed(5))
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        out: torch.Tensor = model(ids()).logits
+    return out
+
+
+def assert_same_weights(found: Any, expected: Any) -> int:
+    """Equal bit for bit, packed or not; returns how many are packed."""
+    ours, theirs = found.state_dict(), expected.state_dict()
+    assert ours.keys() == theirs.keys()
+    packed = 0
+    for name, value in theirs.items():
+        assert type(ours[name]) is type(value), name
+        assert ours[name].dtype == value.dtype, name
+        if isinstance(value, IQTensor):
+            assert ours[name].format is value.format
+            assert torch.equal(ours[name].to_blocks(), value.to_blocks()), name
+            packed += 1
+        else:
+            assert torch.equal(ours[name], value), name
+    return packed
+
+
+def pack(model: Any, recipe: Any = "q8_0") -> Any:
+    recipe = iqtorch.Recipe.pure(recipe) if isinstance(recipe, str) else recipe
+    return iqtorch.quantize_model(model, recipe, progress=False)
+
+
+def rewrite(source: Path, target: Path, change: Any = None, **metadata: Any) -> Path:
+    """A copy of a file with tensors (`change(name, info, data) -> TensorSource or None`) or metadata changed; None removes."""
+    file = GGUFFile(source)
+    merged = {key: file.metadata[key] for key in file.metadata} | {key.replace("__", "."): value for key, value in metadata.items()}
+    sources = []
+    for name, info in file.tensors.items():
+        source_ = TensorSource(name, info.shape, info.format or info.dtype, lambda name=name: file.data(name))
+        source_ = change(name, info, source_) if change else source_
+        if source_ is not None:
+            sources.append(source_)
+    write_gguf(target, {key: value for key, value in merged.items() if value is not None}, sources)
+    return target
+
+
+# -- tokenizers --------------------------------------------------------------------------------------------
+
+TEXT = "Hello  world, it's 12345 o'clock:\n\n  naïve café – 東京 🙂 don't!\ttab <|end|> x"
+
+
+def byte_level(split: str | None = None) -> Any:
+    """A small byte-level BPE tokenizer that cuts text like the models named `split`."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    from iqtorch.gguf.tokenizer import _SPLITS
+
+    backend = Tokenizer(models.BPE())
+    steps = [pre_tokenizers.Split(Regex(p), behavior="isolated") for p in _SPLITS.get(split or "", ())]
+    backend.pre_tokenizer = pre_tokenizers.Sequence([*steps, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not steps)])
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, special_tokens=["<s>", "</s>"], show_progress=False)
+    backend.train_from_iterator([TEXT, Path(iqtorch.__file__).with_name("tensor.py").read_text()], trainer)
+    backend.add_tokens([AddedToken("<|end|>", special=False, normalized=False)])
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+
+
+def sentencepiece(prefix: bool = True) -> Any:
+    """A small BPE tokenizer with byte fallback, as SentencePiece models become."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
+
+    def build(**model: Any) -> Any:
+        backend = Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>", **model))
+        steps = [normalizers.Prepend("\u2581")] if prefix else []
+        backend.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "\u2581")])
+        return backend
+
+    trained = build()
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
+    trained.train_from_iterator(Path(iqtorch.__file__).with_name("tensor.py").read_text().split("\n"), trainers.BpeTrainer(
+        vocab_size=700, special_tokens=special, show_progress=False
+    ))  # fmt: skip
+    model = json.loads(trained.to_str())["model"]
+    backend = build(vocab=model["vocab"], merges=[tuple(m) for m in model["merges"]])
+    backend.add_special_tokens(["<unk>", "<s>", "</s>"])
+    strip = [decoders.Strip(" ", 1, 0)] if prefix else []
+    backend.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
+    backend.post_processor = processors.TemplateProcessing(single="<s>:0 $A:0", pair="<s>:0 $A:0 $B:1", special_tokens=[("<s>", 1)])
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")

@@ -7,6 +7,7 @@ keys mean to the programs that read them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -57,6 +58,7 @@ class Family:
         rotated: rows of q and k are in the order of llama.cpp's interleaved rotary embedding: a permutation within each head.
         norm_shift: files store norm weights plus this (Gemma: transformers adds 1 itself).
         rope_dims: dimensions that are rotated, from the configuration; None = the whole head.
+        yarn: settings of YaRN without a key, as readers of such files have them where they differ from transformers' defaults.
         read: more attributes from a file, given those found so far.
         write: more metadata from a configuration.
         matches: tells families of one architecture apart, by metadata.
@@ -71,6 +73,7 @@ class Family:
     rotated: bool = False
     norm_shift: float = 0.0
     rope_dims: Callable[[Any], int] | None = None
+    yarn: Mapping[str, Any] = field(default_factory=dict)
     read: Callable[[GGUFFile, dict[str, Any]], dict[str, Any]] | None = None
     write: Callable[[Any], dict[str, Any]] | None = None
     matches: Callable[[Mapping[str, Any]], bool] | None = None
@@ -88,35 +91,33 @@ def _partial_dims(config: Any) -> int:
 
 
 def _read_rope(family: Family, file: GGUFFile, config: dict[str, Any]) -> dict[str, Any]:
-    meta = {k.removeprefix(family.arch + ".rope."): file.metadata[k] for k in file.metadata if k.startswith(family.arch + ".rope.")}
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": _short(meta.get("freq_base", 10000.0))}
-    kind = meta.get("scaling.type", "none")
+    prefix = f"{family.arch}.rope."
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": _positive(file, prefix + "freq_base", 10000.0)}
+    kind = file.metadata.get(prefix + "scaling.type", "none")
     if "rope_factors_long.weight" in file.tensors:
         kind = "longrope"
-    factor = _short(meta.get("scaling.factor", 1.0))
+    factor = _positive(file, prefix + "scaling.factor", 1.0)
     if kind == "linear" and factor != 1.0:
         rope |= {"rope_type": "linear", "factor": factor}
     elif kind == "yarn":
-        rope |= {"rope_type": "yarn", "factor": factor}
-        if "scaling.original_context_length" in meta:
-            rope["original_max_position_embeddings"] = meta["scaling.original_context_length"]
+        rope |= {"rope_type": "yarn", "factor": factor, **family.yarn}
     elif kind == "longrope":
         rope |= {"rope_type": "longrope"}
         for part in ("long", "short"):
             rope[f"{part}_factor"] = [_short(v) for v in file.data(f"rope_factors_{part}.weight").float().tolist()]
-        if "scaling.original_context_length" in meta:
-            rope["original_max_position_embeddings"] = meta["scaling.original_context_length"]
-        if "scaling.attn_factor" in meta:
-            rope["attention_factor"] = _short(meta["scaling.attn_factor"])
+        if prefix + "scaling.attn_factor" in file.metadata:
+            rope["attention_factor"] = _positive(file, prefix + "scaling.attn_factor", 1.0)
     elif kind not in ("none", "linear"):
         raise GGUFArchitectureError(f"{file.path}: rope scaling {kind!r} has no transformers form here; pass config=")
+    if kind in ("yarn", "longrope") and prefix + "scaling.original_context_length" in file.metadata:
+        rope["original_max_position_embeddings"] = int(_positive(file, prefix + "scaling.original_context_length", 1))
     if "rope_freqs.weight" in file.tensors:
         rope |= _llama3_from_factors(file, rope["rope_theta"], config)
-    if family.rope_dims is _partial_dims and "dimension_count" in meta:
+    if family.rope_dims is _partial_dims and prefix + "dimension_count" in file.metadata:
         head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-        dims = _plausible(file, f"{family.arch}.rope.dimension_count", meta["dimension_count"])
+        dims = _plausible(file, prefix + "dimension_count", file.metadata[prefix + "dimension_count"])
         if not 0 < dims <= head_dim:
-            raise GGUFMetadataError(f"{file.path}: {family.arch}.rope.dimension_count is {dims}, a head has {head_dim} dimensions")
+            raise GGUFMetadataError(f"{file.path}: {prefix}dimension_count is {dims}, a head has {head_dim} dimensions")
         rope["partial_rotary_factor"] = dims / head_dim
     return {"rope_parameters": rope}
 
@@ -146,19 +147,44 @@ def _write_rope(family: Family, config: Any) -> dict[str, Any]:
     if "full_attention" in rope:
         rope = rope["full_attention"]
     kind = rope.get("rope_type", "default")
+    if kind not in ("default", "linear", "yarn", "longrope", "llama3"):
+        raise GGUFArchitectureError(f"rope type {kind!r} of {config.model_type} has no GGUF form")
+    if rope.get("partial_rotary_factor", 1.0) != 1.0 and family.rope_dims is None:
+        raise GGUFArchitectureError(
+            f"{config.model_type} with partial_rotary_factor={rope['partial_rotary_factor']!r} cannot be written: "
+            f"programs that read {family.arch!r} files rotate whole heads"
+        )
     out: dict[str, Any] = {
         "rope.freq_base": float(rope.get("rope_theta", 10000.0)),
         "rope.dimension_count": (family.rope_dims or _dims)(config),
     }
     if kind in ("linear", "yarn"):
         out |= {"rope.scaling.type": kind, "rope.scaling.factor": float(rope["factor"])}
+    if kind == "yarn":
+        _check_yarn(family, config, rope)
     if kind in ("yarn", "longrope") and rope.get("original_max_position_embeddings"):
         out["rope.scaling.original_context_length"] = int(rope["original_max_position_embeddings"])
     if kind == "longrope" and rope.get("attention_factor"):
         out["rope.scaling.attn_factor"] = float(rope["attention_factor"])
-    if kind not in ("default", "linear", "yarn", "longrope", "llama3"):
-        raise GGUFArchitectureError(f"rope type {kind!r} of {config.model_type} has no GGUF form")
     return out
+
+
+def _check_yarn(family: Family, config: Any, rope: Mapping[str, Any]) -> None:
+    """Programs that read files of most architectures know YaRN by its factor and length alone."""
+    natural = 1 + 0.1 * math.log(max(rope["factor"], 1.0))
+    expected = {"beta_fast": 32, "beta_slow": 1, "truncate": True, **family.yarn}
+    if family.arch == "deepseek2":  # `_write_deepseek` checks mscale
+        expected["attention_factor"] = 1.0
+    else:
+        expected |= {"attention_factor": natural, "mscale": None, "mscale_all_dim": None}
+    for key, value in expected.items():
+        found = rope.get(key)
+        if found is None or found == value or (isinstance(value, float) and math.isclose(found, value, rel_tol=1e-6)):
+            continue
+        raise GGUFArchitectureError(
+            f"{config.model_type} with rope_parameters[{key!r}]={found!r} cannot be written: programs that read {family.arch!r} files "
+            f"assume {value!r}"
+        )
 
 
 def rope_tensors(config: Any) -> dict[str, torch.Tensor]:
@@ -180,7 +206,7 @@ ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_s
 
 def _read_gemma3(file: GGUFFile, config: dict[str, Any]) -> dict[str, Any]:
     rope = dict(config["rope_parameters"])
-    local = _short(file.metadata.get("gemma3.rope.freq_base_swa", 10000.0))
+    local = _positive(file, "gemma3.rope.freq_base_swa", 10000.0)
     return {
         "rope_parameters": {"full_attention": rope, "sliding_attention": {"rope_type": "default", "rope_theta": local}},
         "layer_types": _gemma3_layers(config["num_hidden_layers"]),
@@ -238,6 +264,9 @@ _DEEPSEEK: Keys = (
 )  # fmt: skip
 
 
+_LOG_MULTIPLIER = "deepseek2.rope.scaling.yarn_log_multiplier"
+
+
 def _read_deepseek(file: GGUFFile, config: dict[str, Any]) -> dict[str, Any]:
     meta, heads = file.metadata, config["num_attention_heads"]
     # files that keep the merged heads of MLA name the sizes of a single head apart
@@ -245,29 +274,57 @@ def _read_deepseek(file: GGUFFile, config: dict[str, Any]) -> dict[str, Any]:
     value = meta.get("deepseek2.attention.value_length_mla", meta.get("deepseek2.attention.value_length"))
     if key is None or value is None:
         raise GGUFArchitectureError(f"{file.path}: deepseek2.attention.key_length and value_length are missing; pass config=")
+    rope = dict(config["rope_parameters"])
+    if rope["rope_type"] == "yarn":
+        # Such models scale the scores, not the rotation. Files hold a tenth of the factor of the logarithm.
+        if _LOG_MULTIPLIER in meta:
+            scale = _short(_positive(file, _LOG_MULTIPLIER, 0.1) / 0.1)
+            rope |= {"mscale": scale, "mscale_all_dim": scale}
+        else:
+            rope["attention_factor"] = 1.0
     return {
         "qk_nope_head_dim": key - config["qk_rope_head_dim"], "v_head_dim": value, "num_key_value_heads": heads,
         "q_lora_rank": config.get("q_lora_rank") if "blk.0.attn_q_a.weight" in file.tensors else None,
-        "rope_parameters": {**config["rope_parameters"]},
+        "rope_parameters": rope,
     }  # fmt: skip
 
 
 def _write_deepseek(config: Any) -> dict[str, Any]:
-    return {
+    out: dict[str, Any] = {
         "attention.key_length": config.qk_nope_head_dim + config.qk_rope_head_dim,
         "attention.value_length": config.v_head_dim,
         "expert_gating_func": _SIGMOID if config.model_type == "deepseek_v3" else _SOFTMAX,
+    }
+    rope = config.rope_parameters or {}
+    if rope.get("rope_type") == "yarn":
+        scales = rope.get("mscale") or 0.0, rope.get("mscale_all_dim") or 0.0
+        if scales[0] != scales[1] or (not scales[1] and rope.get("attention_factor") != 1.0):
+            raise GGUFArchitectureError(
+                f"{config.model_type} with YaRN's mscale={rope.get('mscale')!r} and mscale_all_dim={rope.get('mscale_all_dim')!r} cannot "
+                f"be written: programs that read 'deepseek2' files assume that they are equal"
+            )
+        if scales[1]:
+            out["rope.scaling.yarn_log_multiplier"] = 0.1 * scales[1]
+    return out
+
+
+def metadata_of_halves(family: Family, config: Any) -> dict[str, Any]:
+    """What files say whose `attn_kv_b` is in two halves: there is one key-value head, of the latent size; single heads are named apart."""
+    latent = config.kv_lora_rank
+    return {
+        f"{family.arch}.attention.{key}": value
+        for key, value in (
+            ("head_count_kv", 1),
+            ("key_length", latent + config.qk_rope_head_dim),
+            ("value_length", latent),
+            ("key_length_mla", config.qk_nope_head_dim + config.qk_rope_head_dim),
+            ("value_length_mla", config.v_head_dim),
+        )
     }
 
 
 def _gated_by(function: int) -> Callable[[Mapping[str, Any]], bool]:
     return lambda meta: meta.get("deepseek2.expert_gating_func", _SOFTMAX) == function
-
-
-def _read_glm4_moe(file: GGUFFile, config: dict[str, Any]) -> dict[str, Any]:
-    # the file counts the multi-token-prediction layers, transformers does not
-    extra = file.metadata.get("glm4moe.nextn_predict_layers", 0)
-    return {"num_hidden_layers": config["num_hidden_layers"] - extra}
 
 
 def _write_glm4_moe(config: Any) -> dict[str, Any]:
@@ -330,7 +387,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "glm4moe", "glm4_moe", (*_DENSE, *_EXPERTS, *_ROUTED), implied={"hidden_act": "silu"},
         detected={**_BIASES, "use_qk_norm": "blk.0.attn_q_norm.weight"}, rope_dims=_partial_dims,
-        read=_read_glm4_moe, write=_write_glm4_moe,
+        write=_write_glm4_moe,
     ),
 )  # fmt: skip
 
@@ -384,6 +441,9 @@ def config_from_gguf(file: GGUFFile) -> dict[str, Any]:
     missing = [f"{family.arch}.{key}" for key, attribute in _COMMON[:5] if attribute not in config and attribute != "intermediate_size"]
     if missing:
         raise GGUFArchitectureError(f"{file.path}: {', '.join(missing)} missing in the metadata; pass config=")
+    # files count the layers that predict further tokens, transformers does not
+    extra = _plausible(file, f"{family.arch}.nextn_predict_layers", file.metadata.get(f"{family.arch}.nextn_predict_layers", 0))
+    config["num_hidden_layers"] -= min(extra, config["num_hidden_layers"] - 1)
     config.setdefault("num_key_value_heads", config["num_attention_heads"])
     if any(attribute == "head_dim" for _, attribute in family.keys):
         config.setdefault("head_dim", config["hidden_size"] // config["num_attention_heads"])
@@ -401,19 +461,31 @@ def config_from_gguf(file: GGUFFile) -> dict[str, Any]:
 
 
 #: Keys whose numbers are not sizes of anything in the file.
-_NO_SIZES = ("context_length", "sliding_window", "_rank")
+_NO_SIZES = ("context_length", "sliding_window")
+#: Keys whose numbers must not be 0, besides those of rotary embeddings.
+_NOT_ZERO = ("head_count", "head_count_kv", "block_count", "embedding_length", "key_length", "value_length")
 
 
 def _plausible(file: GGUFFile, key: str, value: Any) -> Any:
     """A number of the metadata, if a model of that size could be in the file: a hostile one must not make a huge model."""
     largest = max([len(file.tensors), *(n for info in file.tensors.values() for n in info.shape)], default=0)
-    if key.endswith(_NO_SIZES):
+    if key.endswith("block_count"):
+        largest = len(file.tensors)
+    elif key.endswith(_NO_SIZES):
         largest = (1 << 31) - 1
-    if not isinstance(value, (int, float)) or (isinstance(value, int) and not 0 <= value <= largest):
+    if not isinstance(value, (int, float)) or not math.isfinite(value) or (isinstance(value, int) and not 0 <= value <= largest):
         raise GGUFMetadataError(f"{file.path}: {key} is {value!r:.80}; no tensor of the file is larger than {largest}")
-    if not value and key.endswith(("head_count", "block_count", "embedding_length")):
+    if not value and key.endswith(_NOT_ZERO):
         raise GGUFMetadataError(f"{file.path}: {key} must not be 0")
     return value
+
+
+def _positive(file: GGUFFile, key: str, default: float) -> float:
+    """A positive number of the metadata, as the shortest decimal that means it."""
+    value = file.metadata.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (math.isfinite(value) and value > 0):
+        raise GGUFMetadataError(f"{file.path}: {key} is {value!r:.80}, must be a positive number")
+    return float(_short(value))
 
 
 def metadata_from_config(family: Family, config: Any) -> dict[str, Any]:

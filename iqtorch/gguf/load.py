@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from ..tensor import IQTensor, repack_rows
 from .errors import GGUFArchitectureError, GGUFError, GGUFTensorError
 from .families import config_from_gguf, family_of_file
 from .reader import GGUFFile, TensorInfo
-from .tensors import Binding, bind, check_names, merge_heads, parameter_names, split_heads
+from .tensors import Binding, bind, check_names, merge_heads, merged_halves, parameter_names, use_halves
 
 __all__ = ["load_gguf"]
 
@@ -76,11 +76,13 @@ def model_of(file: GGUFFile, config: Any, dtype: torch.dtype, device: torch.devi
             raise
         except Exception as error:  # transformers checks settings with many kinds of exceptions
             raise GGUFArchitectureError(f"{path}: its metadata make no valid configuration: {error}; pass config=") from error
+    use_halves(model, file)
     wanted = parameter_names(model)
     text = model.config.get_text_config()  # type: ignore[union-attr,operator]
-    bindings = split_heads(bind(wanted, str(file.metadata.get("general.architecture")), family, text), file.tensors, text)
-    check_names(path, bindings, file.tensors)
+    bindings = merged_halves(bind(wanted, str(file.metadata.get("general.architecture")), family, text), file.tensors, text)
+    check_names(path, bindings, _without_prediction(file, text.num_hidden_layers))
     _check_shapes(file, bindings, wanted)
+    _fill_buffers(model)
     places = _places(model)
     for binding in bindings:
         old = wanted[binding.name]
@@ -95,32 +97,28 @@ def model_of(file: GGUFFile, config: Any, dtype: torch.dtype, device: torch.devi
 
 
 def _empty_model(hf: Any, config: Any, dtype: torch.dtype) -> nn.Module:
-    """A model without weights, of a configuration, its dictionary or its folder."""
+    """A model on the meta device, of a configuration, its dictionary or its folder.
+
+    Nothing of it has memory: a file's numbers may be wrong until its tensors have been compared with the model's.
+    """
     if isinstance(config, Mapping):
         attributes = dict(config)
         config = hf.AutoConfig.for_model(attributes.pop("model_type", None), **attributes)
     elif isinstance(config, (str, Path)):
         config = hf.AutoConfig.from_pretrained(config)
-    with _parameters_on_meta():
+    with torch.device("meta"):
         model: nn.Module = hf.AutoModelForCausalLM.from_config(config, dtype=dtype)
     return model
 
 
-@contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    """Modules made inside keep their buffers (rotary frequencies), while parameters get no memory."""
-    register = nn.Module.register_parameter
-
-    def on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        if param is not None and param.device.type != "meta":
-            param = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
-        register(self, name, param)
-
-    nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
+def _fill_buffers(model: Any) -> None:
+    """Computes the buffers that no file holds (rotary frequencies), the way transformers does after loading."""
+    for module in model.modules():
+        for name in module._non_persistent_buffers_set:
+            if module._buffers[name] is not None:
+                module._buffers[name] = torch.empty_like(module._buffers[name], device="cpu")
+        module._is_hf_initialized = False
+    model.initialize_weights()  # parameters are on the meta device, where this costs nothing
 
 
 def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
@@ -133,9 +131,20 @@ def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
     return places
 
 
+def _without_prediction(file: GGUFFile, layers: int) -> dict[str, TensorInfo]:
+    """The tensors without the layers after the last, which predict more than one token ahead: transformers has none."""
+    if not file.metadata.get(f"{file.metadata.get('general.architecture')}.nextn_predict_layers"):
+        return file.tensors
+    number = re.compile(r"blk\.(\d+)\.")
+    extra = {name for name in file.tensors if (match := number.match(name)) and int(match[1]) >= layers}
+    if extra:
+        logger.info("%s: %d tensors of layers that predict further tokens are not loaded", file.path, len(extra))
+    return {name: info for name, info in file.tensors.items() if name not in extra}
+
+
 def _stored_shape(file: GGUFFile, binding: Binding) -> tuple[int, ...]:
     shapes = [file.tensors[name].shape for name in binding.tensors]
-    if binding.absorbed:
+    if binding.merged:
         k, v = (math.prod(shape) for shape in shapes)
         return ((k + v) // shapes[1][-1], shapes[1][-1])
     if len(shapes) == 1:
@@ -146,8 +155,9 @@ def _stored_shape(file: GGUFFile, binding: Binding) -> tuple[int, ...]:
 def _check_shapes(file: GGUFFile, bindings: list[Binding], wanted: Mapping[str, Tensor]) -> None:
     wrong = []
     for binding in bindings:
-        stored, shape = _stored_shape(file, binding), tuple(wanted[binding.name].shape)
-        if [n for n in stored if n != 1] != [n for n in shape if n != 1]:  # files drop dimensions of 1
+        stored, shape = _stored_shape(file, binding), binding.stored_shape(wanted[binding.name])
+        rows = [(math.prod(s[:-1]), s[-1]) if binding.per_head else [n for n in s if n != 1] for s in (stored, shape)]
+        if rows[0] != rows[1]:  # files drop dimensions of 1
             wrong.append(f"{binding.name} is {shape}, {' + '.join(binding.tensors)} {stored}")
     if wrong:
         raise GGUFTensorError(f"{file.path}: {len(wrong)} shapes differ from the configuration's: {'; '.join(wrong[:10])}")
@@ -155,14 +165,13 @@ def _check_shapes(file: GGUFFile, bindings: list[Binding], wanted: Mapping[str, 
 
 def _read(file: GGUFFile, binding: Binding, old: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
     infos = [file.tensors[name] for name in binding.tensors]
-    if binding.absorbed:
-        logger.warning("%s: %s is stored as two halves, one of them transposed: kept as %s, not packed", file.path, binding.name, old.dtype)
-        k, v = (_dequantized(file, info) for info in infos)
+    if binding.merged:
+        k, v = (file.data(info.name) for info in infos)
         return merge_heads(k, v, binding.heads).reshape(old.shape).to(device, old.dtype)
     if all(info.format is None for info in infos):
-        shape = tuple(old.shape)
         stored = binding.to_model([file.data(info.name) for info in infos], rows_at=max(len(infos[0].shape) - 2, 0))
-        return stored.reshape(shape).to(device, old.dtype, copy=True)
+        stored = stored.reshape(binding.stored_shape(old))
+        return (stored.mT.contiguous() if binding.transposed else stored).to(device, old.dtype, copy=True)
     if old.ndim < 2:  # vectors are never packed, whatever a file does
         values = [_dequantized(file, info).flatten() for info in infos]
         return binding.to_model(values, rows_at=0).reshape(old.shape).to(device, old.dtype)
@@ -174,9 +183,10 @@ def _read(file: GGUFFile, binding: Binding, old: Tensor, dtype: torch.dtype, dev
         )
     blocks, fmt = zip(*(_plain_blocks(file, info) for info in infos), strict=True)
     rows = binding.to_model(list(blocks), rows_at=blocks[0].ndim - 2).to(device)
-    weight = IQTensor.from_blocks(rows, fmt[0], dtype)
+    rows = rows.reshape(*binding.stored_shape(old)[:-1], rows.shape[-1])
+    weight = IQTensor.from_blocks(rows, fmt[0], dtype, transposed=binding.transposed)
     if not isinstance(rows, LazyTensor) and weight.packed.untyped_storage().data_ptr() == rows.untyped_storage().data_ptr():
-        weight = IQTensor.from_blocks(rows.clone(), fmt[0], dtype)  # no weight may live in the mapped file
+        weight = IQTensor.from_blocks(rows.clone(), fmt[0], dtype, transposed=binding.transposed)  # no weight may live in the mapped file
     return weight
 
 

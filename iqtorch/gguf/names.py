@@ -47,6 +47,11 @@ def _patterns() -> dict[str, str]:
     return {pattern: gguf.TENSOR_NAMES[tensor] for pattern, tensor in found.items()}
 
 
+def table_spelling(name: str) -> str:
+    """A parameter's name without the levels that the package's tables lack: a text model's in a larger one, halves' of a `SplitKV`."""
+    return re.sub(r"\.kv_b_proj(?=\.[kv]_b_proj\.)", "", name.replace("language_model.", ""))
+
+
 @lru_cache(maxsize=1 << 16)
 def gguf_name(name: str) -> str | None:
     """The GGUF name of a Hugging Face parameter (a GGUF name is its own), or None if no architecture has it.
@@ -57,7 +62,7 @@ def gguf_name(name: str) -> str | None:
         MissingDependencyError: the gguf package is not installed.
     """
     suffix = next((s for s in _SUFFIXES if name.endswith(s)), "")
-    stem = name.removesuffix(suffix).replace("language_model.", "")
+    stem = table_spelling(name).removesuffix(suffix)
     if (layer := _LAYER.search(stem + ".")) is not None:
         stem = f"{stem[: layer.start()]}{{bid}}{stem[layer.end() :]}"
     found = _patterns().get(stem)

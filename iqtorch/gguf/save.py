@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..formats import Format
 from ..tensor import IQTensor
 from .errors import GGUFArchitectureError, GGUFTensorError
-from .families import Family, family_of_config, metadata_from_config, rope_tensors
+from .families import Family, family_of_config, metadata_from_config, metadata_of_halves, rope_tensors
 from .tensors import Binding, bind, parameter_names
 from .tokenizer import metadata_from_tokenizer
 from .writer import TensorSource, write_gguf
@@ -60,9 +60,11 @@ def contents(model: nn.Module, tokenizer: Any = None, name: str | None = None) -
     family = family_of_config(config)
     parameters = parameter_names(model)
     bindings = bind(parameters, family.arch, family, config)
-    sources = [source for binding in bindings for source in _sources(binding, parameters[binding.name])]
+    sources = [source for binding in bindings for source in _sources(binding, parameters[binding.name], config.num_attention_heads)]
     sources += [TensorSource.of(key, value) for key, value in rope_tensors(config).items()]
     metadata = _general(family, config, parameters, name) | metadata_from_config(family, config)
+    if any(binding.transposed for binding in bindings):
+        metadata |= metadata_of_halves(family, config)
     if tokenizer is not None:
         metadata |= metadata_from_tokenizer(tokenizer, config.vocab_size)
     return metadata, sources
@@ -84,23 +86,28 @@ def _general(family: Family, config: Any, parameters: dict[str, Tensor], name: s
     return out if file_type is None else out | {"general.file_type": file_type}
 
 
-def _sources(binding: Binding, value: Tensor) -> list[TensorSource]:
-    """The tensors that a parameter becomes; each makes its data when it is written."""
+def _sources(binding: Binding, value: Tensor, heads: int) -> list[TensorSource]:
+    """The tensors that a parameter becomes; each makes its data when it is written. `heads` are those of attention."""
     kind: Format | torch.dtype
-    shape = tuple(value.shape)
+    shape = binding.stored_shape(value)
     if isinstance(value, IQTensor):
-        if value.transposed:
-            raise GGUFTensorError(f"{binding.name} is stored transposed {shape}, which files of this architecture cannot hold")
+        if value.transposed != binding.transposed:
+            raise GGUFTensorError(f"{binding.name} is stored transposed {tuple(value.shape)}, which files of this architecture cannot hold")
         kind, rows_at = value.format, value.ndim - 2
     else:
         kind, rows_at = _plain_dtype(binding, value), max(value.ndim - 2, 0)
         if len(shape) == 2 and shape[0] == 1:
             shape = shape[1:]  # files hold the gate of a shared expert as a vector
+    if binding.per_head and len(shape) == 2:
+        shape = (heads, shape[0] // heads, shape[1])
     if len(binding.tensors) > 1:
         shape = (*shape[:-2], shape[-2] // len(binding.tensors), shape[-1])
 
     def load(part: int) -> Tensor:
-        rows = value.to_blocks() if isinstance(value, IQTensor) else value.detach().to(_plain_dtype(binding, value))
+        if isinstance(value, IQTensor):
+            rows = value.to_blocks()
+        else:
+            rows = (value.mT if binding.transposed else value).detach().to(_plain_dtype(binding, value))
         return binding.to_file(rows, rows_at)[part]
 
     return [TensorSource(name, shape, kind, lambda part=part: load(part)) for part, name in enumerate(binding.tensors)]  # type: ignore[misc]

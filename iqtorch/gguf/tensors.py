@@ -14,14 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..mla import split_kv
 from .errors import GGUFNameError
 from .families import ROPE_TENSORS, Family
-from .names import gguf_package
+from .names import gguf_package, table_spelling
+from .reader import GGUFFile
 
-__all__ = ["Binding", "bind", "check_names", "merge_heads", "parameter_names", "split_heads"]
+__all__ = ["Binding", "bind", "check_names", "merge_heads", "merged_halves", "parameter_names", "use_halves"]
 
 _SUFFIXES = (".weight", ".bias")
+#: The halves of `attn_kv_b`.
+KEYS, VALUES = "attn_k_b", "attn_v_b"
 _MERGED = re.compile(r"^(?P<prefix>.*\.)?layers\.(?P<layer>\d+)\..*experts\.gate_up_proj$")
+_KV = re.compile(r"(?:^|.*\.)layers\.(?P<layer>\d+)\..*kv_b_proj$")
 _CORRECTION = re.compile(r"^.*layers\.(?P<layer>\d+)\.mlp\.(gate\.)?e_score_correction_bias$")
 
 
@@ -34,15 +39,26 @@ class Binding:
         tensors: of the file; several are parts of its rows, one after the other.
         heads: rows are permuted within this many heads; 0 = not at all.
         shift: the file's values are larger by this.
-        absorbed: the tensors are `attn_k_b`, transposed within each head, and `attn_v_b`: the columns of one are the rows of the
-            other, so this parameter (MLA's `kv_b_proj`, a small one) cannot stay packed.
+        merged: the tensors are `attn_k_b`, transposed within each head, and `attn_v_b`, both not quantized: one `kv_b_proj`.
+        transposed: the tensor is the parameter with its last two dimensions exchanged (`attn_k_b`).
     """
 
     name: str
     tensors: tuple[str, ...]
     heads: int = 0
     shift: float = 0.0
-    absorbed: bool = False
+    merged: bool = False
+    transposed: bool = False
+
+    @property
+    def per_head(self) -> bool:
+        """Whether files may hold the heads one below the other, or in a dimension of their own."""
+        return self.tensors[0].endswith((f"{KEYS}.weight", f"{VALUES}.weight"))
+
+    def stored_shape(self, value: Tensor) -> tuple[int, ...]:
+        """The shape that the parameter's values have in a file."""
+        shape = tuple(value.shape)
+        return (*shape[:-2], shape[-1], shape[-2]) if self.transposed else shape
 
     def to_model(self, parts: list[Tensor], rows_at: int) -> Tensor:
         """Rows (in dimension `rows_at`) as the model has them, from those of the tensors."""
@@ -93,14 +109,14 @@ def bind(names: Iterable[str], arch: str, family: Family | None, config: Any) ->
         if family is not None and family.rotated and (match := re.search(r"\.attn_([qk])\.", tensors[0])):
             heads = config.num_attention_heads if match[1] == "q" else config.num_key_value_heads
         shift = family.norm_shift if family is not None and tensors[0].endswith("norm.weight") else 0.0
-        bindings.append(Binding(name, tensors, heads, shift))
+        bindings.append(Binding(name, tensors, heads, shift, transposed=tensors[0].endswith(f"{KEYS}.weight")))
     if unknown:
         raise GGUFNameError(f"{len(unknown)} parameters have no name in {arch!r} files: {_listed(unknown)}")
     return bindings
 
 
 def _tensor_names(name: str, table: Any) -> tuple[str, ...]:
-    name = name.replace("language_model.", "")
+    name = table_spelling(name)
     if match := _CORRECTION.match(name):
         return (f"blk.{match['layer']}.exp_probs_b.bias",)
     if match := _MERGED.match(name):
@@ -112,14 +128,26 @@ def _tensor_names(name: str, table: Any) -> tuple[str, ...]:
     return (found + (suffix or ".weight"),)
 
 
-def split_heads(bindings: Iterable[Binding], present: Mapping[str, Any], config: Any) -> list[Binding]:
-    """Bindings for files that hold `attn_kv_b` of MLA only as its two halves, as newer llama.cpp writes them."""
+def use_halves(model: torch.nn.Module, file: GGUFFile) -> None:
+    """Makes room in a model for packed halves of MLA's `kv_b_proj`, where a file has no whole one."""
+    names = []
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and (match := _KV.match(name)):
+            halves = [file.tensors.get(f"blk.{match['layer']}.{half}.weight") for half in (KEYS, VALUES)]
+            whole = f"blk.{match['layer']}.attn_kv_b.weight" in file.tensors
+            if not whole and any(half is not None and half.format is not None for half in halves):
+                names.append(f"{name}.k_b_proj.weight")
+    split_kv(model, names)
+
+
+def merged_halves(bindings: Iterable[Binding], present: Mapping[str, Any], config: Any) -> list[Binding]:
+    """Bindings for files that hold MLA's `attn_kv_b` only as two halves that are not quantized."""
     out = []
     for binding in bindings:
         whole = binding.tensors[0]
-        halves = tuple(whole.replace("attn_kv_b", half) for half in ("attn_k_b", "attn_v_b"))
+        halves = tuple(whole.replace("attn_kv_b", half) for half in (KEYS, VALUES))
         if whole.endswith("attn_kv_b.weight") and whole not in present and all(half in present for half in halves):
-            binding = Binding(binding.name, halves, heads=config.num_attention_heads, absorbed=True)
+            binding = Binding(binding.name, halves, heads=config.num_attention_heads, merged=True)
         out.append(binding)
     return out
 
@@ -152,7 +180,7 @@ def _derived(name: str, wanted: set[str]) -> bool:
     """Whether a tensor only repeats what others, or the metadata, say."""
     if name in ROPE_TENSORS or name.endswith("attn_rot_embd.weight"):
         return True
-    return any(name.endswith(f"{half}.weight") and name.replace(half, "attn_kv_b") in wanted for half in ("attn_k_b", "attn_v_b"))
+    return any(name.endswith(f"{half}.weight") and name.replace(half, "attn_kv_b") in wanted for half in (KEYS, VALUES))
 
 
 def _listed(names: list[str], most: int = 20) -> str:
