@@ -181,10 +181,9 @@ def feedback(
     lower: Tensor,
     form: Tensor,
     square: Tensor,
-    wanted: tuple[Tensor, Tensor, Tensor, Tensor],
-    scales: tuple[Tensor, Tensor, Tensor, Tensor],
-    state: tuple[Tensor, Tensor, Tensor],
-    out: tuple[Tensor, Tensor, Tensor, Tensor],
+    weight: Tensor,
+    scales: list[tuple[Tensor, Tensor, Tensor, Tensor]],
+    out: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
 ) -> None:
     """`Rounding._round_block`, compiled (csrc/feedback.inl), for some whole groups of columns.
 
@@ -192,32 +191,35 @@ def feedback(
         order: int64 `[B]`: the columns.
         lower, form: their part of the metric, `[B, B]` and `[B / vec, vec, vec]`.
         square: what `squares` makes of `form`.
-        wanted: float32: targets and weights `[B, R]`; `d` and `dmin` of each group `[G, R]`.
-        scales: values by rank, and neighbours of each rank `[S, count]`; the same for minima.
-        state: int32 `[G, R]` ranks of scale and minimum, and variants; overwritten.
-        out: codes int32 `[B / vec, R]`, values and errors float32 `[B, R]`; costs `[R]`, added to.
+        weight: float32 `[B, R]`.
+        scales: of `feedback.Scales`, and of those of the minima, if there are any: `unit` `[1 or steps, G, R]`, `value`, `near`, and
+            `rank` `[G, R]`, which is overwritten.
+        out: targets float32 `[B, R]`, overwritten with what remains of them (z); variants int32 `[G, R]`, codes int32 `[B / vec, R]`,
+            values and errors float32 `[B, R]`.
     """
+    empty = torch.zeros(0)
+    scale, minimum = [*scales, (empty, empty, empty.int(), empty.int())][:2]
     near = nearest(fmt, torch.device("cpu"))
     table = near if isinstance(near, TableNearest) else None
     kinds = fmt.codebook.variants if fmt.variant_size == fmt.group_size else 1
     entries = fmt.codebook.entries * (fmt.codebook.variants // kinds)
     signs = "none" if "sign" not in fmt.fields else "even" if fmt.sign_parity else "free"
-    none = torch.zeros(0, dtype=torch.int32)
+    none = empty.int()
     word = torch.tensor(parity_words(table, order % fmt.group_size), dtype=torch.int32) if table and fmt.code_parity else none
     lookup = table.lookup if table else None
     torch.ops.iqtorch_cpu.feedback(
-        *wanted,
+        weight,
         lower.contiguous(),
         form,
         square,
         _book(fmt, kinds),
-        *scales,
+        *scale,
+        *minimum,
         lookup.index if lookup else none,
-        lookup.value if lookup else form[:0].flatten(),
+        lookup.value if lookup else empty,
         table.other if table and fmt.code_parity else none,
         table.odd.to(torch.int32) if table and fmt.code_parity else none,
         word,
-        *state,
         *out,
         [fmt.group_size, fmt.vec, entries, kinds, lookup.cells if lookup else 0, SIGNS[signs], shortlist],
         [lookup.low, lookup.high] if lookup else [0.0, 0.0],

@@ -42,17 +42,19 @@ ROWS = {"cpu": 1 << 10, "gpu": 1 << 13}
 
 @dataclass(frozen=True)
 class Feedback:
-    """How hard to try: `passes` over the columns, neighbouring scales (and minima) tried on each side and the relative distance
-    between them, entries of a codebook with separate signs compared in full. Codebooks of thousands of entries, which fit any scale
-    well and take long, get fewer scales."""
+    """How hard to try: neighbouring scales (and minima) tried on each side and the relative distance between them, entries of a
+    codebook with separate signs compared in full. Codebooks of thousands of entries, which fit any scale well and take long, get fewer
+    scales; affine formats, which combine them with minima, too."""
 
-    passes: int = 2
-    reach: int = 4
+    reach: int = 5
+    min_reach: int = 3
     stride: float = 0.03
     shortlist: int = 32
 
     def for_format(self, fmt: Format) -> Feedback:
-        return replace(self, reach=min(self.reach, 1)) if fmt.codebook.entries >= CELL_SEARCH_ENTRIES else self
+        if fmt.codebook.entries >= CELL_SEARCH_ENTRIES:
+            return replace(self, reach=min(self.reach, 1))
+        return replace(self, reach=min(self.reach, 3)) if fmt.affine else self
 
 
 def encode_with_feedback(
@@ -124,9 +126,10 @@ def unit_factor(form: Tensor, step: int) -> tuple[Tensor, Tensor]:
 
 def damped(form: Tensor, damping: float) -> Tensor:
     """float64, with `damping` times the mean of its diagonal (1 if that is zero) added to the diagonal."""
-    wide = form.to(torch.float64)
+    wide = form.to(torch.float64, copy=True)
     mean = wide.diagonal().mean()
-    return wide + torch.diag((damping * torch.where(mean > 0, mean, 1.0)).expand(len(wide)))
+    wide.diagonal().add_(damping * torch.where(mean > 0, mean, 1.0))
+    return wide
 
 
 class Metric:
@@ -141,9 +144,8 @@ class Metric:
 
     def __init__(self, moments: Tensor, fmt: Format, damping: float) -> None:
         self.importance = moments.diagonal().float().contiguous()
-        wide = damped(moments, damping)
-        self.order = rounding_order(wide.diagonal(), fmt)
-        wide = wide[self.order][:, self.order]
+        self.order = rounding_order(moments.diagonal(), fmt)
+        wide = damped(moments[self.order][:, self.order], damping)
         unit, form = unit_factor(wide, fmt.vec)
         self.moments = wide.float()
         #: `[K, K]`, L transposed: row j is what the errors of all columns before add to column j.
@@ -179,10 +181,9 @@ class RowFeedback:
     """
 
     def __init__(self, curvature: Tensor, damping: float) -> None:
-        wide = damped(curvature, damping)
-        self.step = max(16, len(wide) // 64)
-        self.order = wide.diagonal().argsort(descending=True, stable=True)
-        wide = wide[self.order][:, self.order]
+        self.step = max(16, len(curvature) // 64)
+        self.order = curvature.diagonal().argsort(descending=True, stable=True)
+        wide = damped(curvature[self.order][:, self.order], damping)
         #: `[N, N]`, L
         self.unit = unit_factor(wide, self.step)[0].float()
 
@@ -207,11 +208,50 @@ def neighbours(grid: ScaleGrid, reach: int, stride: float) -> Tensor:
     rank = torch.arange(grid.count, device=grid.sorted.device, dtype=torch.int32)
     value = grid.value(rank)
     found = []
-    for i in range(-reach, reach + 1) if grid.count > 1 else (0,):
+    for i in range(-reach, reach + 1):
         there = grid.rank(value * (1 + i * stride))
         away = torch.where((there - rank).abs() < abs(i), rank + torch.where(value < 0, -i, i), there)
         found.append((away if i else rank).clamp(0, grid.count - 1))
     return torch.stack(found).to(torch.int32)
+
+
+class Scales:
+    """The scales (or minima) of the groups, and those that are tried instead: `unit * value[rank]`.
+
+    Where groups store an integer, `unit` is what they share, and the neighbours of that integer are tried. Where each group has a
+    float of its own, floats near it are tried: there is a `unit` for each rank.
+
+    Attributes:
+        unit: float32 `[1 or steps, U, rows]`: `d` (or `dmin`).
+        value: float32 `[count]`, by rank.
+        near: int32 `[steps, count]`: the ranks to try, for each rank.
+        rank: int32 `[G, rows]`.
+    """
+
+    def __init__(self, unit: Tensor, rank: Tensor | None, grid: ScaleGrid, stored: StoredFloat, reach: int, stride: float) -> None:
+        self.grid, self.stored = grid, stored
+        if rank is not None:
+            self.unit, self.value, self.rank = unit[None], grid.sorted, rank.contiguous()
+            self.near = neighbours(grid, reach, stride)
+            return
+        away = torch.arange(-reach, reach + 1, device=unit.device)
+        factors = 2.0 ** away[away.abs() <= 1] if stored.kind == "e8m0" else 1 + away * stride  # e8m0 has powers of two only
+        self.unit = torch.stack([stored.round(unit * f) for f in factors.tolist()])
+        self.value = grid.sorted.expand(len(factors)).contiguous()
+        self.rank = torch.full_like(unit, len(factors) // 2, dtype=torch.int32)
+        self.near = torch.arange(len(factors), device=unit.device, dtype=torch.int32)[:, None].expand(-1, len(factors)).contiguous()
+
+    def of(self, rank: Tensor, unit: Tensor | int) -> Tensor:
+        """The scales of some ranks `[.., rows]`, of groups whose `unit` is given."""
+        own = self.unit[:, unit]
+        return (own[0] if len(own) == 1 else own.gather(0, rank.long().view(-1, *own.shape[1:])).view(rank.shape)) * self.value[rank.long()]
+
+    def settle(self, unit_of: Tensor) -> None:
+        """Gives up the ranks that were not chosen, where each has a `unit` of its own."""
+        if len(self.unit) > 1:
+            chosen = self.unit[:, unit_of].gather(0, self.rank[None].long())
+            self.unit = chosen[:, unit_of.argsort()]
+            self.value, self.rank = self.value[:1], torch.zeros_like(self.rank)
 
 
 class Rounding:
@@ -227,69 +267,59 @@ class Rounding:
         per_row = "d" not in fmt.fields
         #: which `d` each group uses, in rounding order
         self.unit_of = torch.zeros_like(self.group_order) if per_row else self.group_order // (fmt.block_size // self.n)
+        self.units = self.unit_of.tolist()
         # As in `encode`: rows are scaled by powers of two to about 1.
         self.exponent = torch.frexp(weight.abs().amax(1)).exponent.clamp(-120, 126).to(torch.int32)
         self.x = torch.ldexp(weight, -self.exponent[:, None])[:, order].T.contiguous()
         self.stored = StoredFloat(fmt.d_kind, self.exponent)
-        self.scales = ScaleGrid(fmt.scale_values, fmt.unit * fmt.runtime_scale, device)
-        self.minima = ScaleGrid(fmt.min_values, fmt.runtime_scale, device) if fmt.affine else None
-        # Every scale is tried with every minimum, so there are fewer of the latter.
-        self.scale_near = neighbours(self.scales, effort.reach, effort.stride)
-        self.min_near = neighbours(self.minima, effort.reach // 2, effort.stride) if self.minima else self.scale_near[:1, :1]
         self.kinds = fmt.codebook.variants if fmt.variant_size == self.n else 1
         parts = fmt.unpack(blocks)
-        values = fmt.values(parts)[:, order].T.contiguous()
+        self.scales = self._scales(parts, "d", "scale", ScaleGrid(fmt.scale_values, fmt.unit * fmt.runtime_scale, device), effort.reach)
+        self.minima = None
+        if fmt.affine:
+            self.minima = self._scales(parts, "dmin", "min", ScaleGrid(fmt.min_values, fmt.runtime_scale, device), effort.min_reach)
+        groups = (len(self.group_order), rows)
+        self.kind = self._grouped(parts["variant"]).contiguous() if self.kinds > 1 else self.x.new_zeros(groups, dtype=torch.int32)
+        self.value = torch.empty_like(self.x)
+        self.code = torch.empty((k // fmt.vec, rows), dtype=torch.int32, device=device)
 
-        def grouped(name: str) -> Tensor:
-            if name not in parts:
-                return torch.zeros((len(self.group_order), rows), dtype=torch.int32, device=device)
-            return parts[name].T[self.group_order]
+    def _grouped(self, part: Tensor) -> Tensor:
+        """`[rows, G]` in storage order -> `[G, rows]` in rounding order."""
+        return part.T[self.group_order]
 
-        def ranks(name: str, grid: ScaleGrid) -> Tensor:
-            return grid.stored.argsort().to(torch.int32)[grouped(name).long()].contiguous()
-
-        self.state = {
-            "d": torch.ldexp(bits_to_float(parts["d"], fmt.d_kind), -self.exponent[:, None]).T.contiguous(),
-            "scale": ranks("scale", self.scales),
-            "kind": grouped("variant" if self.kinds > 1 else "").contiguous(),
-            "value": values,
-            "code": torch.zeros((k // fmt.vec, rows), dtype=torch.int32, device=device),
-        }
-        if self.minima is not None:
-            self.state["dmin"] = torch.ldexp(bits_to_float(parts["dmin"], fmt.d_kind), -self.exponent[:, None]).T.contiguous()
-            self.state["min"] = ranks("min", self.minima)
+    def _scales(self, parts: Parts, unit: str, rank: str, grid: ScaleGrid, reach: int) -> Scales:
+        d = torch.ldexp(bits_to_float(parts[unit], self.fmt.d_kind), -self.exponent[:, None])
+        if rank not in parts:
+            return Scales(d.T.contiguous(), None, grid, self.stored, reach, self.effort.stride)
+        ranks = grid.stored.argsort().to(torch.int32)[self._grouped(parts[rank]).long()]
+        return Scales(d.T.contiguous(), ranks, grid, self.stored, reach, self.effort.stride)
 
     # -- the passes ----------------------------------------------------------------------------------------
 
     def run(self, objective: Objective) -> None:
-        best: dict[str, Tensor] = {}
-        least = torch.full((self.rows,), float("inf"), device=self.x.device)
-        for _ in range(self.effort.passes):
-            cost = self.refit(self.sweep())
-            better = cost < least
-            least = torch.where(better, cost, least)
-            best = {name: torch.where(better, now, best.get(name, now)) for name, now in self.state.items()}
-            self.state = dict(best)
+        self.sweep()
+        for scales in self._both():
+            scales.settle(self.unit_of)
         if objective == "model":
             self.unshrink()
 
-    def sweep(self) -> Tensor:
-        """Rounds all columns once, with `d` (and `dmin`) as they are; the error that it leaves in each row."""
-        x = self.x.clone()
-        total = torch.zeros(self.rows, device=x.device)
-        round_block = self._round_block_compiled if compiled.available(x.device) else self._round_block
+    def _both(self) -> list[Scales]:
+        return [self.scales] if self.minima is None else [self.scales, self.minima]
+
+    def sweep(self) -> None:
+        """Rounds all columns, and leaves in `rest` what each column is off by together with the errors before it: z."""
+        self.rest = self.x.clone()
+        round_block = self._round_block_compiled if compiled.available(self.x.device) else self._round_block
         for start in range(0, self.columns, BLOCK):
             stop = min(start + BLOCK, self.columns)
-            error = torch.empty_like(x[start:stop])
-            round_block(x, start, stop, error, total)
-            x[stop:].addmm_(self.metric.lower[stop:, start:stop], error)
-        return total
+            error = torch.empty_like(self.rest[start:stop])
+            round_block(start, stop, error)
+            self.rest[stop:].addmm_(self.metric.lower[stop:, start:stop], error)
 
-    def _round_block_compiled(self, x: Tensor, start: int, stop: int, error: Tensor, total: Tensor) -> None:
-        n, v, state = self.n, self.fmt.vec, self.state
+    def _round_block_compiled(self, start: int, stop: int, error: Tensor) -> None:
+        n, v = self.n, self.fmt.vec
         groups, steps = slice(start // n, stop // n), slice(start // v, stop // v)
         unit = self.unit_of[groups]
-        nothing = x[:0]
         compiled.feedback(
             self.fmt,
             self.effort.shortlist,
@@ -297,36 +327,35 @@ class Rounding:
             self.metric.lower[start:stop, start:stop],
             self.metric.form[steps],
             self.metric.cached(f"square {start}", lambda: compiled.squares(self.fmt, self.metric.form[steps])),
-            (x[start:stop], self.x[start:stop], state["d"][unit], state["dmin"][unit] if self.minima else nothing),
-            (self.scales.sorted, self.scale_near, self.minima.sorted if self.minima else nothing, self.min_near),
-            (state["scale"][groups], state["min"][groups] if self.minima else state["kind"][:0], state["kind"][groups]),
-            (state["code"][steps], state["value"][start:stop], error, total),
+            self.x[start:stop],
+            [(s.unit[:, unit], s.value, s.near, s.rank[groups]) for s in self._both()],
+            (self.rest[start:stop], self.kind[groups], self.code[steps], self.value[start:stop], error),
         )
 
-    def _round_block(self, x: Tensor, start: int, stop: int, error: Tensor, total: Tensor) -> None:
-        """The same in torch: the oracle, and what other devices run. `error` is written, `total` added to."""
+    def _round_block(self, start: int, stop: int, error: Tensor) -> None:
+        """The same in torch: the oracle, and what other devices run. `error` is written."""
         if not hasattr(self, "chooser"):
             self.chooser = make_chooser(self.fmt, self.metric, self.effort)
         lower, n = self.metric.lower, self.n
         for a in range(start, stop, n):
             b = a + n
             own = error[a - start : b - start]
-            own.copy_(self._round_group(x[a:b], a // n, total))
-            x[b:stop].addmm_(lower[b:stop, a:b], own)
+            own.copy_(self._round_group(a // n))
+            self.rest[b:stop].addmm_(lower[b:stop, a:b], own)
 
-    def _round_group(self, x: Tensor, group: int, total: Tensor) -> Tensor:
-        """Rounds the columns `x` `[n, rows]` of a group with each candidate scale and keeps the best; returns the errors."""
+    def _round_group(self, group: int) -> Tensor:
+        """Rounds the columns of a group with each candidate scale and keeps the best; returns the errors."""
         n, rows, v = self.n, self.rows, self.fmt.vec
-        unit, first = int(self.unit_of[group]), group * n
+        unit, first = self.units[group], group * n
         scale_rank, min_rank, kind = self._candidates(group)
         candidates = len(scale_rank)
-        s = (self.state["d"][unit] * self.scales.value(scale_rank)).flatten()
-        x, w = (t[:, None].expand(n, candidates, rows).reshape(n, -1) for t in (x, self.x[first : first + n]))
+        s = self.scales.of(scale_rank, unit).flatten()
+        x, w = (t[:, None].expand(n, candidates, rows).reshape(n, -1) for t in (self.rest[first : first + n], self.x[first : first + n]))
         if self.minima is not None:
-            low = (self.state["dmin"][unit] * self.minima.value(min_rank)).flatten()
+            low = self.minima.of(min_rank, unit).flatten()
             x, w = x + low, w + low
         lower, form = self.metric.lower[first : first + n, first : first + n], self.metric.form
-        error, values = torch.empty_like(x), torch.empty_like(x)
+        error, left, values = (torch.empty_like(x) for _ in range(3))
         codes = torch.empty((n // v, x.shape[1]), dtype=torch.int32, device=x.device)
         cost = torch.zeros_like(s)
         self.chooser.enter(group, s, kind.flatten())
@@ -334,103 +363,58 @@ class Rounding:
             step = (first + j) // v
             codes[j // v], value = self.chooser.choose(step, j, x[j : j + v])
             values[j : j + v] = value
-            left = torch.addcmul(x[j : j + v], value, s, value=-1)
-            cost += ((form[step] @ left) * left).sum(0)
+            left[j : j + v] = torch.addcmul(x[j : j + v], value, s, value=-1)
+            cost += ((form[step] @ left[j : j + v]) * left[j : j + v]).sum(0)
             error[j : j + v] = torch.addcmul(w[j : j + v], value, s, value=-1)
             x[j + v :].addmm_(lower[j + v :, j : j + v], error[j : j + v])
-        least, best = cost.view(candidates, rows).min(0, keepdim=True)
-        total += least[0]
+        best = cost.view(candidates, rows).argmin(0, keepdim=True)
 
         def pick(t: Tensor) -> Tensor:
             return t.view(-1, candidates, rows).gather(1, best[None].expand(t.shape[0], 1, rows))[:, 0]
 
-        self.state["value"][first : first + n] = pick(values)
-        self.state["code"][first // v : (first + n) // v] = pick(codes)
-        for name, ranks in (("scale", scale_rank), ("min", min_rank), ("kind", kind)):
-            if name in self.state:
-                self.state[name][group] = ranks.gather(0, best)[0]
+        self.rest[first : first + n] = pick(left)
+        self.value[first : first + n] = pick(values)
+        self.code[first // v : (first + n) // v] = pick(codes)
+        self.kind[group] = kind.gather(0, best)[0]
+        for scales, ranks in zip(self._both(), (scale_rank, min_rank), strict=False):
+            scales.rank[group] = ranks.gather(0, best)[0]
         return pick(error)
 
     def _candidates(self, group: int) -> tuple[Tensor, Tensor, Tensor]:
         """Ranks of scale and minimum, and variants: `[candidates, rows]` each."""
-        scale = list(self.scale_near[:, self.state["scale"][group].long()])
-        low = list(self.min_near[:, self.state["min"][group].long()]) if self.minima is not None else [torch.zeros_like(scale[0])]
-        found = list(product(range(self.kinds), scale, low))
+        scale, *low = [s.near[:, s.rank[group].long()] for s in self._both()]
+        found = list(product(range(self.kinds), scale, low[0] if low else scale[:1]))
         return (
             torch.stack([s for _, s, _ in found]),
             torch.stack([m for _, _, m in found]),
             torch.tensor([k for k, _, _ in found], device=self.x.device, dtype=torch.int32)[:, None].expand(-1, self.rows),
         )
 
-    # -- d and dmin ----------------------------------------------------------------------------------------
+    # -- result --------------------------------------------------------------------------------------------
 
     def _effective(self) -> Tensor:
         """Weights as decoded, `[K, rows]`."""
-        s, low = self._group_scales()
-        q = (self.state["value"].unflatten(0, (-1, self.n)) * s[:, None]).flatten(0, 1)
-        return q if low is None else (q.unflatten(0, (-1, self.n)) - low[:, None]).flatten(0, 1)
-
-    def _group_scales(self) -> tuple[Tensor, Tensor | None]:
-        s = self.state["d"][self.unit_of] * self.scales.value(self.state["scale"])
-        if self.minima is None:
-            return s, None
-        return s, self.state["dmin"][self.unit_of] * self.minima.value(self.state["min"])
-
-    def refit(self, cost: Tensor) -> Tensor:
-        """Moves each `d` (and `dmin`) to the storable optimum for the integers of now, one after the other; `cost` of each row before,
-        and after."""
-        error = self.x - self._effective()
-        for unit, (groups, index, own, inner) in enumerate(self.metric.cached("units", self._units)):
-            pull = own @ error
-            direction = [self._direction("value", self.scales, "scale", groups)]
-            if self.minima is not None:
-                direction.append(self._direction("", self.minima, "min", groups))
-            names = ("d", "dmin")[: len(direction)]
-            seen = [inner @ b for b in direction]
-            gradient = [(pull * b).sum(0) for b in direction]
-            form = [[(a * b).sum(0) for b in direction] for a in seen]
-            moves = []
-            for name, move in zip(names, _solve(gradient, form), strict=True):
-                old = self.state[name][unit].clone()
-                self.state[name][unit] = self.stored.round(old + move)
-                moves.append(self.state[name][unit] - old)
-            for i, move in enumerate(moves):
-                error[index] = torch.addcmul(error[index], direction[i], move, value=-1)
-                cost = cost - 2 * gradient[i] * move + sum(form[i][j] * move * moves[j] for j in range(len(moves)))
-        return cost
-
-    def _units(self) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """For each `d`: its groups, their columns, and the moments of these with all columns and with each other."""
-        moments, found = self.metric.moments, []
-        columns = torch.arange(self.columns, device=self.x.device).view(-1, self.n)
-        for unit in range(len(self.state["d"])):
-            groups = (self.unit_of == unit).nonzero()[:, 0]
-            index = columns[groups].flatten()
-            own = moments if len(index) == self.columns else moments[index]
-            found.append((groups, index, own, own if own is moments else own[:, index]))
-        return found
-
-    def _direction(self, values: str, grid: ScaleGrid, ranks: str, groups: Tensor) -> Tensor:
-        """How the weights of some groups change with `d` (or `dmin`)."""
-        each = grid.value(self.state[ranks][groups])[:, None].expand(-1, self.n, -1)
-        if not values:
-            return -each.flatten(0, 1)
-        return (each * self.state[values].unflatten(0, (-1, self.n))[groups]).flatten(0, 1)
+        found = self.value.unflatten(0, (-1, self.n)) * self.scales.of(self.scales.rank, self.unit_of)[:, None]
+        if self.minima is not None:
+            found = found - self.minima.of(self.minima.rank, self.unit_of)[:, None]
+        return found.flatten(0, 1)
 
     def unshrink(self) -> None:
-        """As in `encode`: one factor per row, so that outputs are not too small on average; measured by the moments."""
-        seen = self.metric.moments @ self.x
-        kept = divide((seen * self._effective()).sum(0), (seen * self.x).sum(0))
+        """As in `encode`: one factor per row, so that outputs are not too small on average; measured by the moments. With u = L^T w,
+        and z = L^T e from the sweep, w H w = u D u and w H e = u D z."""
+        metric, step = self.metric, self.fmt.vec
+        u = torch.zeros_like(self.x)
+        for start in range(0, self.columns, BLOCK):
+            u[start:].addmm_(metric.lower[start:, start : start + BLOCK], self.x[start : start + BLOCK])
+        seen = (metric.form @ u.unflatten(0, (-1, step))).flatten(0, 1)
+        kept = 1 - divide((seen * self.rest).sum(0), (seen * u).sum(0))
         factor = torch.where(kept > 1 / LARGEST_FACTOR, 1 / kept, 1.0).clamp(min=1.0)
-        for name in ("d", "dmin"):
-            if name in self.state:
-                self.state[name] = self.stored.round(self.state[name] * factor)
+        for scales in self._both():
+            scales.unit = self.stored.round(scales.unit * factor)
 
     def decoded(self) -> Tensor:
         """Weights as decoded, `[rows, K]` in their natural order and size."""
         return torch.ldexp(self._effective().T[:, self.metric.order.argsort()], self.exponent[:, None])
-
-    # -- result --------------------------------------------------------------------------------------------
 
     def blocks(self) -> Tensor:
         fmt, rows = self.fmt, self.rows
@@ -438,29 +422,18 @@ class Rounding:
         groups = self.group_order.argsort()
         steps = (self.metric.order[:: fmt.vec] // fmt.vec).argsort()
         parts: Parts = {}
-        for name in ("d", "dmin"):
-            if name in self.state:
-                parts[name] = self.stored.bits(self.state[name]).T
-        code = self.state["code"][steps].T.to(torch.int32)
-        variant = self.state["kind"][groups].T.to(torch.int32)
+        for scales, name in zip(self._both(), ("d", "dmin"), strict=False):
+            parts[name] = self.stored.bits(scales.unit[0]).T
+        code = self.code[steps].T
+        variant = self.kind[groups].T
         if "variant" in fmt.fields and fmt.variant_size == fmt.vec:
             variant, code = code // fmt.codebook.entries, code % fmt.codebook.entries
         parts["code"] = code
-        found = {"scale": self.scales.stored[self.state["scale"][groups].T], "variant": variant}
-        if self.minima is not None:
-            found["min"] = self.minima.stored[self.state["min"][groups].T]
+        found = {"variant": variant}
+        for scales, name in zip(self._both(), ("scale", "min"), strict=False):
+            found[name] = scales.grid.stored[scales.rank[groups].T]
         if "sign" in fmt.fields:
-            found["sign"] = fmt.fold_signs(torch.signbit(self.state["value"][back].T))
+            found["sign"] = fmt.fold_signs(torch.signbit(self.value[back].T))
         parts.update({name: t.contiguous() for name, t in found.items() if name in fmt.fields})
         return fmt.pack({name: parts[name].reshape(rows, -1) for name in parts})
 
-
-def _solve(gradient: list[Tensor], form: list[list[Tensor]]) -> list[Tensor]:
-    """Minimum of a quadratic in one or two variables, elementwise."""
-    if len(gradient) == 1:
-        return [divide(gradient[0], form[0][0])]
-    (a, b), (_, c) = form
-    determinant = a * c - b * b
-    usable = determinant > 1e-6 * a * c
-    x = torch.where(usable, divide(gradient[0] * c - gradient[1] * b, determinant), divide(gradient[0], a))
-    return [x, torch.where(usable, divide(gradient[1] * a - gradient[0] * b, determinant), 0.0)]

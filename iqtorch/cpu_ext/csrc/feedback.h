@@ -6,31 +6,33 @@
 
 namespace iqtorch {
 
-// Neighbouring values of the integers that a stored scale (or minimum) may stand for.
-struct Neighbours {
-  const float* value;   // [count], by rank
-  const int32_t* rank;  // [steps, count]
-  int64_t steps, count;
+// Scales (or minima) that a group may have: unit * value[rank]. Tried are the ranks near its own; where each has a unit of its own,
+// `stride` leads from one unit to the next.
+struct Scales {
+  const float* unit;    // [1 or steps, groups, rows]; null: no minima
+  const float* value;   // [count]
+  const int32_t* near;  // [steps, count]
+  int32_t* rank;        // [groups, rows]; in: where to look around, out: what was chosen
+  int64_t steps, count, stride;
 };
 
 // `columns` columns of `rows` rows, as [columns, rows]; groups of `group` columns, steps of `vec`.
 struct FeedbackData {
   int64_t rows, columns, group, vec, entries, kinds, cells, signs, shortlist;
-  const float *x, *w;           // targets, and the weights themselves
-  const float *d, *dmin;        // [groups, rows]; dmin null: no minima
+  const float* w;               // weights
+  float* x;                     // in: targets, the weights with the errors of earlier calls; out: what remains of them
   const float* lower;           // [columns, columns]: row j is what errors before add to column j
   const float* form;            // [steps, vec, vec]
   const float* square;          // vec > 1, [steps, kinds * entries]: each entry's form (with signs: the diagonal's part)
   const float* book;            // [kinds, entries, vec]
-  Neighbours scale, minimum;
+  Scales scale, minimum;
   const int32_t* cell_code;     // vec 1: [kinds, cells], nearest code by cell floor(2 y) - low of the number y
   const float* cell_value;
   float low, high;
   const int32_t *other, *odd, *word;  // vec 1 with parity: code of the other parity by cell; parity by code; word by column
-  int32_t *scale_rank, *minimum_rank, *kind;  // [groups, rows]; in: where to look around, out: what was chosen
+  int32_t* kind;                // [groups, rows]
   int32_t* code;                // [steps, rows]
   float *value, *error;         // [columns, rows]
-  float* cost;                  // [rows], added to
 };
 
 constexpr int kFeedbackRows = 16;  // rows rounded together, one per lane

@@ -176,28 +176,31 @@ template <int V> static void take_signed(const FeedbackData& b, int64_t step, F 
 template <int V>
 static void round_group(const FeedbackData& b, int64_t group, int64_t row, int64_t lanes, const F* x, const F* w, F* kept) {
   const int64_t n = b.group, a = group * n;
-  const F d = load<F>(b.d + group * b.rows + row, lanes);
-  const F dmin = b.dmin ? load<F>(b.dmin + group * b.rows + row, lanes) : F{};
-  const I rank0 = load<I>(b.scale_rank + group * b.rows + row, lanes);
-  const I low0 = b.dmin ? load<I>(b.minimum_rank + group * b.rows + row, lanes) : I{};
+  const int64_t own = group * b.rows + row;
+  const Scales &scale = b.scale, &minimum = b.minimum;
+  const I rank0 = load<I>(scale.rank + own, lanes);
+  const I low0 = minimum.unit ? load<I>(minimum.rank + own, lanes) : I{};
   F least = set(__builtin_inff());
   I rank_kept{}, low_kept{}, kind_kept{}, code_kept[kMaxGroup];
-  F value_kept[kMaxGroup];
+  F value_kept[kMaxGroup], left_kept[kMaxGroup];
   bool last[kMaxGroup];
   for (int64_t j = 0; j < n; ++j) {
     last[j] = true;
     for (int64_t k = j + 1; b.word && k < n; ++k) last[j] &= b.word[a + k] != b.word[a + j];
   }
   for (int kind = 0; kind < b.kinds; ++kind)
-    for (int64_t si = 0; si < b.scale.steps; ++si)
-      for (int64_t mi = 0; mi < b.minimum.steps; ++mi) {
-        const I rank = gather(b.scale.rank + si * b.scale.count, rank0);
-        const F s = d * gather(b.scale.value, rank);
+    for (int64_t si = 0; si < scale.steps; ++si)
+      for (int64_t mi = 0; mi < minimum.steps; ++mi) {
+        const I rank = gather(scale.near + si * scale.count, rank0);
+        const F s = load<F>(scale.unit + si * scale.stride + own, lanes) * gather(scale.value, rank);
         const F twice = magnitude(s) < 1e-36f ? F{} : 2.0f / s;
         I low_rank{};
         F low{};
-        if (b.dmin) low_rank = gather(b.minimum.rank + mi * b.minimum.count, low0), low = dmin * gather(b.minimum.value, low_rank);
-        F cost{}, error[kMaxGroup], value[kMaxGroup];
+        if (minimum.unit) {
+          low_rank = gather(minimum.near + mi * minimum.count, low0);
+          low = load<F>(minimum.unit + mi * minimum.stride + own, lanes) * gather(minimum.value, low_rank);
+        }
+        F cost{}, error[kMaxGroup], left[kMaxGroup], value[kMaxGroup];
         I code[kMaxGroup];
         Parity parity{};
         for (int64_t j = 0; j < n; j += V) {
@@ -218,28 +221,31 @@ static void round_group(const FeedbackData& b, int64_t group, int64_t row, int64
             take_entry<V>(b, kind, step, s, t, found);
           else
             take_signed<V>(b, step, s, t, (j + V) % 8 == 0, parity, found);
-          F left[V];
           for (int i = 0; i < V; ++i) {
-            left[i] = t[i] - s * found.value[i];
+            left[j + i] = t[i] - s * found.value[i];
             error[j + i] = w[j + i] + low - s * found.value[i];
             value[j + i] = found.value[i];
           }
           code[j / V] = found.code;
-          cost += form_of<V>(b.form + step * V * V, left);
+          cost += form_of<V>(b.form + step * V * V, left + j);
         }
         const I better = cost < least;
         const bool first = !kind && !si && !mi;  // whatever its cost: a NaN is never lower
         const I take = first ? seti(-1) : better;
         least = take ? cost : least;
         rank_kept = take ? rank : rank_kept, low_kept = take ? low_rank : low_kept, kind_kept = take ? seti(kind) : kind_kept;
-        for (int64_t j = 0; j < n; ++j) kept[j] = take ? error[j] : kept[j], value_kept[j] = take ? value[j] : value_kept[j];
+        for (int64_t j = 0; j < n; ++j) {
+          kept[j] = take ? error[j] : kept[j];
+          left_kept[j] = take ? left[j] : left_kept[j];
+          value_kept[j] = take ? value[j] : value_kept[j];
+        }
         for (int64_t j = 0; j < n / V; ++j) code_kept[j] = take ? code[j] : code_kept[j];
       }
-  store(b.scale_rank + group * b.rows + row, rank_kept, lanes);
-  if (b.dmin) store(b.minimum_rank + group * b.rows + row, low_kept, lanes);
-  store(b.kind + group * b.rows + row, kind_kept, lanes);
-  store(b.cost + row, load<F>(b.cost + row, lanes) + least, lanes);
+  store(scale.rank + own, rank_kept, lanes);
+  if (minimum.unit) store(minimum.rank + own, low_kept, lanes);
+  store(b.kind + own, kind_kept, lanes);
   for (int64_t j = 0; j < n; ++j) {
+    store(b.x + (a + j) * b.rows + row, left_kept[j], lanes);
     store(b.value + (a + j) * b.rows + row, value_kept[j], lanes);
     store(b.error + (a + j) * b.rows + row, kept[j], lanes);
   }

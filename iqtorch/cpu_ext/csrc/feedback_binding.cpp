@@ -54,20 +54,26 @@ int32_t* ints(Tensor& t, int64_t elements, const char* name) {
   return elements ? t.mutable_data_ptr<int32_t>() : nullptr;
 }
 
-Neighbours neighbours(const Tensor& value, const Tensor& rank, bool used) {
-  const int64_t count = used ? value.numel() : 1, steps = used ? rank.numel() / count : 1;
-  if (!used) return {nullptr, nullptr, 1, 1};
-  return {floats(value, count, "values of scales"), ints(rank, steps * count, "neighbours of scales"), steps, count};
+Scales scales(const Tensor& unit, const Tensor& value, const Tensor& near, Tensor& rank, int64_t groups) {
+  if (!unit.numel()) return {nullptr, nullptr, nullptr, nullptr, 1, 1, 0};
+  const int64_t count = value.numel(), steps = near.numel() / count, stride = unit.numel() > groups ? groups : 0;
+  return {floats(unit, stride ? steps * groups : groups, "units of scales"),
+          floats(value, count, "values of scales"),
+          ints(near, steps * count, "ranks near each rank"),
+          ints(rank, groups, "ranks of scales"),
+          steps,
+          count,
+          stride};
 }
 
 struct Free {
   void operator()(void* p) const { std::free(p); }
 };
 
-void feedback(const Tensor& x, const Tensor& w, const Tensor& d, const Tensor& dmin, const Tensor& lower, const Tensor& form,
-              const Tensor& square, const Tensor& book, const Tensor& scale, const Tensor& scale_near, const Tensor& minimum,
-              const Tensor& minimum_near, const Tensor& cell_code, const Tensor& cell_value, const Tensor& other, const Tensor& odd,
-              const Tensor& word, Tensor scale_rank, Tensor minimum_rank, Tensor kind, Tensor code, Tensor value, Tensor error, Tensor cost,
+void feedback(const Tensor& w, const Tensor& lower, const Tensor& form, const Tensor& square, const Tensor& book,
+              const Tensor& scale_unit, const Tensor& scale_value, const Tensor& scale_near, Tensor scale_rank, const Tensor& min_unit,
+              const Tensor& min_value, const Tensor& min_near, Tensor min_rank, const Tensor& cell_code, const Tensor& cell_value,
+              const Tensor& other, const Tensor& odd, const Tensor& word, Tensor x, Tensor kind, Tensor code, Tensor value, Tensor error,
               std::vector<int64_t> numbers, std::vector<double> bounds) {
   STD_TORCH_CHECK(numbers.size() == 7 && bounds.size() == 2 && x.dim() == 2,
                   "feedback: the compiled module is of another version than iqtorch/encode/compiled.py; build it again");
@@ -79,18 +85,19 @@ void feedback(const Tensor& x, const Tensor& w, const Tensor& d, const Tensor& d
   STD_TORCH_CHECK(vec_ok && b.group > 0 && b.group <= kMaxGroup && b.group % 16 == 0 && b.columns % b.group == 0 && b.shortlist > 0,
                   "feedback: no room for ", b.columns, " columns in groups of ", b.group, " and steps of ", b.vec, "; see feedback.h");
   const int64_t all = b.columns * b.rows, groups = b.columns / b.group * b.rows, steps = b.columns / b.vec;
-  const bool affine = minimum.numel() > 0, parity = word.numel() > 0;
-  b.x = floats(x, all, "x"), b.w = floats(w, all, "w"), b.d = floats(d, groups, "d"), b.dmin = floats(dmin, affine ? groups : 0, "dmin");
+  const bool parity = word.numel() > 0;
+  b.x = floats(x, all, "x"), b.w = floats(w, all, "w");
   b.lower = floats(lower, b.columns * b.columns, "lower"), b.form = floats(form, steps * b.vec * b.vec, "form");
   b.square = floats(square, b.vec > 1 ? steps * b.kinds * b.entries : 0, "square");
   b.book = floats(book, b.kinds * b.entries * b.vec, "book");
-  b.scale = neighbours(scale, scale_near, true), b.minimum = neighbours(minimum, minimum_near, affine);
+  b.scale = scales(scale_unit, scale_value, scale_near, scale_rank, groups);
+  b.minimum = scales(min_unit, min_value, min_near, min_rank, groups);
+  STD_TORCH_CHECK(b.scale.unit, "feedback: no scales");
   b.cell_code = ints(cell_code, b.kinds * b.cells, "cell_code"), b.cell_value = floats(cell_value, b.kinds * b.cells, "cell_value");
   b.other = ints(other, parity ? b.kinds * b.cells : 0, "other"), b.odd = ints(odd, parity ? b.entries : 0, "odd");
   b.word = ints(word, parity ? b.columns : 0, "word");
-  b.scale_rank = ints(scale_rank, groups, "scale_rank"), b.minimum_rank = ints(minimum_rank, affine ? groups : 0, "minimum_rank");
   b.kind = ints(kind, groups, "kind"), b.code = ints(code, steps * b.rows, "code");
-  b.value = floats(value, all, "value"), b.error = floats(error, all, "error"), b.cost = floats(cost, b.rows, "cost");
+  b.value = floats(value, all, "value"), b.error = floats(error, all, "error");
   const Run run = feedback_of(kernels().name);
   const size_t bytes = feedback_scratch(b);
   const auto part = [&](int64_t first, int64_t last) {
@@ -105,10 +112,10 @@ void feedback(const Tensor& x, const Tensor& w, const Tensor& d, const Tensor& d
 
 STABLE_TORCH_LIBRARY_FRAGMENT(iqtorch_cpu, m) {
   m.def(
-      "feedback(Tensor x, Tensor w, Tensor d, Tensor dmin, Tensor lower, Tensor form, Tensor square, Tensor book, Tensor scale, "
-      "Tensor scale_near, Tensor minimum, Tensor minimum_near, Tensor cell_code, Tensor cell_value, Tensor other, Tensor odd, "
-      "Tensor word, Tensor(a!) scale_rank, Tensor(b!) minimum_rank, Tensor(c!) kind, Tensor(d!) code, Tensor(e!) value, "
-      "Tensor(f!) error, Tensor(g!) cost, int[] numbers, float[] bounds) -> ()");
+      "feedback(Tensor w, Tensor lower, Tensor form, Tensor square, Tensor book, Tensor scale_unit, Tensor scale_value, "
+      "Tensor scale_near, Tensor(a!) scale_rank, Tensor min_unit, Tensor min_value, Tensor min_near, Tensor(b!) min_rank, "
+      "Tensor cell_code, Tensor cell_value, Tensor other, Tensor odd, Tensor word, Tensor(c!) x, Tensor(d!) kind, Tensor(e!) code, "
+      "Tensor(f!) value, Tensor(g!) error, int[] numbers, float[] bounds) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(iqtorch_cpu, CPU, m) { m.impl("feedback", TORCH_BOX(&feedback)); }
