@@ -336,11 +336,11 @@ def test_an_interrupted_rounding_goes_on(tmp_path: Path, monkeypatch: pytest.Mon
     whole = pack()
     finish, seen = sequence._Pairs.finish, []
 
-    def fails_in_the_second_block(self: object, name: str) -> object:
+    def fails_in_the_second_block(self: object, name: str, rows: int) -> object:
         seen.append(name)
         if "layers.1.mlp" in name and len(seen) < 8:
             raise KeyboardInterrupt
-        return finish(self, name)  # type: ignore[arg-type]
+        return finish(self, name, rows)  # type: ignore[arg-type]
 
     monkeypatch.setattr(sequence._Pairs, "finish", fails_in_the_second_block)
     with pytest.raises(KeyboardInterrupt):

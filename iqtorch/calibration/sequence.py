@@ -138,7 +138,7 @@ def quantize_in_sequence(
                 weights = original.weights(names)
                 for i in range(len(texts)):
                     seen.add(original.inputs(path, i), _inputs(block, twin, path, calls, i, packed[i]), weights[i])
-                statistics = seen.finish(names[0])
+                statistics = seen.finish(names[0], sum(len(mine[name].matrix) for name in names))
                 for name in names:
                     weight, note = statistics.round(mine[name].matrix, mine[name].format, objective, watched.mean(name))
                     _put(twin.get_submodule(paths[name]), weight)
@@ -378,7 +378,7 @@ class _Pairs:
         add_products(self.cross, x - y, y)
         self.count += len(y)
 
-    def finish(self, name: str) -> _Statistics:
+    def finish(self, name: str, rows: int) -> _Statistics:
         if self.products is None or self.cross is None or not self.count:
             raise CalibrationError(f"{name!r} saw no activations; pass longer batches")
         if not bool(torch.isfinite(self.products.diagonal()).all()):
@@ -387,17 +387,18 @@ class _Pairs:
         moments = shrunk(self.products / self.count, self.count).float()
         cross = (self.cross / (self.count + k)).float()
         x, y = (torch.cat(t) for t in zip(*self.sample, strict=True))
-        return _Statistics(moments, cross, x, y)
+        return _Statistics(moments, cross, x, y, rows)
 
 
 @dataclass(frozen=True)
 class _Statistics:
-    """Moments of y, those of x - y with y, pairs kept aside, and metrics by format."""
+    """Moments of y, those of x - y with y, pairs kept aside, rows of all weights with this input, and metrics by format."""
 
     moments: Tensor
     cross: Tensor
     x: Tensor
     y: Tensor
+    rows: int
     metrics: dict[str, Metric] = field(default_factory=dict)
 
     def round(self, weight: Tensor, fmt: Format, objective: Objective, curvature: Tensor | None) -> tuple[IQTensor, str]:
@@ -408,7 +409,10 @@ class _Statistics:
         if fmt.name not in self.metrics:
             self.metrics[fmt.name] = Metric(self.moments.to(device), fmt, DAMPING)
         metric = self.metrics[fmt.name]
-        wanted = weight + metric.solve(weight @ self.cross.to(device))
+        if self.rows > len(self.moments):
+            wanted = torch.addmm(weight, weight, metric.cached("pull", lambda: metric.solve(self.cross.to(device))))
+        else:
+            wanted = weight + metric.solve(weight @ self.cross.to(device))
         blocks, helped = best_of(weight, wanted, fmt, metric, objective, self.x.to(device), self.y.to(device), curvature)
         note = FEEDBACK if helped else NEAREST
         return IQTensor.from_blocks(blocks, fmt, dtype if dtype != torch.float64 else torch.float32), note

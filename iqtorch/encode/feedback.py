@@ -44,7 +44,7 @@ ROWS = {"cpu": 1 << 10, "gpu": 1 << 13}
 class Feedback:
     """How hard to try: neighbouring scales (and minima) tried on each side and the relative distance between them, entries of a
     codebook with separate signs compared in full. Codebooks of thousands of entries, which fit any scale well and take long, get fewer
-    scales; affine formats, which combine them with minima, too."""
+    scales; so do separate signs, which take longer, and affine formats, which combine scales with minima."""
 
     reach: int = 5
     min_reach: int = 3
@@ -54,7 +54,7 @@ class Feedback:
     def for_format(self, fmt: Format) -> Feedback:
         if fmt.codebook.entries >= CELL_SEARCH_ENTRIES:
             return replace(self, reach=min(self.reach, 1))
-        return replace(self, reach=min(self.reach, 3)) if fmt.affine else self
+        return replace(self, reach=min(self.reach, 3)) if fmt.affine or "sign" in fmt.fields else self
 
 
 def encode_with_feedback(
@@ -111,7 +111,7 @@ def encode_with_feedback(
 
 def unit_factor(form: Tensor, step: int) -> tuple[Tensor, Tensor]:
     """`L` `[K, K]`, upper triangular with unit diagonal blocks of `step` columns, and `D` `[K / step, step, step]`, such that
-    form = L D L^T; float64 in and out. (The last block may be smaller, and is padded in D.)"""
+    form = L D L^T. (The last block may be smaller, and is padded in D.)"""
     factor = torch.linalg.cholesky(form.flip(0, 1)).flip(0, 1)
     k, missing = len(form), -len(form) % step
     if missing:
@@ -125,11 +125,12 @@ def unit_factor(form: Tensor, step: int) -> tuple[Tensor, Tensor]:
 
 
 def damped(form: Tensor, damping: float) -> Tensor:
-    """float64, with `damping` times the mean of its diagonal (1 if that is zero) added to the diagonal."""
-    wide = form.to(torch.float64, copy=True)
-    mean = wide.diagonal().mean()
-    wide.diagonal().add_(damping * torch.where(mean > 0, mean, 1.0))
-    return wide
+    """float32, with `damping` times the mean of its diagonal (1 if that is zero) added to the diagonal. No eigenvalue exceeds K times
+    that mean, so float32 keeps the damped form positive definite, and can factor it."""
+    found = form.to(torch.float32, copy=True)
+    mean = found.diagonal().mean()
+    found.diagonal().add_(damping * torch.where(mean > 0, mean, 1.0))
+    return found
 
 
 class Metric:
@@ -145,13 +146,12 @@ class Metric:
     def __init__(self, moments: Tensor, fmt: Format, damping: float) -> None:
         self.importance = moments.diagonal().float().contiguous()
         self.order = rounding_order(moments.diagonal(), fmt)
-        wide = damped(moments[self.order][:, self.order], damping)
-        unit, form = unit_factor(wide, fmt.vec)
-        self.moments = wide.float()
+        #: `[K, K]`, damped
+        self.moments = damped(moments[self.order][:, self.order], damping)
+        unit, self.form = unit_factor(self.moments, fmt.vec)
         #: `[K, K]`, L transposed: row j is what the errors of all columns before add to column j.
-        self.lower = unit.T.float().contiguous()
-        #: `[K / vec, vec, vec]`: D
-        self.form = form.float().contiguous()
+        self.lower = unit.T.contiguous()
+        #: `form`, `[K / vec, vec, vec]`, is D
         self._cache: dict[str, Any] = {}
 
     def cached(self, key: str, make: Callable[[], T]) -> T:
@@ -185,7 +185,7 @@ class RowFeedback:
         self.order = curvature.diagonal().argsort(descending=True, stable=True)
         wide = damped(curvature[self.order][:, self.order], damping)
         #: `[N, N]`, L
-        self.unit = unit_factor(wide, self.step)[0].float()
+        self.unit = unit_factor(wide, self.step)[0]
 
 
 def rounding_order(importance: Tensor, fmt: Format) -> Tensor:
