@@ -436,4 +436,3 @@ class Rounding:
             found["sign"] = fmt.fold_signs(torch.signbit(self.value[back].T))
         parts.update({name: t.contiguous() for name, t in found.items() if name in fmt.fields})
         return fmt.pack({name: parts[name].reshape(rows, -1) for name in parts})
-
