@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from . import sharding  # noqa: F401 (what DTensor, FSDP2 and DistributedDataParallel ask of a packed weight)
 from .formats import Format, format_by_ggml_type, get_format, list_formats
 from .fuse import fuse, unfuse
 from .hf.hook import install as install_hook

@@ -16,7 +16,7 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from . import ops
 from .errors import ShapeError
 from .formats import Format
-from .tensor import IQTensor, dispatch_handler
+from .tensor import IQTensor, dispatch_handler, function_handler
 from .tensor_ops import fallback
 
 aten = torch.ops.aten
@@ -124,12 +124,23 @@ def _new_zeros(func: Any, args: Any, kwargs: Any) -> Any:
     return _as_stored(w, blocks)  # scales of zero: zeros in every format
 
 
+@function_handler(torch.Tensor.view)
+def _view(self: Tensor, *size: Any) -> Any:
+    """FSDP2 asks for a flat view, keeps it, and does not look at it: it gets the tensor itself."""
+    if size == (-1,) and isinstance(self, IQTensor):
+        return self._with(self.packed)
+    with torch._C.DisableTorchFunctionSubclass():
+        return self.view(*size)
+
+
 @dispatch_handler(aten.view.default, aten.as_strided.default)
 def _same_view(func: Any, args: Any, kwargs: Any) -> Any:
-    """The tensor itself in its own shape; also for the flat view, which FSDP2 asks for and does not look at."""
+    """The tensor itself in its own shape; its values as a flat view, by which DistributedDataParallel sends them at its start."""
     w, size = args[0], tuple(args[1])
     own = tuple(w.shape)
-    if size == (-1,) or (len(size) == len(own) and all(n in (-1, m) for n, m in zip(size, own))):
+    if size == (-1,):
+        return w.dequantize().reshape(-1)
+    if len(size) == len(own) and all(n in (-1, m) for n, m in zip(size, own)):
         return w._with(w.packed)
     return fallback(func, args, kwargs)
 

@@ -15,8 +15,8 @@ from .formats import Format, get_format
 from .lazy import LazyTensor
 
 FROZEN = (
-    "packed weights are frozen: requires_grad=True has no meaning for {fmt}; train an adapter (LoRA), or use "
-    ".dequantize(). Loading a state dict into a fresh model: call model.requires_grad_(False) first"
+    "packed weights are frozen: requires_grad=True has no meaning for {fmt}; train an adapter (LoRA), keep this weight plain "
+    "(skip=[...] when quantizing), or use .dequantize(). Loading a state dict into a fresh model: call model.requires_grad_(False) first"
 )
 
 #: Attributes that make up a tensor.

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
 from . import ops
-from .errors import ShapeError, UnsupportedOperationError
+from .errors import ShapeError, UnsupportedOperationError, WeightError
 from .formats import Format
 from .tensor import FROZEN, FUNCTIONS, IQTensor, dispatch_handler, function_handler
 
@@ -361,7 +361,9 @@ def _copy_(func: Any, args: Any, kwargs: Any) -> Tensor:
     if not isinstance(target, IQTensor):
         return func(target, source.dequantize(target.dtype).to(target.device), *args[2:], **kwargs)
     if not isinstance(source, IQTensor):
-        _refuse("copy_ of a plain tensor", f"quantize it first: iqtorch.quantize(tensor, {target.format.name!r})")
+        if source.shape == target.shape and torch.equal(source, target.dequantize(source.dtype).to(source.device)):
+            return target  # what DistributedDataParallel gets from the first process
+        _refuse("copy_ of a plain tensor of other values", f"quantize it first: iqtorch.quantize(tensor, {target.format.name!r})")
     if source.shape != target.shape or source.format is not target.format or source.transposed != target.transposed:
         raise ShapeError(
             f"cannot copy {source.format.name} {tuple(source.shape)} into {target.format.name} {tuple(target.shape)}; "
@@ -421,7 +423,11 @@ def _set_requires_grad(self: Tensor, value: bool) -> None:
 @function_handler(torch.Tensor.data.__set__)  # type: ignore[attr-defined]
 def _set_data(self: Tensor, value: Tensor) -> None:
     if not isinstance(self, IQTensor) or not isinstance(value, IQTensor):
-        _refuse("x.data = a tensor of another kind", "replace the parameter: module.weight = torch.nn.Parameter(tensor)")
+        _refuse(
+            "x.data = a tensor of another kind",
+            "put a plain parameter in its place first (for resize_token_embeddings too): "
+            "module.weight = torch.nn.Parameter(module.weight.dequantize())",
+        )
     _plain(torch.Tensor.data.__set__, self, value)  # type: ignore[attr-defined]
     vars(self).pop("packed", None)
     vars(self).update(vars(value))
@@ -430,3 +436,12 @@ def _set_data(self: Tensor, value: Tensor) -> None:
 @function_handler(torch.Tensor.share_memory_)
 def _share_memory_(self: Tensor) -> NoReturn:
     _refuse("share_memory_", "share its bytes: w.to_blocks().share_memory_(), then IQTensor.from_blocks in the other process")
+
+
+@function_handler(torch.Tensor.storage)
+def _storage(self: Tensor) -> NoReturn:
+    """safetensors ends here when it looks for the memory of a tensor, and takes a NotImplementedError for a null pointer."""
+    raise WeightError(
+        "a packed weight (IQTensor) has no storage of floating values: save with model.save_pretrained or torch.save, or save its bytes, "
+        "w.to_blocks() (PEFT with an adapter on an embedding: save_pretrained(..., save_embedding_layers=False))"
+    )

@@ -9,6 +9,7 @@ import queue
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
 from transformers.distributed import DistributedConfig
 
 import iqtorch
@@ -126,6 +128,48 @@ def fsdp(path: str, whole: bool) -> dict[str, bool]:
     return checks
 
 
+def data_parallel(path: str) -> dict[str, bool]:
+    """DistributedDataParallel: gradients of adapters over parts of a batch, against the whole batch in one process."""
+
+    def gradients(model: nn.Module, ids: torch.Tensor) -> list[torch.Tensor]:
+        model(input_ids=ids, labels=ids).loss.backward()
+        return [p.grad for p in model.parameters() if p.requires_grad]
+
+    def adapted(seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        return peft.get_peft_model(load(path), peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+
+    rank, world = dist.get_rank(), dist.get_world_size()
+    want = gradients(adapted(0), IDS.repeat(world // 2, 1))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*no packed form")
+        model = DistributedDataParallel(adapted(rank))  # which gives all processes the adapters of the first
+    got = gradients(model, IDS.repeat(world // 2, 1)[rank::world])
+    checks = {"gradients": len(got) > 10 and all(close(a, b) for a, b in zip(got, want, strict=True))}
+    other = load(path)
+    if rank:
+        other.lm_head.weight = nn.Parameter(iqtorch.quantize(torch.ones_like(other.lm_head.weight.dequantize()), "iq4_ks"), False)
+    # what only the others notice: their packed weights are not those of the first
+    checks["other weights"] = raises(UnsupportedOperationError, lambda: DistributedDataParallel(other)) == bool(rank)
+    return checks
+
+
+def trainer(path: str) -> dict[str, bool]:
+    """transformers' Trainer, which takes DistributedDataParallel."""
+    model = peft.get_peft_model(load(path), peft.LoraConfig(r=4, target_modules="all-linear"))
+    arguments = transformers.TrainingArguments(
+        output_dir=f"{path}/trained", max_steps=3, per_device_train_batch_size=1, use_cpu=True, report_to=[], save_steps=3, logging_steps=1,
+        learning_rate=5e-3, ddp_backend="gloo", disable_tqdm=True,
+    )  # fmt: skip
+    data = [{"input_ids": row, "labels": row} for row in IDS.repeat(4, 1)]
+    one = transformers.Trainer(model=model, args=arguments, train_dataset=data)
+    one.train()
+    losses = [entry["loss"] for entry in one.state.log_history if "loss" in entry]
+    dist.barrier()
+    saved = Path(path, "trained", "checkpoint-3", "adapter_model.safetensors")
+    return {"world": arguments.world_size == dist.get_world_size(), "loss": losses[-1] < losses[0], "saved": saved.exists()}
+
+
 def split_by_transformers(path: str, saves: bool = True, **sizes: int) -> dict[str, bool]:
     """Pipeline, FSDP2 or expert parallelism by `from_pretrained`: outputs, tokens, and what a process holds."""
     whole, parts = load(path), load(path, distributed_config=DistributedConfig(**sizes))
@@ -198,6 +242,8 @@ MODES = {
     "fsdp": partial(fsdp, whole=False),
     "fsdp_adapters": partial(fsdp, whole=True),
     "dtensor": dtensor,
+    "data_parallel": data_parallel,
+    "trainer": trainer,
     **{f"pp_size={n}": partial(split_by_transformers, saves=False, pp_size=n) for n in (2, 4)},
     **{f"fsdp_size={n}": partial(split_by_transformers, fsdp_size=n) for n in (2, 4)},
     **{f"ep_size={n}": partial(split_by_transformers, ep_size=n, tp_size=n) for n in (2, 4)},

@@ -57,8 +57,10 @@ def test_tensor_parallel_on_two_processes(spawn: Spawn, tmp_path: Path) -> None:
     spawn(2, "tensor_parallel", save("llama", tmp_path))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("kind", "processes"), [("llama", 4), ("mixtral", 2), ("mixtral", 4)])
+@pytest.mark.parametrize(
+    ("kind", "processes"),
+    [("llama", 4), pytest.param("mixtral", 2, marks=pytest.mark.slow), pytest.param("mixtral", 4, marks=pytest.mark.slow)],
+)
 def test_tensor_parallel(spawn: Spawn, kind: str, processes: int, tmp_path: Path) -> None:
     spawn(processes, "tensor_parallel", save(kind, tmp_path, num_key_value_heads=4))
 
@@ -72,10 +74,15 @@ def test_fsdp2_with_packed_shards_on_two_processes(spawn: Spawn, tmp_path: Path)
     spawn(2, "fsdp", save("llama", tmp_path))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mode", "processes", "kind"),
-    [("fsdp", 4, "llama"), ("fsdp", 2, "mixtral"), ("fsdp", 4, "gpt_oss"), ("fsdp_adapters", 2, "llama"), ("fsdp_adapters", 4, "llama")],
+    [
+        ("fsdp", 4, "llama"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [("fsdp", 2, "mixtral"), ("fsdp", 4, "gpt_oss"), ("fsdp_adapters", 2, "llama"), ("fsdp_adapters", 4, "llama")]
+        ),
+    ],
 )
 def test_fsdp2(spawn: Spawn, mode: str, processes: int, kind: str, tmp_path: Path) -> None:
     spawn(processes, mode, save(kind, tmp_path))
@@ -96,6 +103,14 @@ def test_fsdp2(spawn: Spawn, mode: str, processes: int, kind: str, tmp_path: Pat
 def test_split_by_from_pretrained(spawn: Spawn, sizes: str, kind: str, tmp_path: Path) -> None:
     processes = int(sizes[-1])
     spawn(processes, sizes, save(kind, tmp_path, num_hidden_layers=processes if "pp" in sizes else 1, num_key_value_heads=4))
+
+
+@pytest.mark.parametrize(
+    ("mode", "processes"),
+    [("data_parallel", 2), pytest.param("trainer", 2, marks=pytest.mark.slow), pytest.param("data_parallel", 4, marks=pytest.mark.slow)],
+)
+def test_data_parallel(spawn: Spawn, mode: str, processes: int, tmp_path: Path) -> None:
+    spawn(processes, mode, save("llama", tmp_path))
 
 
 def test_what_cannot_be_split_is_said(spawn: Spawn, tmp_path: Path) -> None:

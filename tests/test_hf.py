@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 import shutil
 import subprocess
 import sys
@@ -19,6 +21,7 @@ from iqtorch import IQConfig, IQTensor, Recipe
 from iqtorch.errors import CalibrationError, CheckpointError, RecipeError, UnknownFormatError, UnsupportedOperationError, WeightError
 
 transformers = pytest.importorskip("transformers")
+accelerate = pytest.importorskip("accelerate")
 
 from test_model import IDS, bert, gpt2, llama, mixtral, output  # noqa: E402
 from tiny_models import tiny_model  # noqa: E402
@@ -222,6 +225,60 @@ def test_nan_in_a_checkpoint_is_named(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     with pytest.raises(WeightError, match=r"model\.layers\.1\.mlp\.up_proj\.weight.*\(3, 5\)"):
         load(tmp_path, quantization_config=IQConfig("q8_0"))
+
+
+def test_a_config_may_be_a_dictionary(tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path)
+    wanted = {"quant_method": "iqtorch", "format": "q8_0", "skip": ["lm_head"]}
+    same_state(load(tmp_path, quantization_config=wanted), load(tmp_path, quantization_config=IQConfig("q8_0", skip=["lm_head"])))
+    with pytest.raises(TypeError, match="fromat"):
+        load(tmp_path, quantization_config={"quant_method": "iqtorch", "fromat": "q8_0"})
+
+
+def test_memory_footprint_counts_packed_bytes(saved: Path) -> None:
+    for model in (load(saved), iqtorch.quantize_model(llama(), RECIPE, progress=False)):
+        kept = sum(p.nbytes for p in model.parameters() if not isinstance(p, IQTensor))
+        packed = sum(p.nbytes for p in model.parameters() if isinstance(p, IQTensor))
+        assert model.get_memory_footprint(return_buffers=False) == kept + packed
+    assert packed < 0.3 * llama().get_memory_footprint()
+
+
+@pytest.mark.parametrize("way", ["deepcopy", "pickle", "torch.save", "state dict", "state dict into packed", "state dict into meta"])
+def test_a_packed_model_is_copied_with_every_bit(way: str, saved: Path, tmp_path: Path) -> None:
+    model = load(saved)
+    if way == "deepcopy":
+        other = copy.deepcopy(model)
+    elif way == "pickle":
+        other = pickle.loads(pickle.dumps(model))
+    elif way == "torch.save":
+        torch.save(model, tmp_path / "model.pt")
+        other = torch.load(tmp_path / "model.pt", weights_only=False)
+    else:
+        torch.save(model.state_dict(), tmp_path / "state.pt")
+        state = torch.load(tmp_path / "state.pt", weights_only=True)
+        if way == "state dict into meta":
+            with accelerate.init_empty_weights():
+                other = transformers.AutoModelForCausalLM.from_config(model.config).requires_grad_(False)
+            other.load_state_dict(state, assign=True)
+            assert all(isinstance(p, IQTensor) for name, p in other.named_parameters() if p.dim() > 1)
+            return
+        other = llama().requires_grad_(False)
+        if way == "state dict into packed":
+            other = iqtorch.quantize_model(other, Recipe.pure("iq4_nl"), progress=False)
+        other.load_state_dict(state, assign=True)
+    same_state(model, other)
+    assert torch.equal(output(other), output(model))
+
+
+def test_states_that_do_not_fit_are_refused(saved: Path) -> None:
+    model = load(saved)
+    model.load_state_dict({**model.state_dict(), Q: model.get_parameter(Q).dequantize()})  # the same weights, plain
+    with pytest.raises(RuntimeError, match="quantize it first"):
+        model.load_state_dict({Q: torch.zeros(256, 256)}, strict=False)
+    with pytest.raises(RuntimeError, match="assign=True"):
+        model.load_state_dict({Q: iqtorch.quantize(torch.ones(256, 256), "q6_k")}, strict=False)
+    with pytest.raises(WeightError, match="save_pretrained"):
+        save_file(model.state_dict(), saved / "state.safetensors")
 
 
 def edit(path: Path, change: Callable[[dict], object]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 
 import iqtorch
 from iqtorch import IQTensor, Recipe
-from iqtorch.errors import UnsupportedOperationError
+from iqtorch.errors import UnsupportedOperationError, WeightError
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
@@ -131,8 +133,8 @@ def test_merging_into_dequantized_or_requantized_weights() -> None:
         other = iqtorch.merge_adapter(lora(packed()), format="q6_k")
         assert other.model.layers[0].mlp.up_proj.weight.format.name == "q6_k"
         assert not any("lora" in name for name, _ in other.named_modules())
-    with pytest.raises(UnsupportedOperationError, match="only LoRA on linear layers"):
-        iqtorch.merge_adapter(lora(packed(), use_dora=True))
+    with pytest.raises(UnsupportedOperationError, match="nothing to merge"):
+        iqtorch.merge_adapter(peft.get_peft_model(packed(), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)))
     with pytest.raises(UnsupportedOperationError, match="PeftModel"):
         iqtorch.merge_adapter(packed())
     tied = iqtorch.quantize_model(llama(tie_word_embeddings=True), "q8_0", progress=False)
@@ -140,6 +142,58 @@ def test_merging_into_dequantized_or_requantized_weights() -> None:
         iqtorch.merge_adapter(lora(tied, target_modules=["lm_head"]))
     with pytest.raises(UnsupportedOperationError, match="merge_adapter"):
         lora(packed()).merge_and_unload()  # PEFT adds in place
+
+
+TARGETS = ["q_proj", "v_proj", "down_proj"]
+
+
+@pytest.mark.usefixtures("plain_torch")
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: peft.LoraConfig(target_modules=TARGETS, use_dora=True),
+        lambda: peft.LoraConfig(target_modules=[*TARGETS, "embed_tokens"], modules_to_save=["norm"]),
+        lambda: peft.LoraConfig(target_modules=TARGETS, trainable_token_indices=[3, 4]),
+        lambda: peft.IA3Config(target_modules=TARGETS, feedforward_modules=["down_proj"]),
+        lambda: peft.LoKrConfig(target_modules=TARGETS),
+        lambda: peft.VeraConfig(target_modules=["q_proj", "o_proj"], r=4),
+        lambda: peft.OFTConfig(target_modules=TARGETS, oft_block_size=32),
+        lambda: peft.LoraConfig(target_modules=["q_proj"], target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]),
+    ],
+    ids=["dora", "embedding and norm", "tokens", "ia3", "lokr", "vera", "oft", "experts"],
+)
+def test_other_adapters_train_save_load_and_merge(make: Callable[[], object], tmp_path: Path) -> None:
+    config = make()
+    kind = "qwen3_moe" if getattr(config, "target_parameters", None) else "llama"
+    torch.manual_seed(0)
+    model = peft.get_peft_model(packed(kind), config)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(3):
+        loss = model(input_ids=IDS, labels=IDS).loss
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[-1] < losses[0]
+    with torch.no_grad():
+        want = model.eval()(IDS).logits
+        model.save_pretrained(tmp_path, save_embedding_layers=False)
+        assert torch.equal(peft.PeftModel.from_pretrained(packed(kind), tmp_path).eval()(IDS).logits, want)
+        again = iqtorch.merge_adapter(copy.deepcopy(model))
+        assert iqtorch.report(again).packed_fraction > 0.99 and 0 < (again(IDS).logits - want).norm() <= 0.1 * want.norm()
+        plain = iqtorch.merge_adapter(model, format=None)
+        assert (plain(IDS).logits - want).norm() <= 1e-4 * want.norm()
+
+
+def test_an_adapter_that_is_not_active_changes_no_bit() -> None:
+    model = lora(packed(), target_modules=TARGETS, layers_to_transform=[0])
+    model.add_adapter("other", peft.LoraConfig(target_modules=["up_proj"], init_lora_weights=False))
+    model.set_adapter("other")
+    before = {name: p.to_blocks() for name, p in packed().named_parameters() if isinstance(p, IQTensor)}
+    after = iqtorch.merge_adapter(model)
+    changed = {name for name, p in after.named_parameters() if isinstance(p, IQTensor) and not torch.equal(p.to_blocks(), before[name])}
+    assert changed == {f"model.layers.{i}.mlp.up_proj.weight" for i in range(2)}
 
 
 def test_trainer(tmp_path: Path) -> None:
@@ -182,6 +236,10 @@ def test_what_cannot_be_trained_says_so(tmp_path: Path) -> None:
     assert torch.equal(model.lm_head.weight.to_blocks(), before)
     with pytest.raises(ValueError, match="float"):
         model.float()
+    with pytest.raises(UnsupportedOperationError, match="keep this weight plain"):
+        lora(packed(), modules_to_save=["lm_head"])
+    with pytest.raises(WeightError, match="save_embedding_layers=False"):  # which would save the frozen table, too
+        lora(packed(), target_modules=["embed_tokens"]).save_pretrained(tmp_path / "table")
     lora(packed(), r=2).save_pretrained(tmp_path)
     (tmp_path / "adapter_config.json").write_text((tmp_path / "adapter_config.json").read_text().replace('"r": 2', '"r": 3'))
     with pytest.raises(RuntimeError, match="size mismatch"):
@@ -190,7 +248,7 @@ def test_what_cannot_be_trained_says_so(tmp_path: Path) -> None:
 
 def test_resizing_embeddings_and_tying_afterwards() -> None:
     model = packed()
-    with pytest.raises(UnsupportedOperationError, match="replace the parameter"):
+    with pytest.raises(UnsupportedOperationError, match=r"resize_token_embeddings.*weight\.dequantize"):
         model.resize_token_embeddings(140)
     old = model.get_input_embeddings().weight.dequantize()
     model.get_input_embeddings().weight = nn.Parameter(old.clone())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -18,10 +19,13 @@ from ..tensor import IQTensor
 
 
 def merge_adapter(model: Any, format: str | None = "same", importance: Mapping[str, Tensor] | str | None = None) -> nn.Module:
-    """Adds the active adapters of a PEFT model to its weights and takes the adapters off.
+    """Merges the active adapters of a PEFT model into its weights and takes the adapters off.
+
+    The merging is PEFT's own (LoRA, DoRA, IA3, OFT, ..., on linear layers, embeddings and experts), one layer at a time on a
+    dequantized weight.
 
     Args:
-        model: a `PeftModel` with LoRA adapters on linear layers.
+        model: a `PeftModel`, with any adapter that PEFT can merge.
         format: what the weights that change become: `"same"` quantizes each again to the format it had (rounding again:
             expect a small loss), a format name quantizes to that, None leaves them dequantized. Other weights stay as they are.
         importance: as in `iqtorch.quantize_model`, for quantizing again.
@@ -30,38 +34,51 @@ def merge_adapter(model: Any, format: str | None = "same", importance: Mapping[s
         The base model, without adapters.
 
     Raises:
-        UnsupportedOperationError: no PeftModel; DoRA, embeddings, experts or trained biases; a tied weight.
+        UnsupportedOperationError: no PeftModel; prompts instead of adapters; a tied weight. The model is as it was.
     """
     if not hasattr(model, "get_base_model"):
         raise UnsupportedOperationError(
             f"merge_adapter needs a PeftModel, got {type(model).__name__}: load the adapter with PeftModel.from_pretrained"
         )
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    target = None if format in (None, "same") else get_format(format)
     table = importance_table(importance)
     inner = model.get_base_model()
-    layers = [(name, module) for name, module in inner.named_modules() if hasattr(module, "get_delta_weight")]
+    layers = [(name, module) for name, module in inner.named_modules() if isinstance(module, BaseTunerLayer)]
+    if not layers or not hasattr(model.base_model, "merge_and_unload"):
+        raise UnsupportedOperationError(
+            f"{type(model.base_model).__name__} has no adapter layers: there is nothing to merge into the weights"
+        )
     holders = Counter(id(parameter) for module in inner.modules() for parameter in module._parameters.values() if parameter is not None)
-    for name, layer in layers:  # all checks before the first change
-        base = layer.get_base_layer()
-        if not isinstance(base, nn.Linear) or any(layer.use_dora.values()) or any(layer.lora_bias.values()):
-            raise UnsupportedOperationError(
-                f"the adapter of {name!r} cannot be merged into a packed weight: only LoRA on linear layers can"
-            )
-        if holders[id(base.weight)] > 1:
+    for name, layer in layers:
+        if holders[id(layer.get_base_layer()._parameters.get(_attribute(layer)))] > 1:
             raise UnsupportedOperationError(
                 f"the weight of {name!r} is tied to another: merging would change both; leave it out of the adapter"
             )
     for name, layer in layers:
-        base = layer.get_base_layer()
-        active = [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]
-        if layer.merged or not active:
+        base, attribute = layer.get_base_layer(), _attribute(layer)
+        old = base._parameters.get(attribute)
+        if layer.merged or not isinstance(old, IQTensor):
             continue
-        old = base.weight
-        with torch.no_grad():
-            plain = old.dequantize(torch.float32) if isinstance(old, IQTensor) else old.float()
-            merged = (plain + sum(layer.get_delta_weight(adapter).float() for adapter in active)).to(old.dtype)
-        if format is None or not isinstance(old, IQTensor):
-            base.weight = nn.Parameter(merged, requires_grad=False)
+        base._parameters[attribute] = nn.Parameter(old.dequantize(torch.float32), requires_grad=False)
+        layer.merge()
+        merged = base._parameters[attribute]
+        if not layer.merged:  # no active adapter here: the very same bits
+            base._parameters[attribute] = old
+        elif format is None:
+            base._parameters[attribute] = nn.Parameter(merged.detach().to(old.dtype), requires_grad=False)
         else:
-            target = old.format if format == "same" else get_format(format)
-            set_weight(base, "weight", quantize(merged, target, table.get(f"{name}.weight"), name=f"{name}.weight"))
-    return model.unload()
+            name = f"{name.replace('.base_layer', '')}.{attribute}"
+            matrix = merged.detach().mT if old.transposed else merged.detach()
+            packed = quantize(matrix, target or old.format, table.get(name), name=name)
+            packed = packed.to(old.dtype)
+            set_weight(base, attribute, packed._swapped() if old.transposed else packed)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="(Already following|All) adapters (were|are already) merged")
+        return model.merge_and_unload()  # what is not packed
+
+
+def _attribute(layer: Any) -> str:
+    """Name of the parameter that an adapter layer changes."""
+    return getattr(layer, "parameter_name", "weight")

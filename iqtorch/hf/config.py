@@ -189,13 +189,16 @@ class IQConfig(QuantizationConfigMixin):
 
     @classmethod
     def from_dict(cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """A config from the dictionary of a `config.json`; keys that are not ours are ignored.
+        """A config from the dictionary of a `config.json`, where keys that are not ours are ignored; or from the arguments of `IQConfig`.
 
         Raises:
             CheckpointError, RecipeError: unknown version, damaged entries.
         """
         entries = dict(config_dict)
         version = entries.get("format_version")
+        if version is None and "tensors" not in entries:  # what somebody asks for, not what a checkpoint says
+            config = cls(**{name: value for name, value in entries.items() if name != "quant_method"})
+            return (config, kwargs) if return_unused_kwargs else config
         if version != VERSION:
             raise _unknown_version(version)
         stored = entries.get("recipe") or {}

@@ -6,6 +6,7 @@ A packed checkpoint has the model's own parameter names. Under the name of a pac
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -284,6 +285,7 @@ class IQQuantizer(HfQuantizer):
         setattr(model, NOTES, self._notes)
         model._weight_conversions = []
         use_packed_experts(model)
+        count_packed_bytes()
         if self.planned:
             warn_if_kept(model)
         return model
@@ -347,6 +349,8 @@ class IQQuantizer(HfQuantizer):
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         dtype = getattr(torch, dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
         plain: dict[int, nn.Parameter] = {}
+        if any(hasattr(p, "_local_tensor") or hasattr(module, SHARDS) for module in model.modules() for p in module._parameters.values()):
+            raise UnsupportedOperationError("a model that is split over processes cannot be dequantized: load it in one process")
         for module in model.modules():
             for name, parameter in module._parameters.items():
                 if isinstance(parameter, IQTensor):
@@ -385,6 +389,22 @@ def adopt(model: Any, config: IQConfig) -> None:
     model.quantization_method = METHOD
     model.config.quantization_config = config
     use_packed_experts(model)
+    count_packed_bytes()
+
+
+def count_packed_bytes() -> None:
+    """Has `get_memory_footprint` of transformers' models count the bytes of packed weights, not what their dtype would take."""
+    plain = transformers.PreTrainedModel.get_memory_footprint
+    if hasattr(plain, "__wrapped__"):
+        return
+
+    @functools.wraps(plain)
+    def get_memory_footprint(self: Any, *args: Any, **kwargs: Any) -> int:
+        packed = [p for p in self.parameters() if isinstance(p, IQTensor)]
+        footprint: int = plain(self, *args, **kwargs)
+        return footprint + sum(p.nbytes - p.numel() * p.element_size() for p in packed)
+
+    transformers.PreTrainedModel.get_memory_footprint = get_memory_footprint
 
 
 def name_patterns(names: Any) -> list[str]:
