@@ -71,9 +71,8 @@ def merge_adapter(model: Any, format: str | None = "same", importance: Mapping[s
         else:
             name = f"{name.replace('.base_layer', '')}.{attribute}"
             matrix = merged.detach().mT if old.transposed else merged.detach()
-            packed = quantize(matrix, target or old.format, table.get(name), name=name)
-            packed = packed.to(old.dtype)
-            set_weight(base, attribute, packed._swapped() if old.transposed else packed)
+            blocks = quantize(matrix, target or old.format, table.get(name), name=name).to_blocks()
+            set_weight(base, attribute, IQTensor.from_blocks(blocks, target or old.format, old.dtype, transposed=old.transposed))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="(Already following|All) adapters (were|are already) merged")
         return model.merge_and_unload()  # what is not packed
