@@ -95,6 +95,7 @@ def test_sanitizers_on_random_bytes(tmp_path: Path) -> None:
         "avx2": AVX2,
         "avxvnni": (*AVX2, "-mavxvnni"),
         "avx512": AVX512,
+        "avx512bf16": (*AVX512, "-mavx512bf16"),
         "amx": (*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
     }
     flags = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")

@@ -221,6 +221,26 @@ def _linear(values: tuple[int, ...] | None) -> tuple[int, float, float, int]:
     return 0, 0.0, 0.0, 0
 
 
+def _grid_bytes(values: IntArray, bias: int) -> npt.NDArray[np.uint8]:
+    """Entries of a grid as two tables of bytes, and the 64 operands that the low six bits of a shifted entry stand for.
+
+    An entry has 16 bits: the numbers of the levels of its 4 or 8 weights, in 4 or 2 bits each.
+    """
+    width = 16 // values.shape[1]
+    levels, number = np.unique(values, return_inverse=True)
+    if levels.size > min(1 << width, 8):
+        raise KernelUnavailableError(f"a grid of {levels.size} levels does not fit {width} bits per weight")
+    words = (number.reshape(values.shape) << width * np.arange(values.shape[1])).sum(1)
+    operands = np.resize(np.resize(levels + bias, 1 << width), 64)
+    return np.concatenate((words & 255, words >> 8, operands)).astype(np.uint8)
+
+
+def _parity_signs() -> npt.NDArray[np.uint8]:
+    """Seven signs -> eight, an even number of them set."""
+    seven = np.arange(128)
+    return (seven | sum(seven >> i & 1 for i in range(7)) % 2 << 7).astype(np.uint8)
+
+
 def _scale_table(values: tuple[int, ...] | None) -> npt.NDArray[np.int32]:
     """Up to 32 scales plus 128 as bytes, four to a number."""
     table = np.resize(np.array(values or (0,), np.int64) + 128, 32)
@@ -266,7 +286,7 @@ def layout(fmt: Format) -> Layout:
 
     values = fmt.codebook.values.astype(np.int64)
     identity = _identity(fmt) if decoder == PLAIN else None
-    delta, variant_in_code = 0, 0
+    delta, variant_in_code, variant_flip = 0, 0, 0
     if fmt.codebook.variants == 2:
         shift = values[1] - values[0]
         if decoder == TRELLIS:
@@ -278,7 +298,10 @@ def layout(fmt: Format) -> Layout:
     elif fmt.codebook.variants != 1:
         raise KernelUnavailableError(f"{fmt.name} has {fmt.codebook.variants} codebooks; the CPU kernels know one or two")
     # Operands are unsigned bytes, value + bias. Below 128 they fit instructions that sum pairs in 16 bits without saturating.
-    low, high = int(values[0].min()), int(values[0].max())
+    # The table has the lower codebook, and `delta` is added for the other.
+    lower = values[0] + min(delta, 0)
+    delta, variant_flip = abs(delta), int(delta < 0)
+    low, high = int(lower.min()), int(lower.max()) + delta
     flip = 0
     if identity is not None:
         flip, bias = identity
@@ -290,9 +313,11 @@ def layout(fmt: Format) -> Layout:
     else:
         bias = -low if high - low < 128 else 128
     largest = bias + high if bias + low >= 0 else 255
-    table = np.zeros(0, np.uint8) if decoder in (PLAIN, TRELLIS) else (values[0] + bias).astype(np.uint8).reshape(-1)
+    table = np.zeros(0, np.uint8) if decoder in (PLAIN, TRELLIS) else (lower + bias).astype(np.uint8).reshape(-1)
     if decoder in (LOOKUP, WORDS) and table.size < 16:
         table = np.resize(table, 16)
+    if decoder == GRID:
+        table = np.concatenate((table, _grid_bytes(lower, bias), _parity_signs()))
 
     scale_flip, scale_a, scale_b, scale_linear = _linear(fmt.scale_values)
     min_flip, min_a, min_b, min_linear = _linear(fmt.min_values)
@@ -301,7 +326,7 @@ def layout(fmt: Format) -> Layout:
     group = min(fmt.group_size, fmt.variant_size, CELL)
     ints = [
         fmt.ggml_type, fmt.block_size, fmt.block_bytes, fmt.row_header_bytes, fmt.d_bytes, ROWS * fmt.block_bytes,
-        decoder, sign, code.width, fmt.vec, largest, bias, delta, variant_in_code, flip,
+        decoder, sign, code.width, fmt.vec, largest, bias, delta, variant_flip, variant_in_code, flip,
         CELL // group, fmt.group_size, fmt.variant_size, int(fmt.affine),
         scale_flip, scale_linear, *_scale_table(None if scale_linear else fmt.scale_values),
         np.int64(ik_trellis.MULTIPLIER).astype(np.int32), ik_trellis.OFFSET,

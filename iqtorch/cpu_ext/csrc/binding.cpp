@@ -22,7 +22,6 @@ using namespace iqtorch;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t kTiledRows = 16;  // rows of activations from which the matrix unit is faster
 constexpr int64_t kSmall = 1 << 17;  // weights times rows below which threads cost more than they bring
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -128,7 +127,7 @@ void multiply(const std::vector<Product>& products, const void* x, DType dtype, 
     if (w.tail_rows)
       run(tail_of(w), Output{static_cast<char*>(p.y) + w.full.rows * element_size(dtype), dtype, rows, bias ? bias + w.full.rows : nullptr});
   };
-  if (kern.linear_tiled && m >= kTiledRows) {
+  if (m >= (int8 ? kern.tiled_int8_rows : kern.tiled_float_rows)) {
     uint16_t* tiled = scratch<uint16_t>(1, kern.tiled_bytes(m, k) / 2);
     parallel(ceil_div(m, 32), m * k, [&](int64_t a, int64_t b) { kern.tile(x, dtype, m, k, tiled, a, b); });
     act.tiled = tiled;
@@ -148,18 +147,18 @@ void multiply(const std::vector<Product>& products, const void* x, DType dtype, 
     wide = converted;
   }
   if (!int8) act.x = wide;
-  int64_t prepared = 0;  // parts of a cell for which there are sums
+  Sums prepared = {};  // what the sums at hand serve
   for (const Product& product : products) {
-    const int64_t groups = product.w.full.format->i.groups;
-    if (int8 && groups != prepared) {
+    const Sums kind = kern.sums(*product.w.full.format, m);
+    if (int8 && (kind.groups != prepared.groups || kind.affine != prepared.affine || kind.start != prepared.start)) {
       int8_t* q = scratch<int8_t>(1, m * k);
       float* scale = scratch<float>(2, m * cells);
-      float* sums = scratch<float>(3, m * cells * groups);
+      int32_t* sums = scratch<int32_t>(3, m * cells * kind.groups);
       parallel(m, m * k, [&](int64_t a, int64_t b) {
-        for (int64_t i = a; i < b; ++i) kern.quantize(wide + i * k, k, (int)groups, i, m, q, scale, sums);
+        for (int64_t i = a; i < b; ++i) kern.quantize(wide + i * k, k, kind, i, m, q, scale, sums);
       });
       act.q = q, act.scale = scale, act.sums = sums;
-      prepared = groups;
+      prepared = kind;
     }
     each_part(product, [&](const Matrix& part, const Output& out) {
       parallel(ceil_div(part.rows, kRows), m * part.rows * k, [&](int64_t a, int64_t b) { kern.linear(part, act, out, a, b); });

@@ -117,6 +117,7 @@ template <int Mode> struct Signs {
   }
 };
 
+#ifndef IQ_OWN_GRIDS
 // A code selects `Vec` neighbouring operands from a table in memory.
 template <int Bits, int Vec, int Mode> struct GridDecoder {
   static constexpr bool kNarrow = true;
@@ -134,6 +135,7 @@ template <int Bits, int Vec, int Mode> struct GridDecoder {
     }
   }
 };
+#endif
 
 // Values are generated: each step multiplies by a constant, a value is the sum of the low six bits of the four bytes, minus 126.
 template <int Bits, int Vec, int Mode> struct TrellisDecoder {

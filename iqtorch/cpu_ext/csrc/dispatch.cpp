@@ -53,15 +53,20 @@ std::string avx512_missing() {
                            {"avx512vbmi", __builtin_cpu_supports("avx512vbmi")}});
 }
 
+std::string avx512bf16_missing() {
+  const std::string base = avx512_missing();
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  __get_cpuid_count(7, 1, &a, &b, &c, &d);
+  return base.empty() ? missing_features({{"avx512_bf16", a >> 5 & 1}}) : base;
+}
+
 // The kernel hands out the tile state (18 = XTILEDATA) only on request (0x1023 = ARCH_REQ_XCOMP_PERM).
 std::string amx_missing() {
-  const std::string base = avx512_missing();
+  const std::string base = avx512bf16_missing();
   if (!base.empty()) return base;
-  unsigned a = 0, b = 0, c = 0, d = 0, a1 = 0, b1 = 0, c1 = 0, d1 = 0;
+  unsigned a = 0, b = 0, c = 0, d = 0;
   __get_cpuid_count(7, 0, &a, &b, &c, &d);
-  __get_cpuid_count(7, 1, &a1, &b1, &c1, &d1);
-  const std::string own =
-      missing_features({{"amx_tile", d >> 24 & 1}, {"amx_bf16", d >> 22 & 1}, {"avx512_bf16", a1 >> 5 & 1}});
+  const std::string own = missing_features({{"amx_tile", d >> 24 & 1}, {"amx_bf16", d >> 22 & 1}});
   if (!own.empty()) return own;
 #if defined(__linux__)
   if (syscall(SYS_arch_prctl, 0x1023, 18) != 0) return "the operating system does not grant the AMX tile state";
@@ -87,6 +92,9 @@ std::vector<Isa> find_instruction_sets() {
 #if defined(IQTORCH_HAVE_AMX)
   found.push_back({"amx", kernels_amx, amx_missing()});
 #endif
+#if defined(IQTORCH_HAVE_AVX512BF16)
+  found.push_back({"avx512bf16", kernels_avx512bf16, avx512bf16_missing()});
+#endif
 #if defined(IQTORCH_HAVE_AVX512)
   found.push_back({"avx512", kernels_avx512, avx512_missing()});
 #endif
@@ -100,7 +108,7 @@ std::vector<Isa> find_instruction_sets() {
   found.push_back({"neon", kernels_neon, neon_missing()});
 #endif
   found.push_back({"scalar", kernels_scalar, ""});
-  for (const char* name : {"amx", "avx512", "avxvnni", "avx2", "neon"}) {
+  for (const char* name : {"amx", "avx512bf16", "avx512", "avxvnni", "avx2", "neon"}) {
     bool listed = false;
     for (const Isa& isa : found) listed |= !std::strcmp(isa.name, name);
     if (!listed) found.push_back({name, nullptr, "this build was made for another kind of CPU, or by a compiler without it"});

@@ -31,7 +31,9 @@ struct Field {
 // Same order as `Layout.ints` and `Layout.floats` in iqtorch/cpu_ext/layout.py.
 struct Ints {
   int32_t type, block, block_bytes, header_bytes, d_bytes, tile_bytes;
-  int32_t decoder, sign, code_width, vec, largest, bias, delta, variant_in_code, flip;
+  int32_t decoder, sign, code_width, vec, largest, bias;
+  int32_t delta, variant_flip;  // added to the operands of a group whose variant bit, flipped or not, is set
+  int32_t variant_in_code, flip;
   int32_t groups, scale_group, variant_group, affine;  // `groups` per cell share scale, minimum and variant
   int32_t scale_flip, scale_linear;
   uint8_t scale_table[32];  // scales that are no linear function of what is stored, plus 128
@@ -60,14 +62,20 @@ struct Matrix {
   int64_t rows, k, blocks;
 };
 
-// Activations of `m` rows: int8 with a scale per cell, or float32.
+// What a product needs of the sums of its int8 activations, per group. An operand is value + bias: integer products start from
+// `start` (minus the bias) times the sum of q. Formats with minima have no bias, and multiply the minima by minus scale times the sum.
+struct Sums {
+  int32_t groups, affine, start;
+};
+
+// Activations of `m` rows: int8 with a scale per cell, or float32. A panel is 256 columns, 8 cells, the last one what is left.
 struct Activations {
   int64_t m, k;
-  const int8_t* q;       // [k / 32, m, 32]
-  const float* scale;    // [k / 32, m]
-  const float* sums;     // [k / 32, m, groups]: scale times the sum of q, per group
+  const int8_t* q;       // [panel][m][cells][32]
+  const float* scale;    // [panel][m][cells]
+  const int32_t* sums;   // [panel][m][cells][groups]: see `Sums`; the bits of floats if `affine`
   const float* x;        // [m, k] when q is null
-  const uint16_t* tiled; // bfloat16 in the order of the matrix unit, or null
+  const uint16_t* tiled; // bfloat16 in the order of tiles.inl, or null
 };
 
 struct Output {
@@ -82,18 +90,21 @@ struct Kernels {
   bool (*accepts)(const Ints&);  // false: no decoder for such codes
   void (*to_float)(const void* x, DType dtype, float* out, int64_t count);
   void (*from_float)(const float* x, DType dtype, void* out, int64_t count);
+  Sums (*sums)(const Format&, int64_t m);
   // Row `row` of `rows` of the activations of a product.
-  void (*quantize)(const float* x, int64_t k, int groups, int64_t row, int64_t rows, int8_t* q, float* scale, float* sums);
+  void (*quantize)(const float* x, int64_t k, Sums, int64_t row, int64_t rows, int8_t* q, float* scale, int32_t* sums);
   void (*linear)(const Matrix&, const Activations&, const Output&, int64_t g0, int64_t g1);
   void (*dequantize)(const Matrix&, DType, void* out, int64_t g0, int64_t g1);
   void (*gather)(const Matrix&, DType, const int64_t* ids, void* out, int64_t i0, int64_t i1);
   // Columns of blocks b0 .. b1 of `g [m, rows] @ W`, float32 out [m, k].
   void (*transposed)(const Matrix&, const float* g, int64_t m, float* out, int64_t b0, int64_t b1);
-  // Matrix unit, or null: bytes of `tiled` for m rows, floats of scratch of each thread, preparation (rows in steps of 32), product.
+  // Products in bfloat16 (tiles.inl), or null: bytes of `tiled` for m rows, floats of scratch of each thread, preparation (rows in
+  // steps of 32), product; and how many rows of activations it takes for them to be the fastest way in float and in int8 precision.
   int64_t (*tiled_bytes)(int64_t m, int64_t k);
   int64_t (*tiled_scratch)();
   void (*tile)(const void* x, DType dtype, int64_t m, int64_t k, uint16_t* tiled, int64_t step0, int64_t step1);
   void (*linear_tiled)(const Matrix&, const Activations&, const Output&, float* scratch, int64_t g0, int64_t g1);
+  int64_t tiled_float_rows, tiled_int8_rows;
 };
 
 // Kernels of one instruction set, defined by isa_<name>.cpp.
@@ -101,6 +112,7 @@ const Kernels* kernels_scalar();
 const Kernels* kernels_avx2();
 const Kernels* kernels_avxvnni();
 const Kernels* kernels_avx512();
+const Kernels* kernels_avx512bf16();
 const Kernels* kernels_amx();
 const Kernels* kernels_neon();
 

@@ -6,7 +6,7 @@
 #include "tiles_amx.inl"
 
 #undef IQTORCH_TILED
-#define IQTORCH_TILED amx::tiled_bytes, amx::tiled_scratch, amx::tile_rows, amx::linear_tiled
+#define IQTORCH_TILED IQTORCH_TILES(amx::AmxUnit, 16)
 
 namespace iqtorch {
 IQTORCH_KERNELS(amx)

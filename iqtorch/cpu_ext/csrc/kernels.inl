@@ -1,6 +1,9 @@
 // The kernels, written once for a machine of 16 lanes (simd_*.h) and compiled once per instruction set (isa_*.cpp).
 
 #include "decoders.inl"
+#ifdef IQ_OWN_GRIDS
+#include IQ_OWN_GRIDS
+#endif
 #include "sides.inl"
 
 namespace iqtorch { namespace IQTORCH_ISA {
@@ -41,7 +44,7 @@ IQ_FN void finish(const Output& out, int64_t rows, int64_t m, int64_t group, F32
 }
 
 template <class Decoder, class Side> static void gemv(const Matrix& w, const Activations& x, const Output& out, int64_t g0, int64_t g1) {
-  constexpr bool narrow = Decoder::kNarrow || !kSignedDot;
+  constexpr bool narrow = Decoder::kNarrow || !kSignedDot, affine = Side::kAffine;
   constexpr int per_group = 8 / Side::kGroups;
   const Format& f = *w.format;
   const int cells = f.i.block / kCell, cell_bytes = f.i.tile_bytes / cells, most = kMaxBlock / f.i.block;
@@ -52,17 +55,21 @@ template <class Decoder, class Side> static void gemv(const Matrix& w, const Act
     F32 acc = setf(0), rest = setf(0);
     const F32 d = header_d(w, g);
     const int8_t* q = x.q;
-    const float *scale = x.scale, *sums = x.sums;
+    const float* scale = x.scale;
+    const int32_t* sums = x.sums;
     for (int64_t b = 0; b < w.blocks; b += most) {
       const int tiles = w.blocks - b < most ? (int)(w.blocks - b) : most;
-      Side::template read<false>(f, tile, tiles, d, narrow ? 0 : 128, side);
-      const float *s = side.scale, *o = side.offset;
+      Side::template read<true>(f, tile, tiles, d, side);
+      const float *s = side.scale, *low = side.low;
       for (int i = 0, c = 0; i < tiles * cells; ++i, q += kCell) {
         const uint8_t* ahead = tile + c * cell_bytes + kPrefetch;
         for (int line = 0; line < cell_bytes; line += 64) __builtin_prefetch(ahead + line);
         const F32 dx = setf(*scale++);
         I32 even = set(0), odd = set(0);
+        typename Side::Variant variant(f, tile, c);
         decoder.decode(tile, c, [&](int v, U8 operand) IQ_INLINE {
+          operand = variant.add(v, operand);
+          if (!affine && v % per_group == 0) even = set(*sums++);
           if (v % 2) {
             odd = dot<narrow>(odd, operand, q + 4 * v);
           } else {
@@ -70,15 +77,15 @@ template <class Decoder, class Side> static void gemv(const Matrix& w, const Act
           }
           if ((v + 1) % per_group == 0) {
             acc = fma(to_float(even + odd) * loadf(s), dx, acc);
-            rest = fma(loadf(o), setf(*sums++), rest);
-            s += kRows, o += kRows;
+            if (affine) rest = fma(loadf(low), as_float(set(*sums++)), rest);
+            s += kRows, low += kRows;
             even = set(0), odd = set(0);
           }
         });
         if (++c == cells) c = 0, tile += f.i.tile_bytes;
       }
     }
-    finish(out, w.rows, 0, g, acc + rest);
+    finish(out, w.rows, 0, g, affine ? acc + rest : acc);
   }
 }
 
@@ -91,27 +98,30 @@ struct Panel {
 
 constexpr int kChunk = 128;  // rows of activations: accumulators stay in the first-level cache, activations in the second
 
-template <class Decoder> static void expand(const Format& f, const uint8_t* tile, int tiles, uint8_t* operand) {
+template <class Decoder, class Side> static void expand(const Format& f, const uint8_t* tile, int tiles, uint8_t* operand) {
   const Decoder decoder(f);
   const int cells = f.i.block / kCell;
   for (int i = 0; i < tiles * f.i.tile_bytes; i += 64) __builtin_prefetch(tile + i + kPrefetch / 2);
   for (int t = 0; t < tiles; ++t, tile += f.i.tile_bytes)
-    for (int c = 0; c < cells; ++c, operand += 8 * kVector)
-      decoder.decode(tile, c, [&](int v, U8 value) IQ_INLINE { store(operand + kVector * v, value); });
+    for (int c = 0; c < cells; ++c, operand += 8 * kVector) {
+      typename Side::Variant variant(f, tile, c);
+      decoder.decode(tile, c, [&](int v, U8 value) IQ_INLINE { store(operand + kVector * v, variant.add(v, value)); });
+    }
 }
 
 // M rows of activations times N groups of rows of weights, over the cells of a panel: `acc` is [N][kChunk][16].
-// `q`, `scale` and `sums` point at the first of M rows in the first cell; `rows` is the number of all rows.
+// `q`, `scale` and `sums` point at the first of M rows of activations in the panel.
 // `Depth` neighbouring vectors may be summed in 16 bits where an instruction set does so.
-template <int M, int N, int Groups, bool Narrow, int Depth>
-IQ_FN void multiply_cells(const Panel* panel, int cells, const int8_t* q, const float* scale, const float* sums, int64_t rows, float* acc) {
+template <int M, int N, int Groups, bool Affine, bool Narrow, int Depth>
+IQ_FN void multiply_cells(const Panel* panel, int cells, const int8_t* q, const float* scale, const int32_t* sums, float* acc) {
   constexpr int per_group = 8 / Groups;
   F32 a[N][M];
   IQ_UNROLL(4)
   for (int n = 0; n < N; ++n)
     IQ_UNROLL(4)
     for (int m = 0; m < M; ++m) a[n][m] = loadf(acc + kRows * (kChunk * n + m));
-  for (int c = 0; c < cells; ++c, q += rows * kCell, scale += rows, sums += rows * Groups) {
+  const int64_t stride = cells * kCell, sums_stride = cells * Groups;
+  for (int c = 0; c < cells; ++c, q += kCell, ++scale, sums += Groups) {
     F32 cell[N][M];
     IQ_UNROLL(4)
     for (int g = 0; g < Groups; ++g) {
@@ -119,7 +129,7 @@ IQ_FN void multiply_cells(const Panel* panel, int cells, const int8_t* q, const 
       IQ_UNROLL(4)
       for (int n = 0; n < N; ++n)
         IQ_UNROLL(4)
-        for (int m = 0; m < M; ++m) d[n][m] = set(0);
+        for (int m = 0; m < M; ++m) d[n][m] = Affine ? set(0) : set(sums[m * sums_stride + g]);
       IQ_UNROLL(8)
       for (int v = 0; v < per_group; v += Depth) {
         const int at = g * per_group + v;
@@ -130,12 +140,12 @@ IQ_FN void multiply_cells(const Panel* panel, int cells, const int8_t* q, const 
           if constexpr (Depth > 1) {
             Pairs pairs[M];
             IQ_UNROLL(4)
-            for (int m = 0; m < M; ++m) pairs[m] = pair_products(load(operand), q + m * kCell + 4 * at);
+            for (int m = 0; m < M; ++m) pairs[m] = pair_products(load(operand), q + m * stride + 4 * at);
             IQ_UNROLL(8)
             for (int i = 1; i < Depth; ++i) {
               const U8 next = load(operand + kVector * i);
               IQ_UNROLL(4)
-              for (int m = 0; m < M; ++m) pairs[m] = pairs[m] + pair_products(next, q + m * kCell + 4 * (at + i));
+              for (int m = 0; m < M; ++m) pairs[m] = pairs[m] + pair_products(next, q + m * stride + 4 * (at + i));
             }
             IQ_UNROLL(4)
             for (int m = 0; m < M; ++m) d[n][m] = add_pairs(d[n][m], pairs[m]);
@@ -144,24 +154,28 @@ IQ_FN void multiply_cells(const Panel* panel, int cells, const int8_t* q, const 
 #endif
           const U8 single = load(operand);
           IQ_UNROLL(4)
-          for (int m = 0; m < M; ++m) d[n][m] = dot<Narrow>(d[n][m], single, q + m * kCell + 4 * at);
+          for (int m = 0; m < M; ++m) d[n][m] = dot<Narrow>(d[n][m], single, q + m * stride + 4 * at);
         }
       }
       IQ_UNROLL(4)
       for (int n = 0; n < N; ++n) {
         const Sides& side = panel[n].side;
-        const F32 s = loadf(side.scale + kRows * (c * Groups + g)), o = loadf(side.offset + kRows * (c * Groups + g));
+        const F32 s = loadf(side.scale + kRows * (c * Groups + g));
         IQ_UNROLL(4)
         for (int m = 0; m < M; ++m) {
           cell[n][m] = g ? fma(to_float(d[n][m]), s, cell[n][m]) : to_float(d[n][m]) * s;
-          a[n][m] = fma(o, setf(sums[m * Groups + g]), a[n][m]);
+        }
+        if constexpr (Affine) {
+          const F32 low = loadf(side.low + kRows * (c * Groups + g));
+          IQ_UNROLL(4)
+          for (int m = 0; m < M; ++m) a[n][m] = fma(low, as_float(set(sums[m * sums_stride + g])), a[n][m]);
         }
       }
     }
     IQ_UNROLL(4)
     for (int n = 0; n < N; ++n)
       IQ_UNROLL(4)
-      for (int m = 0; m < M; ++m) a[n][m] = fma(cell[n][m], setf(scale[m]), a[n][m]);
+      for (int m = 0; m < M; ++m) a[n][m] = fma(cell[n][m], setf(scale[m * cells]), a[n][m]);
   }
   IQ_UNROLL(4)
   for (int n = 0; n < N; ++n)
@@ -169,14 +183,15 @@ IQ_FN void multiply_cells(const Panel* panel, int cells, const int8_t* q, const 
     for (int m = 0; m < M; ++m) storef(acc + kRows * (kChunk * n + m), a[n][m]);
 }
 
-template <int N, int Groups, bool Narrow, int Depth>
+template <int N, int Groups, bool Affine, bool Narrow, int Depth>
 static void multiply(const Panel* panel, int cells, const Activations& x, int64_t m0, int64_t m1, int64_t cell, float* acc) {
   int64_t m = m0;
   const auto step = [&](auto size) {
     constexpr int M = decltype(size)::value;
     for (; m + M <= m1; m += M) {
-      const int64_t at = cell * x.m + m;
-      multiply_cells<M, N, Groups, Narrow, Depth>(panel, cells, x.q + at * kCell, x.scale + at, x.sums + at * Groups, x.m, acc + kRows * (m - m0));
+      const int64_t at = cell * x.m + m * cells;
+      multiply_cells<M, N, Groups, Affine, Narrow, Depth>(panel, cells, x.q + at * kCell, x.scale + at, x.sums + at * Groups,
+                                                          acc + kRows * (m - m0));
     }
   };
   step(Size<kBatch>{});
@@ -188,10 +203,10 @@ static void multiply(const Panel* panel, int cells, const Activations& x, int64_
 // Weights of a block as float32, [k][16], from operands and exact sides.
 IQ_FN void float_panel(const Format& f, const Panel& panel, float* out) {
   const int groups = f.i.groups, per_group = 8 / groups, vectors = f.i.block / 4;
-  const F32 factor = setf(f.f.runtime_scale);
+  const F32 factor = setf(f.f.runtime_scale), o = setf((float)-f.i.bias);
   for (int v = 0; v < vectors; ++v) {
     const int g = v / per_group;
-    const F32 s = loadf(panel.side.scale + kRows * g), o = loadf(panel.side.offset + kRows * g), low = loadf(panel.side.low + kRows * g);
+    const F32 s = loadf(panel.side.scale + kRows * g), low = loadf(panel.side.low + kRows * g);
     I32 four = as_i32(load(panel.operand + kVector * v));
     IQ_UNROLL(4)
     for (int j = 0; j < 4; ++j) {
@@ -220,8 +235,8 @@ template <int M> IQ_FN void multiply_float(const float* panel, int count, const 
 
 struct Family {
   void (*expand)(const Format&, const uint8_t* tile, int tiles, uint8_t* operand);
-  void (*sides)(const Format&, const uint8_t* tile, int tiles, F32 d, int dot_bias, Sides&);
-  void (*exact_sides)(const Format&, const uint8_t* tile, int tiles, F32 d, int dot_bias, Sides&);
+  void (*sides)(const Format&, const uint8_t* tile, int tiles, F32 d, Sides&);
+  void (*exact_sides)(const Format&, const uint8_t* tile, int tiles, F32 d, Sides&);
   void (*gemv)(const Matrix&, const Activations&, const Output&, int64_t, int64_t);
   bool narrow;
 };
@@ -230,7 +245,7 @@ struct Family {
 template <class Decoder, class... SideTypes> static Family family_of(const Ints& i) {
   Family family = {};
   ((!family.gemv && SideTypes::fits(i)
-        ? (void)(family = {expand<Decoder>, SideTypes::template read<false>, SideTypes::template read<true>, gemv<Decoder, SideTypes>,
+        ? (void)(family = {expand<Decoder, SideTypes>, SideTypes::template read<true>, SideTypes::template read<false>, gemv<Decoder, SideTypes>,
                            Decoder::kNarrow || !kSignedDot})
         : (void)0),
    ...);
@@ -239,11 +254,12 @@ template <class Decoder, class... SideTypes> static Family family_of(const Ints&
 
 static Family find_family(const Ints& i) {
   using None = Side<1, 1, 0>;  // d alone
+  using Minimum = Side<1, 1, 0, 0, 0, true>;
   switch (i.decoder * 100 + i.code_width) {
     case kPlain * 100 + 2: return family_of<PlainDecoder<2>, Side<2, 2, 4, 4>>(i);
     case kPlain * 100 + 3: return family_of<PlainDecoder<3>, Side<2, 2, 6>>(i);
-    case kPlain * 100 + 4: return family_of<PlainDecoder<4>, None, Side<1, 1, 6, 6>>(i);
-    case kPlain * 100 + 5: return family_of<PlainDecoder<5>, None, Side<1, 1, 6, 6>>(i);
+    case kPlain * 100 + 4: return family_of<PlainDecoder<4>, None, Minimum, Side<1, 1, 6, 6>>(i);
+    case kPlain * 100 + 5: return family_of<PlainDecoder<5>, None, Minimum, Side<1, 1, 6, 6>>(i);
     case kPlain * 100 + 6: return family_of<PlainDecoder<6>, None, Side<2, 2, 8>>(i);
     case kPlain * 100 + 8: return family_of<PlainDecoder<8>, None>(i);
     case kLookup * 100 + 2: return family_of<LookupDecoder<2>, Side<1, 1, 5, 0, 1>, Side<2, 2, 4, 0, 2>>(i);
@@ -282,20 +298,28 @@ static bool accepts(const Ints& i) {
 using Multiply = void (*)(const Panel*, int cells, const Activations&, int64_t m0, int64_t m1, int64_t cell, float* acc);
 
 // For operands up to `largest`: 2 * Depth products with 127 at most fit 16 bits.
-template <int N, int Groups> static Multiply multiply_with(bool narrow, [[maybe_unused]] int largest) {
+template <int N, int Groups, bool Affine> static Multiply multiply_with(bool narrow, [[maybe_unused]] int largest) {
 #ifdef IQ_PAIR_SUMS
   constexpr int most = 8 / Groups;
-  if (largest <= 15) return multiply<N, Groups, true, most>;
-  if (largest <= 31) return multiply<N, Groups, true, most < 4 ? most : 4>;
-  if (largest <= 63) return multiply<N, Groups, true, most < 2 ? most : 2>;
+  if (largest <= 15) return multiply<N, Groups, Affine, true, most>;
+  if (largest <= 31) return multiply<N, Groups, Affine, true, most < 4 ? most : 4>;
+  if (largest <= 63) return multiply<N, Groups, Affine, true, most < 2 ? most : 2>;
 #endif
-  return narrow ? multiply<N, Groups, true, 1> : multiply<N, Groups, !kSignedDot, 1>;
+  return narrow ? multiply<N, Groups, Affine, true, 1> : multiply<N, Groups, Affine, !kSignedDot, 1>;
 }
 
 template <int N> static Multiply multiply_of(const Ints& i, bool narrow) {
-  return i.groups == 1   ? multiply_with<N, 1>(narrow, i.largest)
-         : i.groups == 2 ? multiply_with<N, 2>(narrow, i.largest)
-                         : multiply_with<N, 4>(narrow, i.largest);
+  if (i.affine) return i.groups == 1 ? multiply_with<N, 1, true>(narrow, i.largest) : multiply_with<N, 2, true>(narrow, i.largest);
+  return i.groups == 1   ? multiply_with<N, 1, false>(narrow, i.largest)
+         : i.groups == 2 ? multiply_with<N, 2, false>(narrow, i.largest)
+                         : multiply_with<N, 4, false>(narrow, i.largest);
+}
+
+// Whether the products of m rows take operands as they are; else minus 128.
+static bool is_narrow(const Family& family, const Ints& i, int64_t m) { return family.narrow || (m > 1 && i.largest < 128); }
+
+static Sums sums_of(const Format& f, int64_t m) {
+  return {f.i.groups, f.i.affine, (is_narrow(find_family(f.i), f.i, m) ? 0 : 128) - f.i.bias};
 }
 
 static void linear_int8(const Matrix& w, const Activations& x, const Output& out, int64_t g0, int64_t g1) {
@@ -303,7 +327,7 @@ static void linear_int8(const Matrix& w, const Activations& x, const Output& out
   const Family family = find_family(f.i);
   if (x.m == 1) return family.gemv(w, x, out, g0, g1);
   const int cells = f.i.block / kCell, most = kMaxBlock / f.i.block;
-  const bool narrow = family.narrow || f.i.largest < 128;
+  const bool narrow = is_narrow(family, f.i, x.m);
   const Multiply run[2] = {multiply_of<1>(f.i, narrow), multiply_of<kBatchGroups>(f.i, narrow)};
   Panel panel[kBatchGroups];
   IQ_ALIGNED float acc[kBatchGroups * kChunk * kRows];
@@ -317,13 +341,13 @@ static void linear_int8(const Matrix& w, const Activations& x, const Output& out
         const int tiles = w.blocks - b < most ? (int)(w.blocks - b) : most;
         for (int n = 0; n < count; ++n) {
           const uint8_t* tile = w.tiles + ((g + n) * w.blocks + b) * f.i.tile_bytes;
-          family.sides(f, tile, tiles, header_d(w, g + n), narrow ? 0 : 128, panel[n].side);
+          family.sides(f, tile, tiles, header_d(w, g + n), panel[n].side);
           family.expand(f, tile, tiles, panel[n].operand);
         }
         run[count > 1](panel, tiles * cells, x, m0, m1, b * cells, acc);
       }
-      for (int n = 0; n < count; ++n)
-        for (int64_t m = m0; m < m1; ++m) finish(out, w.rows, m, g + n, loadf(acc + kRows * (kChunk * n + m - m0)));
+      for (int64_t m = m0; m < m1; ++m)
+        for (int n = 0; n < count; ++n) finish(out, w.rows, m, g + n, loadf(acc + kRows * (kChunk * n + m - m0)));
     }
   }
 }
@@ -341,7 +365,7 @@ static void linear_float(const Matrix& w, const Activations& x, const Output& ou
       __builtin_memset(acc, 0, (m1 - m0) * kRows * sizeof(float));
       const uint8_t* tile = w.tiles + g * w.blocks * f.i.tile_bytes;
       for (int64_t b = 0; b < w.blocks; ++b, tile += f.i.tile_bytes) {
-        family.exact_sides(f, tile, 1, d, 0, panel.side);
+        family.exact_sides(f, tile, 1, d, panel.side);
         family.expand(f, tile, 1, panel.operand);
         float_panel(f, panel, weights);
         int64_t m = m0;
@@ -369,12 +393,12 @@ static void linear(const Matrix& w, const Activations& x, const Output& out, int
 #include "rows.inl"
 
 #ifndef IQTORCH_TILED
-#define IQTORCH_TILED nullptr, nullptr, nullptr, nullptr
+#define IQTORCH_TILED nullptr, nullptr, nullptr, nullptr, INT64_MAX, INT64_MAX
 #endif
 
 #define IQTORCH_KERNELS(isa)                                                                                                    \
   const Kernels* kernels_##isa() {                                                                                              \
-    static const Kernels table = {#isa, isa::accepts,   isa::to_float,   isa::from_float, isa::quantize,   \
+    static const Kernels table = {#isa, isa::accepts,   isa::to_float,   isa::from_float, isa::sums_of, isa::quantize,   \
                                   isa::linear, isa::dequantize, isa::gather_rows, isa::transposed, IQTORCH_TILED};              \
     return &table;                                                                                                              \
   }

@@ -11,7 +11,7 @@ IQ_FN void decode_row(const Format& f, const Panel& panel, int row, float* out) 
   IQ_ALIGNED uint8_t operand[kMaxBlock];
   for (int v = 0; v < i.block / 4; ++v) __builtin_memcpy(operand + 4 * v, panel.operand + kVector * v + 4 * row, 4);
   for (int g = 0; g < count; ++g) {
-    const float s = panel.side.scale[kRows * g + row], o = panel.side.offset[kRows * g + row], low = panel.side.low[kRows * g + row];
+    const float s = panel.side.scale[kRows * g + row], o = (float)-i.bias, low = panel.side.low[kRows * g + row];
     if (i.affine) {
       for (int k = 0; k < fine; ++k) out[g * fine + k] = s * ((float)operand[g * fine + k] + o) - low;
     } else {
@@ -74,7 +74,7 @@ static void dequantize(const Matrix& w, DType dtype, void* out, int64_t g0, int6
     const int valid = w.rows - g * kRows < kRows ? (int)(w.rows - g * kRows) : kRows;
     const uint8_t* tile = w.tiles + g * w.blocks * f.i.tile_bytes;
     for (int64_t b = 0; b < w.blocks; ++b, tile += f.i.tile_bytes) {
-      family.exact_sides(f, tile, 1, d, 0, panel.side);
+      family.exact_sides(f, tile, 1, d, panel.side);
       family.expand(f, tile, 1, panel.operand);
       for (int r = 0; r < valid; ++r) {
         decode_row(f, panel, r, row);
@@ -94,7 +94,7 @@ static void gather_rows(const Matrix& w, DType dtype, const int64_t* ids, void* 
     const F32 d = header_d(w, g);
     const uint8_t* tile = w.tiles + g * w.blocks * f.i.tile_bytes;
     for (int64_t b = 0; b < w.blocks; ++b, tile += f.i.tile_bytes) {
-      family.exact_sides(f, tile, 1, d, 0, panel.side);
+      family.exact_sides(f, tile, 1, d, panel.side);
       family.expand(f, tile, 1, panel.operand);
       decode_row(f, panel, (int)(ids[i] % kRows), row);
       from_float(row, dtype, (uint8_t*)out + (i * w.k + b * f.i.block) * element_bytes(dtype), f.i.block);
@@ -118,7 +118,7 @@ static void transposed(const Matrix& w, const float* g, int64_t m, float* out, i
       for (int64_t n = 0; n < groups; ++n) {
         const uint8_t* tile = w.tiles + (n * w.blocks + b) * f.i.tile_bytes;
         const int valid = w.rows - n * kRows < kRows ? (int)(w.rows - n * kRows) : kRows;
-        family.exact_sides(f, tile, 1, header_d(w, n), 0, panel.side);
+        family.exact_sides(f, tile, 1, header_d(w, n), panel.side);
         family.expand(f, tile, 1, panel.operand);
         for (int r = 0; r < valid; ++r) decode_row(f, panel, r, weights + r * block);
         for (int64_t i = m0; i < m1; ++i) {
@@ -141,11 +141,15 @@ static void transposed(const Matrix& w, const float* g, int64_t m, float* out, i
 // -- activations -----------------------------------------------------------------------------------------------------------
 
 // int8 with a scale per 32, rounded to nearest; a cell with NaN or Inf gets a NaN scale, so that its products are NaN.
-// Neighbouring rows lie side by side, cell by cell: rows at a distance of K would share few sets of the first-level cache.
-static void quantize(const float* x, int64_t k, int groups, int64_t row, int64_t rows, int8_t* q, float* scale, float* sums) {
-  const int fine = kCell / groups;
-  q += row * kCell, scale += row, sums += row * groups;
-  for (int64_t c = 0; c < k / kCell; ++c, x += kCell, q += rows * kCell, scale += rows, sums += rows * groups) {
+// A panel of all rows lies together: rows at a distance of K would share few sets of the first-level cache.
+static void quantize(const float* x, int64_t k, Sums kind, int64_t row, int64_t rows, int8_t* all_q, float* all_scales, int32_t* all_sums) {
+  const int groups = kind.groups, fine = kCell / groups;
+  constexpr int64_t panel = kMaxBlock / kCell;
+  for (int64_t c = 0; c < k / kCell; ++c, x += kCell) {
+    const int64_t first = c / panel * panel, cells = k / kCell - first < panel ? k / kCell - first : panel;
+    const int64_t at = first * rows + row * cells + c - first;
+    int8_t* q = all_q + at * kCell;
+    int32_t* sums = all_sums + at * groups;
     IQ_ALIGNED int32_t whole[kCell];
     IQ_ALIGNED float copy[kCell];
     int32_t largest = 0;
@@ -170,9 +174,11 @@ static void quantize(const float* x, int64_t k, int groups, int64_t row, int64_t
     for (int g = 0; g < groups; ++g) {
       int32_t sum = 0;
       for (int i = 0; i < fine; ++i) sum += whole[g * fine + i];
-      sums[g] = step * (float)sum;
+      const float product = -step * (float)sum;
+      sum *= kind.start;
+      __builtin_memcpy(sums + g, kind.affine ? (const void*)&product : &sum, 4);
     }
-    *scale = step;
+    all_scales[at] = step;
   }
 }
 

@@ -37,11 +37,10 @@ IQ_FN F32 header_d(const Matrix& w, int64_t group) {
   return bits_to_float(i.d_bytes == 2 ? load16(p) : load32(p), i.d_bytes);
 }
 
-// Per group of weights and row, [group][16]: a weight is scale * (operand + offset) - low.
+// Per group of weights and row, [group][16]: a weight is scale * (operand - bias) - low.
 struct Sides {
   IQ_ALIGNED float scale[kMaxGroups * kRows];
-  IQ_ALIGNED float offset[kMaxGroups * kRows];  // for products: scale * offset - low, with runtime_scale in both
-  IQ_ALIGNED float low[kMaxGroups * kRows];
+  IQ_ALIGNED float low[kMaxGroups * kRows];  // of formats with minima
 };
 
 // Element e of a field of `Bits` bits; like `element`, with the planes known when compiling.
@@ -56,9 +55,10 @@ template <int Bits, int First = 0> IQ_FN I32 known_element(const Field& field, c
 // How many small integers a format keeps, known when compiling: the kernels would spend longer on scales than on weights.
 // `Groups` of a cell share scale, minimum and variant. `Scales` of a cell have a scale of their own, of `Bits` bits (0: only the
 // block has one, -1: in the words of the codes), and a minimum of `MinBits`; `Variants` of a cell have a bit that shifts all values.
-template <int Groups_, int Scales, int Bits, int MinBits = 0, int Variants = 0> class Side {
+template <int Groups_, int Scales, int Bits, int MinBits = 0, int Variants = 0, bool Affine = (MinBits > 0)> class Side {
  public:
   static constexpr int kGroups = Groups_;
+  static constexpr bool kAffine = Affine;
 
   static bool fits(const Ints& i) {
     const auto counts = [&](const Field& field, int bits, int per_cell) {
@@ -67,28 +67,53 @@ template <int Groups_, int Scales, int Bits, int MinBits = 0, int Variants = 0> 
       return width == bits && (!bits || field.count * kCell == per_cell * i.block);
     };
     if (Bits < 0) return i.groups == Groups_ && i.decoder == kWords;
-    return i.groups == Groups_ && counts(i.scale, Bits, Scales) && counts(i.min, MinBits, Scales) &&
+    return i.groups == Groups_ && (i.affine != 0) == Affine && counts(i.scale, Bits, Scales) && counts(i.min, MinBits, Scales) &&
            (i.delta ? counts(i.variant, 1, Variants) : !Variants);
   }
 
-  // Of `tiles` neighbouring tiles. `Exact`: what the plain-torch decoder multiplies; else ready for products, see `Sides`.
-  template <bool Exact> static void read(const Format& f, const uint8_t* tile, int tiles, F32 d, int dot_bias, Sides& out) {
+  // Of `tiles` neighbouring tiles, with runtime_scale in it if `Scaled`.
+  template <bool Scaled> static void read(const Format& f, const uint8_t* tile, int tiles, F32 d, Sides& out) {
     const int count = f.i.block / kCell * kGroups * kRows;
-    for (int t = 0; t < tiles; ++t, tile += f.i.tile_bytes)
-      read_tile<Exact>(f, tile, d, dot_bias, out.scale + t * count, out.offset + t * count, out.low + t * count);
+    for (int t = 0; t < tiles; ++t, tile += f.i.tile_bytes) read_tile<Scaled>(f, tile, d, out.scale + t * count, out.low + t * count);
   }
 
+  // What vector v of a cell adds to its operands, per row, because of its variant. Called with v = 0 .. 7 in order.
+  class Variant {
+   public:
+    IQ_FN Variant(const Format& format, const uint8_t* of_tile, int of_cell) : f(format), tile(of_tile), cell(of_cell), shift(set(0)) {}
+    IQ_FN U8 add(int v, U8 operand) {
+      if constexpr (Bits < 0 || Variants > 0) {
+        constexpr int own = Variants > 0 ? Variants : 1;
+        if (v % (8 / own) == 0) {
+          I32 bit;
+          if constexpr (Bits < 0) {
+            bit = WordsDecoder::scale_byte(tile, cell) & set(1);
+          } else {
+            bit = known_element<1>(f.i.variant, tile, cell * own + v / (8 / own));
+          }
+          shift = (bit ^ set(f.i.variant_flip)) * set(f.i.delta * 0x01010101);
+        }
+        return as_bytes(as_i32(operand) + shift);
+      }
+      return operand;
+    }
+
+   private:
+    const Format& f;
+    const uint8_t* tile;
+    int cell;
+    I32 shift;
+  };
+
  private:
-  template <bool Exact>
-  static IQ_FN void read_tile(const Format& f, const uint8_t* tile, F32 d, int dot_bias, float* scales, float* offsets, float* lows) {
+  template <bool Scaled> static IQ_FN void read_tile(const Format& f, const uint8_t* tile, F32 d, float* scales, float* lows) {
     const Ints& i = f.i;
     const int cells = i.block / kCell;
     if (!i.header_bytes) d = bits_to_float(element(i.d, tile, 0), i.d_bytes);
     d = d * setf(f.f.unit);
-    F32 dmin = i.affine ? bits_to_float(element(i.dmin, tile, 0), i.d_bytes) : setf(0);
-    if (!Exact) d = d * setf(f.f.runtime_scale), dmin = dmin * setf(f.f.runtime_scale);
-    const F32 base = setf((float)(dot_bias - i.bias)), delta = setf((float)i.delta);
-    F32 scale = d * setf(f.f.scale_b), low = dmin * setf(f.f.min_b), offset = base;
+    F32 dmin = Affine ? bits_to_float(element(i.dmin, tile, 0), i.d_bytes) : setf(0);
+    if (Scaled) d = d * setf(f.f.runtime_scale), dmin = dmin * setf(f.f.runtime_scale);
+    F32 scale = d * setf(f.f.scale_b), low = dmin * setf(f.f.min_b);
     const Table<32> table = load_table<32>(i.scale_table);
     const auto scale_of = [&](I32 stored) IQ_INLINE {
       if (!i.scale_linear) return d * to_float((as_i32(lookup(table, as_bytes(stored))) & set(255)) + set(-128));
@@ -98,27 +123,16 @@ template <int Groups_, int Scales, int Bits, int MinBits = 0, int Variants = 0> 
       IQ_UNROLL(4)
       for (int g = 0; g < Groups_; ++g) {
         if constexpr (Bits < 0) {
-          const I32 byte = WordsDecoder::scale_byte(tile, c);
-          scale = scale_of(shift_right(byte, 1));
-          offset = fma(to_float(byte & set(1)), delta, base);
+          scale = scale_of(shift_right(WordsDecoder::scale_byte(tile, c), 1));
         } else {
           if (Bits && g % (Groups_ / Scales) == 0)
             scale = scale_of(known_element<(Bits > 0 ? Bits : 1)>(i.scale, tile, (c * Groups_ + g) / (Groups_ / Scales)));
           if (MinBits && g % (Groups_ / Scales) == 0)
             low = dmin * to_float(known_element<(MinBits ? MinBits : 1)>(i.min, tile, (c * Groups_ + g) / (Groups_ / Scales)));
-          if constexpr (Variants > 0) {
-            if (g % (Groups_ / Variants) == 0)
-              offset = fma(to_float(known_element<1>(i.variant, tile, (c * Groups_ + g) / (Groups_ / Variants))), delta, base);
-          }
         }
         const int at = kRows * (c * Groups_ + g);
         storef(scales + at, scale);
-        if (Exact) {
-          storef(offsets + at, offset);
-          storef(lows + at, low);
-        } else {
-          storef(offsets + at, scale * offset - low);
-        }
+        if (Affine) storef(lows + at, low);
       }
     };
     if (cells == 8) {

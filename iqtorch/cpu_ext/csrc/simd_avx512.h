@@ -6,6 +6,7 @@
 namespace iqtorch { namespace IQTORCH_ISA {
 
 constexpr bool kSignedDot = false;
+#define IQ_OWN_GRIDS "grids_avx512.inl"
 // Rows of activations, and groups of 16 rows of weights, whose sums fit the registers.
 constexpr int kBatch = 4, kBatchGroups = 2;
 
