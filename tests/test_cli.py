@@ -173,6 +173,7 @@ def test_an_interrupted_command_says_how_to_go_on(tmp_path: Path) -> None:
 import os, signal
 from iqtorch import cli
 from iqtorch.checkpoint import job
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with the signal ignored
 make = job._make
 def stop(piece, fd):
     make(piece, fd)

@@ -17,8 +17,10 @@ from iqtorch.errors import UnsupportedOperationError, WeightError
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
+from packaging.version import Version  # noqa: E402
 from test_model import dequantized, llama  # noqa: E402
 from tiny_models import tiny_model  # noqa: E402
+from transformers.integrations import peft as transformers_peft  # noqa: E402
 
 IDS = torch.arange(3, 27).reshape(2, 12)
 EMBEDDED = Path(iqtorch.__file__).parent / "data" / "tiny-llama"
@@ -67,8 +69,8 @@ def test_gradients_of_the_kernels_of_this_machine_and_of_checkpointing() -> None
     model = packed()
     want = gradients(lora(dequantized(model)))
     adapted = lora(model)
+    adapted.enable_input_require_grads()  # as checkpointing does: without it the first layer may round its activations to 8 bits
     got = gradients(adapted)
-    adapted.enable_input_require_grads()
     adapted.gradient_checkpointing_enable()
     again = gradients(adapted.train())
     for name in want:
@@ -214,11 +216,18 @@ def test_trainer_needs_an_adapter(tmp_path: Path) -> None:
         transformers.Trainer(model=packed(), args=transformers.TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[]))
 
 
-def test_other_ways_to_adapt() -> None:
+@pytest.mark.skipif(
+    Version(peft.__version__) < Version(transformers_peft.MIN_PEFT_VERSION),
+    reason=f"transformers wants PEFT {transformers_peft.MIN_PEFT_VERSION} for its own adapters, newer than {peft.__version__}",
+)
+def test_adapters_of_transformers() -> None:
     model = packed()
     model.add_adapter(peft.LoraConfig(r=4, target_modules=["q_proj"]))
     model(input_ids=IDS, labels=IDS).loss.backward()
     assert model.model.layers[0].self_attn.q_proj.lora_A["default"].weight.grad is not None
+
+
+def test_other_ways_to_adapt() -> None:
     prepared = peft.prepare_model_for_kbit_training(packed())
     assert any(isinstance(p, IQTensor) for p in prepared.parameters())
     lora(packed(), use_dora=True)(input_ids=IDS, labels=IDS).loss.backward()  # needs the weight's norms, on a dequantized copy
