@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..formats import get_format
-from ..formats.base import Format
+from ..formats.base import Field, Format, Parts
 from . import affine, search
 from .choose import parity_words
 from .nearest import GridNearest, IntegerLookup, TableNearest, nearest
@@ -22,6 +22,10 @@ from .search import Effort, Found, ScaleGrid, Units
 SIGNS = {"none": 0, "free": 1, "even": 2}
 #: Parts into which boxes divide a coordinate, at the finest.
 QUANTILES = 16
+#: Room for the parts of codebooks of vectors (csrc/encode.h).
+MOST_QUARTERS, MOST_HALVES = 32, 192
+#: Codebooks of single values with at most 2 ** this many are searched in registers.
+LARGEST_TREE = 5
 NOWHERE = 1e6
 FLOAT_KINDS = {"f16": 0, "f32": 1, "e8m0": 2}
 
@@ -79,6 +83,53 @@ class _Tables:
         self.ints_table(grid.stored)
         self.floats += [grid.factor, grid.largest]
 
+    def single_values(self, fmt: Format | None) -> None:
+        """`ValueTable` of a codebook of single values: a search tree of thresholds, the shift of each variant, codes by value."""
+        if fmt is None:
+            self.ints += [0, -1, -1, -1]
+            self.floats += [0.0, 0.0]
+            return
+        book = fmt.codebook.values[:, :, 0].astype(np.int64)
+        values, first = np.unique(book[0], return_index=True)
+        bits = 0 if (np.diff(values) == 1).all() else int(np.ceil(np.log2(len(values))))
+        self.ints.append(bits)
+        self.floats_table(_search_tree(values, bits) if 0 < bits <= LARGEST_TREE else None)
+        self.floats_table((book - book[0])[:, 0].tolist())
+        codes = np.zeros(values[-1] - values[0] + 1, np.int32)
+        codes[values - values[0]] = first
+        self.ints_table(torch.from_numpy(codes))
+        self.floats += [float(values[0]), float(values[-1])]
+
+    def halves(self, values: np.ndarray | None) -> None:
+        """`HalfTables` of a codebook int8 `[variants, entries, vec]`."""
+        if values is None:
+            self.ints += [-1] * 6
+            return
+        variants, entries, vec = values.shape
+        count = np.zeros((variants, 16), np.int32)
+        quarters = np.zeros((variants, 4, MOST_QUARTERS, vec // 4), np.float32)
+        parts = np.zeros((variants, 2, MOST_HALVES, 2), np.int32)
+        first = np.zeros((variants, MOST_HALVES + 16), np.int32)
+        second, entry = (np.zeros((variants, entries + 4 * MOST_HALVES), np.int32) for _ in range(2))
+        for v, book in enumerate(values):
+            found = [np.unique(part, axis=0, return_inverse=True) for part in np.split(book, 4, axis=1)]
+            pairs = [np.stack([found[2 * h][1].ravel(), found[2 * h + 1][1].ravel()], 1) for h in range(2)]
+            halves = [np.unique(pair, axis=0, return_inverse=True) for pair in pairs]
+            count[v, :6] = [len(f[0]) for f in found + halves]
+            for k, (part, _) in enumerate(found):
+                quarters[v, k, : len(part)] = part
+            for h, (pair, _) in enumerate(halves):
+                parts[v, h, : len(pair)] = pair
+            own = np.split(np.argsort(halves[0][1].ravel(), kind="stable"), np.cumsum(np.bincount(halves[0][1].ravel()))[:-1])
+            own = [np.pad(codes, (0, -len(codes) % 4), mode="edge") for codes in own]
+            first[v, 1 : len(own) + 1] = np.cumsum([len(codes) for codes in own])
+            entry[v, : first[v, len(own)]] = np.concatenate(own)
+            second[v] = 16 * halves[1][1].ravel()[entry[v]]
+        self.ints_table(torch.from_numpy(count))
+        self.floats_table(torch.from_numpy(quarters))
+        for table in (parts, first, second, entry):
+            self.ints_table(torch.from_numpy(table))
+
     def boxes(self, values: np.ndarray | None) -> None:
         """`BoxTables` of a codebook int8 `[variants, entries, vec]`: bytes, quantiles, and their least and largest values."""
         if values is None:
@@ -108,6 +159,27 @@ class _Tables:
         )
 
 
+def _search_tree(values: np.ndarray, bits: int) -> Tensor:
+    """float32 `[bits + 1, 32]`: thresholds by level, and the values, each at the index whose bits are the turns taken (first turn lowest)."""
+    tree = np.full((bits + 1, 32), np.inf, np.float32)
+    padded = np.pad(values, (0, (1 << bits) - len(values)), mode="edge")
+    middle = np.where(np.diff(padded) > 0, (padded[1:] + padded[:-1]) / 2, np.inf)
+    for level in range(bits + 1):
+        for way in range(1 << level):
+            place = sum((way >> i & 1) << (bits - 1 - i) for i in range(level))  # of the first value below this node
+            tree[level, way] = padded[place] if level == bits else middle[place + (1 << (bits - 1 - level)) - 1]
+    return torch.from_numpy(tree)
+
+
+def supported(fmt: Format) -> bool:
+    """Whether the compiled search can encode this format: its lanes want variants that differ by a shift, and evenly spaced scales."""
+    if fmt.vec > 1:
+        return True
+    book = fmt.codebook.values.astype(np.int64)
+    scales = [np.unique(np.diff(np.sort(v))) for v in (fmt.scale_values, fmt.min_values) if v is not None and len(v) > 1]
+    return bool((np.ptp(book - book[:1], axis=1) == 0).all()) and all(len(steps) == 1 for steps in scales) and fmt.group_size <= 32
+
+
 @lru_cache(maxsize=256)
 def _prepared(fmt: Format, groups: int, effort: Effort) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     near = nearest(fmt, torch.device("cpu"))
@@ -131,10 +203,12 @@ def _prepared(fmt: Format, groups: int, effort: Effort) -> tuple[Tensor, Tensor,
     ]
     t.floats += [search.reference(fmt), float(np.abs(fmt.codebook.values).min()), effort.trial_depth, effort.depth]
     t.lookup(table.lookup if table else None)
+    t.single_values(fmt if table else None)
     t.floats_table(torch.from_numpy(fmt.codebook.values.copy()))
     t.ints_table(parity.other if parity else None)
     t.ints_table(parity.odd if parity else None)
     t.ints_table(parity.order if parity else None)
+    t.halves(fmt.codebook.values.reshape(variants, entries, fmt.vec) if fmt.vec >= 4 and not boxes else None)
     t.boxes(fmt.codebook.values.reshape(variants, entries, fmt.vec) if boxes else None)
     t.grid(scales)
     t.grid(minima)
@@ -172,6 +246,40 @@ def run(units: Units, fmt: Format, effort: Effort) -> Found:
         dmin=heads[1] if fmt.affine else None,
         minimum=shared[1] if fmt.affine else None,
     )
+
+
+def pack(parts: Parts, fmt: Format) -> Tensor:
+    """`Format.pack` of a plain format, compiled."""
+    rows, codes = parts["code"].shape
+    blocks = codes * fmt.vec // fmt.block_size
+    header, block_bytes = (0, fmt.wire.plain_bytes) if fmt.wire else (fmt.row_header_bytes, fmt.block_bytes)
+    out = torch.zeros((rows, header + blocks * block_bytes), dtype=torch.uint8)
+    head = parts["d"].to(torch.int32).contiguous().view(torch.uint8)[:, : fmt.row_header_bytes]  # d first, little-endian
+    for name, values in parts.items():
+        if name in fmt.fields:
+            plan = _plan(fmt.fields[name])
+            torch.ops.iqtorch_cpu.write_field(values.to(torch.int32).contiguous(), plan, header, fmt.fields[name].count, block_bytes, out)
+    if fmt.wire:
+        body = fmt.wire.to_stored(out.view(rows, blocks, block_bytes)).flatten(1)
+        return torch.cat([head, body], dim=1)
+    out[:, :header] = head
+    return out
+
+
+@lru_cache(maxsize=256)
+def _plan(field: Field) -> Tensor:
+    """int32 `[n, 5]`: for each stretch of bits its byte, its element, shifts right and left, and its mask, sorted by byte."""
+    terms = []
+    low = 0
+    for run in field.runs:
+        for element, start in enumerate(run.start.tolist()):
+            bit = start
+            while bit < start + run.width:
+                count = min(8 - bit % 8, start + run.width - bit)
+                terms.append((bit // 8, element, low + bit - start, bit % 8, (1 << count) - 1))
+                bit += count
+        low += run.width
+    return torch.tensor(sorted(terms), dtype=torch.int32)
 
 
 def feedback(

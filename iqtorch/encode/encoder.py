@@ -62,7 +62,8 @@ def encode(weight: Tensor, fmt: Format, importance: Tensor | None, objective: Ob
     out = torch.empty((rows, fmt.row_bytes(k)), dtype=torch.uint8, device=weight.device)
     step = max(1, CHUNK["gpu" if weight.device.type != "cpu" else "columns" if large_codebook(fmt) else "cpu"] // k)
     for i in range(0, rows, step):
-        out[i : i + step] = fmt.pack(_encode_rows(weight[i : i + step].float(), fmt, weights, objective, effort))
+        parts = _encode_rows(weight[i : i + step].float(), fmt, weights, objective, effort)
+        out[i : i + step] = compiled.pack(parts, fmt) if compiled.available(weight.device) else fmt.pack(parts)
     return out
 
 
@@ -98,7 +99,7 @@ def _encode_rows(weight: Tensor, fmt: Format, importance: Tensor, objective: Obj
 
 
 def _search(units: Units, fmt: Format, effort: Effort) -> Found:
-    if compiled.available(units.x.device):
+    if compiled.available(units.x.device) and compiled.supported(fmt):
         return compiled.run(units, fmt, effort)
     near = nearest(fmt, units.x.device)
     return (search_affine if fmt.affine else search)(units, fmt, near, effort)

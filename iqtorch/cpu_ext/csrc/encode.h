@@ -10,6 +10,8 @@ namespace iqtorch {
 constexpr int kMaxTrials = 160;  // trial scales of a group, both signs
 constexpr int kMaxKeep = 16;     // parabolas kept per group
 constexpr int kMaxPositions = 8; // vectors of a group, if searched by boxes
+constexpr int kMaxSingles = 32;    // weights of a group of single values
+constexpr int kLanes = 16;       // units of single values that are encoded at a time
 
 // Nearest of a list of integers: cell floor(2 y) - low of the number y.
 struct Lookup {
@@ -17,6 +19,16 @@ struct Lookup {
   const float* value;
   float low, high;
   int32_t cells;
+};
+
+// Codebook of single values. `bits` 0: all integers from `low` to `high`; 2 to 5: `tree` is a search tree of so many levels
+// (encode_lanes.inl), 32 numbers per level and 32 values; else `cells` serve. `code`: of value - low. Variant v adds shift[v] to the values.
+struct ValueTable {
+  int32_t bits;
+  float low, high;
+  const float *tree, *shift;
+  const int32_t* code;
+  Lookup cells;
 };
 
 // Integers that a stored scale (or minimum) may stand for, times `factor`.
@@ -36,6 +48,18 @@ struct BoxTables {
   const float *low, *high;
 };
 
+constexpr int kMostQuarters = 32, kMostHalves = 192;
+
+// A codebook of vectors put together from few halves of few quarters, per variant. `count`: of the four quarters and the two halves
+// [16]; values of quarters [4, kMostQuarters, vec / 4]; quarters of halves [2, kMostHalves, 2]. Entries are sorted by their first half
+// and repeated until each has a multiple of four: `first` entry of each [kMostHalves + 16]; `second`: 16 times their second half;
+// `entry`: their code; both [entries + 4 kMostHalves].
+struct HalfTables {
+  const int32_t* count;
+  const float* quarters;
+  const int32_t *parts, *first, *second, *entry;
+};
+
 enum Signs : int32_t { kUnsigned, kFree, kEven };
 enum FloatKind : int32_t { kHalf, kSingle, kExponent };
 
@@ -50,11 +74,12 @@ struct Encoder {
   float reference;  // group maximum (vec 1) or root mean square over `reference` is the unit of the trial scales
   float smallest;   // smallest magnitude of the codebook
   float trial_depth, depth;  // boxes farther than this part of the best error are not opened; 1 is exact
-  Lookup table;           // vec 1: codes and values, one list per variant
+  ValueTable values;      // vec 1
   const float* book;      // [variants, entries, vec]
-  const int32_t* other;   // vec 1 with parity: by cell, the nearest code of the other parity
+  const int32_t* other;   // vec 1 with parity: by cell, the nearest code of the other parity (of variant 0)
   const int32_t* odd;     // by code
   const int32_t* order;   // codes of a group, word by word
+  HalfTables halves;      // vec 4 and 8, without box_bits
   BoxTables boxes;        // with box_bits
   ScaleGrid scale, minimum;
   const float *trials, *offsets, *reach, *reach_minimum;
@@ -70,7 +95,7 @@ struct EncodeData {
   uint8_t* negative;
 };
 
-// Formats without boxes are encoded unit by unit (kWhole). With boxes the work is cut into steps, each over units or over columns
+// Formats without boxes are encoded unit by unit, single values sixteen units at a time (kWhole). With boxes the work is cut into steps, each over units or over columns
 // (groups of all units that share error weights), because boxes are made once per column.
 enum Step : int32_t { kWhole, kPropose, kShare, kShortlist, kRefit, kNeighbours, kWrite };
 constexpr bool by_column(Step s) { return s == kPropose || s == kShortlist || s == kNeighbours; }

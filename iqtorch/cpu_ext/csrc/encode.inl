@@ -85,6 +85,8 @@ struct Memory {
 
 #include "encode_boxes.inl"
 
+#include "encode_lanes.inl"
+
 // Units first, first + step, ... (`count` of them).
 struct Span {
   int64_t first, count, step;
@@ -98,7 +100,7 @@ struct Kept {
   float* s;  // what to try next [tries][padded]
   int32_t *rank, *kinds;
   float *best_error, *best_value;  // what is best so far
-  int32_t *best_rank, *best_min, *best_kind, *best_code;
+  int32_t *best_rank, *best_kind, *best_code;
 
   // Returns the number of floats.
   size_t lay_out(const EncodeInts& i, Memory m, int groups, int padded) {
@@ -108,7 +110,7 @@ struct Kept {
     const size_t tries = (size_t)(i.shortlist > 4 ? i.shortlist : 4) * padded;
     s = m.take(tries), rank = m.ints(tries), kinds = m.ints(tries);
     best_error = m.take(padded), best_value = m.take(groups * i.group), best_code = m.ints(groups * (i.group / i.vec));
-    best_rank = m.ints(padded), best_min = m.ints(padded), best_kind = m.ints(padded);
+    best_rank = m.ints(padded), best_kind = m.ints(padded);
     return m.next - begin;
   }
 };
@@ -129,10 +131,9 @@ struct Search : Kept {
   int64_t* item_unit;
   const float **item_x, **item_w;
   const int32_t** item_warm;  // codes thought to be near, or null
-  float *query_a, *query_b, *target;
+  float *query_a, *query_b, *target, *half_scores;
   int32_t* query_code;
   uint8_t* negative;
-  float* moved;  // affine: x plus the offset of its group
   Boxes<4> boxes4[2 * kMaxPositions];
   Boxes<8> boxes8[2 * kMaxPositions];
 
@@ -147,20 +148,19 @@ struct Search : Kept {
   void place(int64_t u);
   void exchange(int64_t u, bool save);
 
-  // Values (and codes) of `items` groups. Trials do without codes, and so without parity.
-  void find(int items, int variant, bool codes_too);
-  void table(const float* x, const float* w, float s, int variant, float* value, int32_t* code);
-  void parity(const float* x, const float* w, float s, int variant, float* value, int32_t* code);
+  // Values and codes of `items` groups.
+  void find(int items, int variant);
   void signs(float* target, const float* w, float low, uint8_t* minus);
   template <int V> void grid(int items, int variant);
   template <int V> void full_search(int queries, int variant);
+  template <int V> void halves_search(int queries, int variant);
   template <int V> void boxed(Boxes<V>* boxes, int items, int variant);
 
   float trial_unit(const float* gx, const float* gw) const;
   void propose(const Span& units, int g);
   float share();
   float assess(float d, int32_t* chosen);
-  void attempt(const Span& units, int g0, int g1, int t0, int t1, const int32_t* minima = nullptr);
+  void attempt(const Span& units, int g0, int g1, int t0, int t1);
   void attempt_all(const Span& units, int g0, int g1, int tries);
   void shortlist(const Span& units, int g0, int g1);
   void neighbours(const Span& units, int g0, int g1);
@@ -168,133 +168,11 @@ struct Search : Kept {
   void write(int64_t u);
 
   void run(int64_t u);
-  void run_affine(int64_t u);
   void run_column(Step step, int64_t index);
   void run_unit(Step step, int64_t u);
 };
 
-void Search::table(const float* x, const float* w, float s, int variant, float* value, int32_t* code) {
-  const F inverse = set(s < 1e-36f && s > -1e-36f ? 0.0f : 2 / s);
-  const int32_t* index = f.table.index + variant * f.table.cells;
-  const float* values = f.table.value + variant * f.table.cells;
-  for (int j = 0; j < n; j += 16) {
-    const I cell = cell_of(f.table, load(x + j) * inverse);
-    store(value + j, gather(values, cell));
-    if (code) store(code + j, f.i.code_parity ? cell : gather(index, cell));
-  }
-  if (code && f.i.code_parity) parity(x, w, s, variant, value, code);
-}
-
-// Words of codes with an odd count of ones: the code changes that costs least to change. `code` holds cells on entry.
-void Search::parity(const float* x, const float* w, float s, int variant, float* value, int32_t* code) {
-  const int32_t* index = f.table.index + variant * f.table.cells;
-  const int32_t* others = f.other + variant * f.table.cells;
-  const float* book = f.book + variant * f.i.entries;
-  const int words = f.i.code_parity;
-  for (int j = 0; j < n; j += words) {
-    int odd = 0, cheapest = -1, cheapest_code = 0;
-    float cost = kInfinity;
-    for (int k = 0; k < words; ++k) {
-      const int at = f.order[j + k], cell = code[at], other = others[cell];
-      const float a = x[at] - s * book[other], b = x[at] - s * value[at];
-      const float change = w[at] * (a * a - b * b);
-      code[at] = index[cell];
-      odd ^= f.odd[code[at]];
-      if (change < cost) cost = change, cheapest = at, cheapest_code = other;
-    }
-    if (odd && cheapest >= 0) code[cheapest] = cheapest_code, value[cheapest] = book[cheapest_code];
-  }
-}
-
-// Sixteen queries at a time against every entry: sum over the vector of (a + b c) c, with a = -2 w x and b = s w.
-template <int V> void Search::full_search(int queries, int variant) {
-  const float* book = f.book + (size_t)variant * f.i.entries * V;
-  const int stride = (queries + 15) / 16 * 16;
-  for (int q = 0; q < queries; q += 16) {
-    F a[V], b[V], best = set(kInfinity);
-    I found = seti(0);
-    for (int i = 0; i < V; ++i) a[i] = load(query_a + i * stride + q), b[i] = load(query_b + i * stride + q);
-    for (int e = 0; e < f.i.entries; ++e) {
-      const float* c = book + e * V;
-      F even = set(0), odd = set(0);
-      for (int i = 0; i < V; i += 2) {
-        const F g = set(c[i]), h = set(c[i + 1]);
-        even = fma(fma(b[i], g, a[i]), g, even);
-        odd = fma(fma(b[i + 1], h, a[i + 1]), h, odd);
-      }
-      keep_lower(even + odd, seti(e), best, found);
-    }
-    store(query_code + q, found);
-  }
-}
-
-template <int V> void Search::grid(int items, int variant) {
-  const int per = n / V, queries = items * per, stride = (queries + 15) / 16 * 16;
-  for (int it = 0; it < items; ++it) {
-    const float* w = item_w[it];
-    const float scale = scales[it] < 0 ? -scales[it] : scales[it], sign = scales[it] < 0 ? -1.0f : 1.0f;
-    for (int j = 0; j < n; ++j) target[j] = item_x[it][j] * sign;
-    if (f.i.signs != kUnsigned) signs(target, w, f.smallest * scale, negative + it * n);
-    for (int i = 0; i < V; ++i)
-      for (int q = 0; q < per; ++q) {
-        query_a[i * stride + it * per + q] = -2 * w[q * V + i] * target[q * V + i];
-        query_b[i * stride + it * per + q] = scale * w[q * V + i];
-      }
-  }
-  for (int i = 0; i < V; ++i)
-    for (int q = queries; q < stride; ++q) query_a[i * stride + q] = query_b[i * stride + q] = 0;
-  full_search<V>(queries, variant);
-  for (int q = 0; q < queries; ++q) code[q] = query_code[q];
-}
-
-// Position by position, so that one set of boxes at a time is in the cache.
-template <int V> void Search::boxed(Boxes<V>* boxes, int items, int variant) {
-  const int per = n / V;
-  for (int it = 0; it < items; ++it) {
-    const float scale = scales[it] < 0 ? -scales[it] : scales[it], sign = scales[it] < 0 ? -1.0f : 1.0f;
-    for (int j = 0; j < n; ++j) value[it * n + j] = item_x[it][j] * sign;  // values take their places later
-    if (f.i.signs != kUnsigned) signs(value + it * n, item_w[it], f.smallest * scale, negative + it * n);
-  }
-  for (int p = 0; p < per; ++p) {
-    Boxes<V>& box = boxes[variant * per + p];
-    box.build(f, variant, item_w[0] + p * V);
-    for (int it = 0; it < items; ++it) {
-      const float scale = scales[it] < 0 ? -scales[it] : scales[it];
-      code[it * per + p] = box.nearest(value + it * n + p * V, scale, depth, item_warm[it] ? item_warm[it][p] : -1);
-    }
-  }
-}
-
-// Leaves magnitudes in `target`, signs in `minus`; with even parity, of each eight the sign that costs least to turn is turned.
-void Search::signs(float* target, const float* w, float low, uint8_t* minus) {
-  for (int j = 0; j < n; ++j) minus[j] = target[j] < 0, target[j] = target[j] < 0 ? -target[j] : target[j];
-  if (f.i.signs != kEven) return;
-  for (int j = 0; j < n; j += 8) {
-    int odd = 0, cheapest = j;
-    float cost = kInfinity;
-    for (int k = j; k < j + 8; ++k) {
-      const float up = target[k] + low, down = low > target[k] ? low - target[k] : 0.0f;
-      const float change = w[k] * (up * up - down * down);
-      odd ^= minus[k];
-      if (change < cost) cost = change, cheapest = k;
-    }
-    if (odd) minus[cheapest] ^= 1, target[cheapest] = -target[cheapest];
-  }
-}
-
-void Search::find(int items, int variant, bool codes_too) {
-  if (f.i.vec == 1) {
-    for (int i = 0; i < items; ++i) table(item_x[i], item_w[i], scales[i], variant, value + i * n, codes_too ? code + i * n : nullptr);
-    return;
-  }
-  if (f.i.box_bits) f.i.vec == 4 ? boxed<4>(boxes4, items, variant) : boxed<8>(boxes8, items, variant);
-  else f.i.vec == 2 ? grid<2>(items, variant) : f.i.vec == 4 ? grid<4>(items, variant) : grid<8>(items, variant);
-  const int vec = f.i.vec, queries = items * (n / vec);
-  const float* book = f.book + (size_t)variant * f.i.entries * vec;
-  for (int q = 0; q < queries; ++q) __builtin_memcpy(value + q * vec, book + (size_t)code[q] * vec, 4 * vec);
-  if (f.i.signs != kUnsigned)
-    for (int j = 0; j < items * n; ++j) value[j] = negative[j] ? -value[j] : value[j];
-}
+#include "encode_grids.inl"
 
 // -- one number per group: d * scale ---------------------------------------------------------------------------
 
@@ -309,11 +187,6 @@ IQ_FN float squared_error(const float* x, const float* w, float s, const float* 
 
 // Unit of the trial scales of the group placed last.
 float Search::trial_unit(const float* gx, const float* gw) const {
-  if (f.i.vec == 1) {
-    float most = 0;
-    for (int j = 0; j < n; ++j) most = gx[j] > most ? gx[j] : -gx[j] > most ? -gx[j] : most;
-    return most / f.reference;
-  }
   F xx = set(0), ww = set(0);
   for (int j = 0; j < n; j += 16) {
     const F square = load(gx + j) * load(gx + j);
@@ -337,7 +210,7 @@ void Search::propose(const Span& units, int g) {
         item_warm[items] = t ? code + (items - 1) * per : nullptr;
       }
     }
-    find(items, variant, false);
+    find(items, variant);
     for (int64_t i = 0; i < units.count; ++i) {
       place(units.unit(i));
       float *top = optimum + g, *bend = curvature + g, *won = gain + g;
@@ -423,33 +296,31 @@ float Search::share() {
   return best_d;
 }
 
-// Tries the scales `s` and variants `kinds` t0 to t1 of each group (of `x` or, with minima, of `moved`), except those of kind -1.
-void Search::attempt(const Span& units, int g0, int g1, int t0, int t1, const int32_t* minima) {
+// Tries the scales `s` and variants `kinds` t0 to t1 of each group, except those of kind -1.
+void Search::attempt(const Span& units, int g0, int g1, int t0, int t1) {
   const int per = n / f.i.vec;
   for (int variant = 0; variant < f.i.variants; ++variant) {
     int items = 0;
     for (int64_t i = 0; i < units.count; ++i) {
       const int64_t u = units.unit(i);
       place(u);
-      const float* from = f.i.affine ? moved : x;
       for (int t = t0; t < t1; ++t)
         for (int g = g0; g < g1; ++g) {
           const int at = t * padded + g;
           if (kinds[at] != variant) continue;
-          item_x[items] = from + g * n, item_w[items] = w + g * n, scales[items] = s[at], item_unit[items] = u, which[items] = at;
-          const bool again = t > t0 && items && item_x[items - 1] == from + g * n;
+          item_x[items] = x + g * n, item_w[items] = w + g * n, scales[items] = s[at], item_unit[items] = u, which[items] = at;
+          const bool again = t > t0 && items && item_x[items - 1] == x + g * n;
           item_warm[items] = best_error[g] < kInfinity ? best_code + g * per : again ? code + (items - 1) * per : nullptr;
           ++items;
         }
     }
-    if (items) find(items, variant, true);
+    if (items) find(items, variant);
     for (int it = 0; it < items; ++it) {
       place(item_unit[it]);
       const int g = which[it] % padded;
       const float error = squared_error(item_x[it], item_w[it], scales[it], value + it * n, n);
       if (!(error < best_error[g])) continue;
       best_error[g] = error, best_rank[g] = rank[which[it]], best_kind[g] = variant;
-      if (minima) best_min[g] = minima[g];
       __builtin_memcpy(best_value + g * n, value + it * n, 4 * n);
       __builtin_memcpy(best_code + g * per, code + it * per, 4 * per);
     }
@@ -573,8 +444,6 @@ void Search::run_unit(Step step, int64_t u) {
   data.d[u] = stored.bits(d);
 }
 
-#include "encode_affine.inl"
-
 // -- memory ----------------------------------------------------------------------------------------------------
 
 void Search::place(int64_t u) {
@@ -618,8 +487,7 @@ static size_t prepare(Search& s, Memory& m) {
   s.item_warm = (const int32_t**)m.take(2 * s.capacity);
   if (!i.box_bits) {
     s.query_a = m.take(wide + 16 * i.vec), s.query_b = m.take(wide + 16 * i.vec), s.query_code = m.ints(wide / i.vec + 16);
-    s.target = m.take(i.group);
-    s.moved = m.take(s.count + (size_t)(16 * kMaxKeep + 32) * s.padded);
+    s.target = m.take(i.group), s.half_scores = m.take(2 * kMostHalves * 16);
   }
   m.next += s.lay_out(i, m, s.groups, s.padded);
   const size_t bytes = 4 * (size_t)(m.next - begin);
@@ -628,6 +496,7 @@ static size_t prepare(Search& s, Memory& m) {
 }
 
 static inline size_t scratch_bytes(const Encoder& e) {
+  if (e.i.vec == 1) return lanes_bytes(e);
   Search s(e, {});
   Memory m{(float*)64};
   prepare(s, m);
@@ -643,14 +512,14 @@ static inline size_t record_bytes(const Encoder& e) {
 }
 
 static void encode_step(const Encoder& e, const EncodeData& data, Step step, void* scratch, void* records, int64_t i0, int64_t i1) {
+  if (e.i.vec == 1) return encode_lanes(e, data, scratch, i0, i1);
   Search s(e, data);
   Memory m{(float*)scratch};
   const size_t bytes = prepare(s, m);
   __builtin_memset(scratch, 0, bytes);
   s.column = -1, s.records = (float*)records, s.record = record_bytes(e) / (4 * s.groups);
   for (int64_t i = i0; i < i1; ++i)
-    if (step != kWhole) by_column(step) ? s.run_column(step, i) : s.run_unit(step, i);
-    else e.i.affine ? s.run_affine(i) : s.run(i);
+    step == kWhole ? s.run(i) : by_column(step) ? s.run_column(step, i) : s.run_unit(step, i);
 }
 
 }}}  // namespace iqtorch::IQTORCH_ISA::encoder

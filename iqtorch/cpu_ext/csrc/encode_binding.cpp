@@ -63,8 +63,11 @@ Encoder read(Reader r, int64_t int_count, int64_t float_count) {
   std::memcpy(&e.i, r.ints, sizeof(e.i));
   r.ints += sizeof(e.i) / sizeof(int32_t);
   e.reference = *r.floats++, e.smallest = *r.floats++, e.trial_depth = *r.floats++, e.depth = *r.floats++;
-  e.table = r.lookup();
+  e.values.cells = r.lookup();
+  e.values.bits = *r.ints++, e.values.tree = r.float_table(), e.values.shift = r.float_table(), e.values.code = r.int_table();
+  e.values.low = *r.floats++, e.values.high = *r.floats++;
   e.book = r.float_table(), e.other = r.int_table(), e.odd = r.int_table(), e.order = r.int_table();
+  e.halves = {r.int_table(), r.float_table(), r.int_table(), r.int_table(), r.int_table(), r.int_table()};
   e.boxes = {r.int_table(), r.int_table(), r.float_table(), r.float_table()};
   e.scale = r.grid(), e.minimum = r.grid();
   e.trial_count = *r.ints++, e.trials = r.float_table();
@@ -97,7 +100,7 @@ void encode(const Tensor& x, const Tensor& w, const Tensor& exponent, const Tens
   const Encoder e = read({ints.const_data_ptr<int32_t>(), floats.const_data_ptr<float>(), int_tables.const_data_ptr<int32_t>(),
                           float_tables.const_data_ptr<float>()},
                          ints.numel(), floats.numel());
-  STD_TORCH_CHECK(e.i.group > 0 && e.i.group % 16 == 0 && e.i.groups > 0 && e.i.group % e.i.vec == 0 && e.i.keep <= kMaxKeep &&
+  STD_TORCH_CHECK(e.i.group > 0 && e.i.group % 16 == 0 && (e.i.vec > 1 || e.i.group <= kMaxSingles) && e.i.groups > 0 && e.i.group % e.i.vec == 0 && e.i.keep <= kMaxKeep &&
                       2 * e.trial_count <= kMaxTrials && e.i.variants <= 2 &&
                       (!e.i.box_bits || ((e.i.vec == 4 || e.i.vec == 8) && e.i.group / e.i.vec <= kMaxPositions && e.i.box_bits <= 12)),
                   "encode: no room for groups of ", e.i.group, ", ", e.i.keep, " parabolas, ", e.trial_count, " trial scales and ",
@@ -122,6 +125,7 @@ void encode(const Tensor& x, const Tensor& w, const Tensor& exponent, const Tens
   const auto step = [&](Step step) {
     const auto part = [&](int64_t a, int64_t b) { run(e, data, step, allocate(bytes).get(), records.get(), a, b); };
     if (by_column(step)) torch::stable::parallel_for(0, data.weight_rows * e.i.groups, 1, part);
+    else if (e.i.vec == 1) torch::stable::parallel_for(0, (units + kLanes - 1) / kLanes, std::max<int64_t>(1, 4096 / (kLanes * count)), part);
     else torch::stable::parallel_for(0, units, std::max<int64_t>(1, 4096 / count), part);
   };
   if (!e.i.box_bits) return step(kWhole);
@@ -130,12 +134,49 @@ void encode(const Tensor& x, const Tensor& w, const Tensor& exponent, const Tens
   step(kWrite);
 }
 
+// Bits of one byte of a block: (element >> right & mask) << left. `last` of a byte ends it.
+struct Bits {
+  int32_t byte, element, right, left, mask;
+};
+
+// Adds the bits of one field: values [rows, blocks * count], into zeroed rows of `header` bytes and then `blocks` blocks. `plan` is
+// [n, 5], sorted by byte.
+void write_field(const Tensor& values, const Tensor& plan, int64_t header, int64_t count, int64_t block_bytes, Tensor out) {
+  static_assert(sizeof(Bits) == 20, "a plan is rows of five integers");
+  const int64_t rows = out.size(0), row_bytes = out.size(1), blocks = (row_bytes - header) / block_bytes, terms = plan.numel() / 5;
+  check(values, ScalarType::Int, rows * blocks * count, "values");
+  check(plan, ScalarType::Int, 5 * terms, "plan");
+  check(out, ScalarType::Byte, rows * (header + blocks * block_bytes), "out");
+  const Bits* bits = (const Bits*)plan.const_data_ptr<int32_t>();
+  for (int64_t i = 0; i < terms; ++i)
+    STD_TORCH_CHECK(bits[i].byte >= 0 && bits[i].byte < block_bytes && bits[i].element >= 0 && bits[i].element < count,
+                    "write_field: the plan leaves the block");
+  const int32_t* from = values.const_data_ptr<int32_t>();
+  uint8_t* to = out.mutable_data_ptr<uint8_t>();
+  torch::stable::parallel_for(0, rows * blocks, std::max<int64_t>(1, 65536 / terms), [&](int64_t a, int64_t b) {
+    for (int64_t block = a; block < b; ++block) {
+      const uint32_t* element = (const uint32_t*)from + block * count;
+      uint8_t* bytes = to + block / blocks * row_bytes + header + block % blocks * block_bytes;
+      for (int64_t i = 0; i < terms;) {
+        const int32_t at = bits[i].byte;
+        uint32_t byte = 0;
+        for (; i < terms && bits[i].byte == at; ++i) byte |= (element[bits[i].element] >> bits[i].right & bits[i].mask) << bits[i].left;
+        bytes[at] |= (uint8_t)byte;
+      }
+    }
+  });
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(iqtorch_cpu, m) {
   m.def(
       "encode(Tensor x, Tensor w, Tensor exponent, Tensor ints, Tensor floats, Tensor int_tables, Tensor float_tables, "
       "Tensor(a!) heads, Tensor(b!) groups, Tensor(c!) codes, Tensor(d!) negative) -> ()");
+  m.def("write_field(Tensor values, Tensor plan, int header, int count, int block_bytes, Tensor(a!) out) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(iqtorch_cpu, CPU, m) { m.impl("encode", TORCH_BOX(&encode)); }
+STABLE_TORCH_LIBRARY_IMPL(iqtorch_cpu, CPU, m) { 
+  m.impl("encode", TORCH_BOX(&encode));
+  m.impl("write_field", TORCH_BOX(&write_field));
+}

@@ -9,6 +9,7 @@
 namespace iqtorch { namespace IQTORCH_ISA { namespace encoder {
 
 #define IQ_FN static inline __attribute__((always_inline))
+#define IQ_INLINE inline __attribute__((always_inline))
 #define IQ_EACH for (int i = 0; i < 16; ++i)
 
 #if defined(__AVX512F__)
@@ -60,6 +61,38 @@ IQ_FN float sum(F a) {
 IQ_FN float lowest(F a) { return _mm512_reduce_min_ps(a.v); }
 IQ_FN int first_equal(F a, float c) { return __builtin_ctz(_mm512_cmp_ps_mask(a.v, _mm512_set1_ps(c), _CMP_EQ_OQ) | 0x10000); }
 
+// Comparisons lane by lane, and what is chosen by them.
+struct M { __mmask16 v; };
+IQ_FN F operator/(F a, F b) { return {_mm512_div_ps(a.v, b.v)}; }
+IQ_FN M less(F a, F b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ)}; }
+IQ_FN M equal(F a, F b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ)}; }
+IQ_FN M odd(I a) { return {_mm512_test_epi32_mask(a.v, _mm512_set1_epi32(1))}; }
+IQ_FN M equal(I a, I b) { return {_mm512_cmpeq_epi32_mask(a.v, b.v)}; }
+IQ_FN M operator&(M a, M b) { return {(__mmask16)(a.v & b.v)}; }
+IQ_FN bool any(M m) { return m.v != 0; }
+IQ_FN F select(M m, F yes, F no) { return {_mm512_mask_blend_ps(m.v, no.v, yes.v)}; }
+IQ_FN I select(M m, I yes, I no) { return {_mm512_mask_blend_epi32(m.v, no.v, yes.v)}; }
+IQ_FN F lookup8(F table, I i) { return lookup16(table, i); }
+IQ_FN F lookup32(F low, F high, I i) { return {_mm512_permutex2var_ps(low.v, i.v, high.v)}; }
+// Rows become columns.
+IQ_FN void transpose(F* t) {
+  __m512 a[16];
+  for (int i = 0; i < 16; i += 2) a[i] = _mm512_unpacklo_ps(t[i].v, t[i + 1].v), a[i + 1] = _mm512_unpackhi_ps(t[i].v, t[i + 1].v);
+  __m512d b[16];
+  for (int i = 0; i < 16; i += 4)
+    for (int h = 0; h < 2; ++h) {
+      const __m512d p = _mm512_castps_pd(a[i + h]), q = _mm512_castps_pd(a[i + 2 + h]);
+      b[i + 2 * h] = _mm512_unpacklo_pd(p, q), b[i + 2 * h + 1] = _mm512_unpackhi_pd(p, q);
+    }
+  for (int i = 0; i < 4; ++i) {  // b[4 g + i]: columns i, i + 4, i + 8, i + 12 of rows 4 g to 4 g + 3, a quarter each
+    const __m512 p = _mm512_castpd_ps(b[i]), q = _mm512_castpd_ps(b[4 + i]), r = _mm512_castpd_ps(b[8 + i]), s = _mm512_castpd_ps(b[12 + i]);
+    const __m512 even = _mm512_shuffle_f32x4(p, q, 0x88), odd = _mm512_shuffle_f32x4(p, q, 0xdd);
+    const __m512 even2 = _mm512_shuffle_f32x4(r, s, 0x88), odd2 = _mm512_shuffle_f32x4(r, s, 0xdd);
+    t[i].v = _mm512_shuffle_f32x4(even, even2, 0x88), t[8 + i].v = _mm512_shuffle_f32x4(even, even2, 0xdd);
+    t[4 + i].v = _mm512_shuffle_f32x4(odd, odd2, 0x88), t[12 + i].v = _mm512_shuffle_f32x4(odd, odd2, 0xdd);
+  }
+}
+
 #elif defined(__AVX2__) && defined(__FMA__)
 
 struct F { __m256 v[2]; };
@@ -102,11 +135,6 @@ IQ_FN int below(F a, float c) {
   return low | _mm256_movemask_ps(_mm256_cmp_ps(a.v[1], b, _CMP_LT_OQ)) << 8;
 }
 IQ_FN F gather(const float* p, I i) { return {{_mm256_i32gather_ps(p, i.v[0], 4), _mm256_i32gather_ps(p, i.v[1], 4)}}; }
-IQ_FN F lookup16(F table, I i) {
-  float t[16];
-  store(t, table);
-  return gather(t, i);
-}
 IQ_FN I load_bytes(const int32_t* p) {
   int32_t t[16];
   IQ_EACH t[i] = ((const uint8_t*)p)[i];
@@ -143,6 +171,55 @@ IQ_FN int first_equal(F a, float c) {
   const __m256 b = _mm256_set1_ps(c);
   const int low = _mm256_movemask_ps(_mm256_cmp_ps(a.v[0], b, _CMP_EQ_OQ)), high = _mm256_movemask_ps(_mm256_cmp_ps(a.v[1], b, _CMP_EQ_OQ));
   return __builtin_ctz(low | high << 8 | 0x10000);
+}
+
+struct M { __m256 v[2]; };
+IQ_FN F operator/(F a, F b) { return {{_mm256_div_ps(a.v[0], b.v[0]), _mm256_div_ps(a.v[1], b.v[1])}}; }
+IQ_FN M less(F a, F b) { return {{_mm256_cmp_ps(a.v[0], b.v[0], _CMP_LT_OQ), _mm256_cmp_ps(a.v[1], b.v[1], _CMP_LT_OQ)}}; }
+IQ_FN M equal(F a, F b) { return {{_mm256_cmp_ps(a.v[0], b.v[0], _CMP_EQ_OQ), _mm256_cmp_ps(a.v[1], b.v[1], _CMP_EQ_OQ)}}; }
+IQ_FN M equal(I a, I b) {
+  return {{_mm256_castsi256_ps(_mm256_cmpeq_epi32(a.v[0], b.v[0])), _mm256_castsi256_ps(_mm256_cmpeq_epi32(a.v[1], b.v[1]))}};
+}
+IQ_FN M odd(I a) {
+  const __m256i one = _mm256_set1_epi32(1);
+  return equal(I{{_mm256_and_si256(a.v[0], one), _mm256_and_si256(a.v[1], one)}}, I{{one, one}});
+}
+IQ_FN M operator&(M a, M b) { return {{_mm256_and_ps(a.v[0], b.v[0]), _mm256_and_ps(a.v[1], b.v[1])}}; }
+IQ_FN bool any(M m) { return _mm256_movemask_ps(_mm256_or_ps(m.v[0], m.v[1])) != 0; }
+IQ_FN F select(M m, F yes, F no) { return {{_mm256_blendv_ps(no.v[0], yes.v[0], m.v[0]), _mm256_blendv_ps(no.v[1], yes.v[1], m.v[1])}}; }
+IQ_FN I select(M m, I yes, I no) {
+  for (int h = 0; h < 2; ++h) no.v[h] = _mm256_blendv_epi8(no.v[h], yes.v[h], _mm256_castps_si256(m.v[h]));
+  return no;
+}
+IQ_FN F lookup8(F table, I i) { return {{_mm256_permutevar8x32_ps(table.v[0], i.v[0]), _mm256_permutevar8x32_ps(table.v[0], i.v[1])}}; }
+IQ_FN F lookup16(F table, I i) {
+  F r;
+  for (int h = 0; h < 2; ++h) {  // bit 3 of the index decides between the halves
+    const __m256 low = _mm256_permutevar8x32_ps(table.v[0], i.v[h]), high = _mm256_permutevar8x32_ps(table.v[1], i.v[h]);
+    r.v[h] = _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(i.v[h], 28)));
+  }
+  return r;
+}
+IQ_FN F lookup32(F low, F high, I i) {
+  const F a = lookup16(low, i), b = lookup16(high, i);
+  F r;
+  for (int h = 0; h < 2; ++h) r.v[h] = _mm256_blendv_ps(a.v[h], b.v[h], _mm256_castsi256_ps(_mm256_slli_epi32(i.v[h], 27)));
+  return r;
+}
+IQ_FN void transpose8(__m256* t) {
+  __m256 a[8], b[8];
+  for (int i = 0; i < 8; i += 2) a[i] = _mm256_unpacklo_ps(t[i], t[i + 1]), a[i + 1] = _mm256_unpackhi_ps(t[i], t[i + 1]);
+  for (int i = 0; i < 8; i += 4)
+    for (int h = 0; h < 2; ++h) {
+      b[i + 2 * h] = _mm256_shuffle_ps(a[i + h], a[i + 2 + h], 0x44), b[i + 2 * h + 1] = _mm256_shuffle_ps(a[i + h], a[i + 2 + h], 0xee);
+    }
+  for (int i = 0; i < 4; ++i) t[i] = _mm256_permute2f128_ps(b[i], b[4 + i], 0x20), t[4 + i] = _mm256_permute2f128_ps(b[i], b[4 + i], 0x31);
+}
+IQ_FN void transpose(F* t) {
+  __m256 q[4][8];
+  for (int i = 0; i < 8; ++i) q[0][i] = t[i].v[0], q[1][i] = t[i].v[1], q[2][i] = t[8 + i].v[0], q[3][i] = t[8 + i].v[1];
+  for (int k = 0; k < 4; ++k) transpose8(q[k]);
+  for (int i = 0; i < 8; ++i) t[i] = {{q[0][i], q[2][i]}}, t[8 + i] = {{q[1][i], q[3][i]}};
 }
 
 #else
@@ -221,6 +298,23 @@ IQ_FN int first_equal(F a, float c) {
   int i = 0;
   while (i < 16 && a.v[i] != c) ++i;
   return i;
+}
+
+struct M { bool v[16]; };
+IQ_FN F operator/(F a, F b) { IQ_EACH a.v[i] /= b.v[i]; return a; }
+IQ_FN M less(F a, F b) { M m; IQ_EACH m.v[i] = a.v[i] < b.v[i]; return m; }
+IQ_FN M equal(F a, F b) { M m; IQ_EACH m.v[i] = a.v[i] == b.v[i]; return m; }
+IQ_FN M equal(I a, I b) { M m; IQ_EACH m.v[i] = a.v[i] == b.v[i]; return m; }
+IQ_FN M odd(I a) { M m; IQ_EACH m.v[i] = a.v[i] & 1; return m; }
+IQ_FN M operator&(M a, M b) { IQ_EACH a.v[i] = a.v[i] && b.v[i]; return a; }
+IQ_FN bool any(M m) { bool r = false; IQ_EACH r |= m.v[i]; return r; }
+IQ_FN F select(M m, F yes, F no) { IQ_EACH no.v[i] = m.v[i] ? yes.v[i] : no.v[i]; return no; }
+IQ_FN I select(M m, I yes, I no) { IQ_EACH no.v[i] = m.v[i] ? yes.v[i] : no.v[i]; return no; }
+IQ_FN F lookup8(F table, I i) { return lookup16(table, i); }
+IQ_FN F lookup32(F low, F high, I n) { F r; IQ_EACH r.v[i] = n.v[i] < 16 ? low.v[n.v[i]] : high.v[n.v[i] - 16]; return r; }
+IQ_FN void transpose(F* t) {
+  for (int i = 0; i < 16; ++i)
+    for (int j = 0; j < i; ++j) { const float a = t[i].v[j]; t[i].v[j] = t[j].v[i], t[j].v[i] = a; }
 }
 
 #endif
