@@ -46,6 +46,7 @@ class Reference:
         self.dll = ctypes.CDLL(str(path))
         pointer, integer = ctypes.c_void_p, ctypes.c_int64
         self.dll.ggml_quantize_chunk.restype = ctypes.c_size_t
+        self.dll.ggml_quantize_requires_imatrix.restype = ctypes.c_bool
         self.dll.ggml_quantize_chunk.argtypes = [ctypes.c_int, pointer, pointer, integer, integer, integer, pointer, pointer]
 
     def encode(self, weight: Tensor, fmt: Format, importance: Tensor | None) -> Tensor:

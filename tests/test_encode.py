@@ -90,7 +90,7 @@ def test_error_against_the_reference(fmt: Format) -> None:
 def test_compiled_search_is_as_good_as_its_oracle(fmt: Format, monkeypatch: pytest.MonkeyPatch) -> None:
     if not compiled.available(CPU):
         pytest.skip("this installation has no compiled encoder")
-    weight, importance = sample(2, 512)
+    weight, importance = sample(16, 512)
     found = total_error(fmt, weight, importance, objective="rmse")
     monkeypatch.setattr(compiled, "available", lambda device: False)
     oracle = total_error(fmt, weight, importance, objective="rmse")

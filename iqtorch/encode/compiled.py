@@ -124,7 +124,7 @@ class _Tables:
             own = [np.pad(codes, (0, -len(codes) % 4), mode="edge") for codes in own]
             first[v, 1 : len(own) + 1] = np.cumsum([len(codes) for codes in own])
             entry[v, : first[v, len(own)]] = np.concatenate(own)
-            second[v] = 16 * halves[1][1].ravel()[entry[v]]
+            second[v] = 32 * halves[1][1].ravel()[entry[v]]
         self.ints_table(torch.from_numpy(count))
         self.floats_table(torch.from_numpy(quarters))
         for table in (parts, first, second, entry):
@@ -160,7 +160,7 @@ class _Tables:
 
 
 def _search_tree(values: np.ndarray, bits: int) -> Tensor:
-    """float32 `[bits + 1, 32]`: thresholds by level, and the values, each at the index whose bits are the turns taken (first turn lowest)."""
+    """float32 `[bits + 1, 32]`: thresholds by level, and the values, at the index whose bits are the turns taken, first turn lowest."""
     tree = np.full((bits + 1, 32), np.inf, np.float32)
     padded = np.pad(values, (0, (1 << bits) - len(values)), mode="edge")
     middle = np.where(np.diff(padded) > 0, (padded[1:] + padded[:-1]) / 2, np.inf)

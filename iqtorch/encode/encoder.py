@@ -18,14 +18,22 @@ from .search import Effort, Found, Units, large_codebook, search
 Objective = Literal["model", "rmse"]
 Speed = Literal["fast", "default", "best"]
 
+#: For codebooks of vectors, which are slow to search, and of single values, which are not.
 EFFORTS = {
     "fast": Effort(trials=6, keep=6, steps=12, shortlist=2, rounds=1, trial_depth=0.25, depth=0.25),
     "default": Effort(trials=10, keep=5, steps=12, shortlist=2, rounds=1, trial_depth=0.25, depth=0.5),
     "best": Effort(trials=24, keep=16, steps=48, shortlist=6, rounds=4, trial_depth=1.0, depth=1.0),
 }
-#: Weights encoded at a time: temporaries are a few dozen bytes per weight, and should stay in the cache of a CPU. What is prepared
-#: per column is shared by all rows of a chunk.
+SINGLE_EFFORTS = {
+    "fast": Effort(trials=8, keep=5, steps=12, shortlist=2, rounds=1, trial_depth=1.0, depth=1.0),
+    "default": Effort(trials=24, keep=8, steps=24, shortlist=2, rounds=1, trial_depth=1.0, depth=1.0),
+    "best": Effort(trials=64, keep=16, steps=64, shortlist=6, rounds=4, trial_depth=1.0, depth=1.0),
+}
+#: Weights encoded at a time (on a CPU, per thread): temporaries are a few dozen bytes per weight, and should stay in the cache. What
+#: is prepared per column is shared by all rows of a chunk.
 CHUNK = {"cpu": 1 << 18, "columns": 1 << 23, "gpu": 1 << 22}
+#: Rows that share a pass of the compiled search, if `d` is per row.
+LANES = 16
 #: Least importance relative to the mean: columns without importance still choose their own best codes.
 LEAST_IMPORTANCE = 1e-8
 #: Rows that lost more than half of themselves (too small for a float16 `d`) are beyond repair by a factor.
@@ -53,18 +61,36 @@ def encode(weight: Tensor, fmt: Format, importance: Tensor | None, objective: Ob
     fmt = fmt.for_encoding
     rows, k = weight.shape
     weights = _error_weights(importance, k, weight.device)
-    effort = EFFORTS[speed]
-    if large_codebook(fmt):
-        trials = effort.trials * (6 if fmt.vec == 4 else 4) // 10
-        effort = replace(effort, trials=trials, rounds=effort.rounds - 1)
-    elif fmt.vec >= 4:  # vectors are slow to search and less sensitive to the scale
-        effort = replace(effort, trials=effort.trials // 2)
+    effort = effort_of(fmt, speed)
     out = torch.empty((rows, fmt.row_bytes(k)), dtype=torch.uint8, device=weight.device)
-    step = max(1, CHUNK["gpu" if weight.device.type != "cpu" else "columns" if large_codebook(fmt) else "cpu"] // k)
+    step = _rows_at_a_time(fmt, k, weight.device)
     for i in range(0, rows, step):
         parts = _encode_rows(weight[i : i + step].float(), fmt, weights, objective, effort)
         out[i : i + step] = compiled.pack(parts, fmt) if compiled.available(weight.device) else fmt.pack(parts)
     return out
+
+
+def _rows_at_a_time(fmt: Format, k: int, device: torch.device) -> int:
+    if device.type != "cpu":
+        return max(1, CHUNK["gpu"] // k)
+    if large_codebook(fmt):
+        return max(1, CHUNK["columns"] // k)
+    return -(-CHUNK["cpu"] * torch.get_num_threads() // k // LANES) * LANES
+
+
+def effort_of(fmt: Format, speed: Speed) -> Effort:
+    """How hard to search for a format."""
+    if fmt.vec == 1:
+        effort = SINGLE_EFFORTS[speed]
+        # Parity makes the choice of scales by parabolas less certain.
+        return replace(effort, shortlist=effort.shortlist + 1, rounds=effort.rounds + 1) if fmt.code_parity else effort
+    effort = EFFORTS[speed]
+    if large_codebook(fmt):
+        trials = effort.trials * (6 if fmt.vec == 4 else 4) // 10
+        return replace(effort, trials=trials, rounds=effort.rounds - 1)
+    if fmt.codebook.entries >= 2048:  # little is left to find after the first choice, and each trial takes 10 ns per weight
+        return replace(effort, trials=effort.trials * 4 // 10, shortlist=effort.shortlist // 2, rounds=effort.rounds - 1)
+    return replace(effort, trials=effort.trials // 2) if fmt.vec >= 4 else effort
 
 
 def _error_weights(importance: Tensor | None, k: int, device: torch.device) -> Tensor:

@@ -156,8 +156,12 @@ def reach_ratios(grid: ScaleGrid, kind: str, steps: int) -> list[float]:
 
 
 def two_signs(fmt: Format) -> bool:
-    """Whether a negative scale is worth trying: not if the codebook is symmetric or `d` cannot be negative."""
-    return "sign" not in fmt.fields and fmt.d_kind != "e8m0"
+    """Whether a negative scale is worth trying: not if the codebook is symmetric, `d` cannot be negative, or all groups of a block
+    would have to turn together."""
+    if "sign" in fmt.fields or fmt.d_kind == "e8m0" or min(fmt.scale_values or (-1,)) >= 0:
+        return False
+    values = np.unique(fmt.codebook.values) if fmt.vec == 1 and fmt.codebook.variants == 1 else np.ones(1)
+    return not np.array_equal(values, -values[::-1])
 
 
 def propose(units: Units, fmt: Format, near: Nearest, effort: Effort) -> tuple[Tensor, Tensor, Tensor, Tensor]:

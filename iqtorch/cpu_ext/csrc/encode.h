@@ -52,7 +52,7 @@ constexpr int kMostQuarters = 32, kMostHalves = 192;
 
 // A codebook of vectors put together from few halves of few quarters, per variant. `count`: of the four quarters and the two halves
 // [16]; values of quarters [4, kMostQuarters, vec / 4]; quarters of halves [2, kMostHalves, 2]. Entries are sorted by their first half
-// and repeated until each has a multiple of four: `first` entry of each [kMostHalves + 16]; `second`: 16 times their second half;
+// and repeated until each has a multiple of four: `first` entry of each [kMostHalves + 16]; `second`: 32 times their second half;
 // `entry`: their code; both [entries + 4 kMostHalves].
 struct HalfTables {
   const int32_t* count;

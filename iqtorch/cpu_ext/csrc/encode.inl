@@ -157,7 +157,7 @@ struct Search : Kept {
   template <int V> void boxed(Boxes<V>* boxes, int items, int variant);
 
   float trial_unit(const float* gx, const float* gw) const;
-  void propose(const Span& units, int g);
+  void propose(const Span& units, int g0, int g1);
   float share();
   float assess(float d, int32_t* chosen);
   void attempt(const Span& units, int g0, int g1, int t0, int t1);
@@ -195,31 +195,35 @@ float Search::trial_unit(const float* gx, const float* gw) const {
   return __builtin_sqrtf(__builtin_sqrtf(divide(sum(xx), sum(ww)))) / f.reference;
 }
 
-void Search::propose(const Span& units, int g) {
-  const int per = n / f.i.vec, keep = f.i.keep;
+// The best parabolas of groups g0 to g1.
+void Search::propose(const Span& units, int g0, int g1) {
+  const int per = n / f.i.vec, keep = f.i.keep, trials = f.trial_count;
+  const auto for_each_group = [&](auto work) {
+    for (int64_t i = 0; i < units.count; ++i) {
+      place(units.unit(i));
+      for (int g = g0; g < g1; ++g) work(g, (int)i * (g1 - g0) + g - g0);
+    }
+  };
   for (int pass = 0; pass < f.i.variants * (f.i.two_signs ? 2 : 1); ++pass) {
     const int variant = f.i.two_signs ? pass / 2 : pass;
     const float sign = f.i.two_signs && pass % 2 ? -1.0f : 1.0f;
-    const int trials = f.trial_count;
     int items = 0;
-    for (int64_t i = 0; i < units.count; ++i) {
-      place(units.unit(i));
+    for_each_group([&](int g, int) {
       const float *gx = x + g * n, *gw = w + g * n, unit = trial_unit(gx, gw) * sign;
       for (int t = 0; t < trials; ++t, ++items) {
         item_x[items] = gx, item_w[items] = gw, scales[items] = unit * f.trials[t];
         item_warm[items] = t ? code + (items - 1) * per : nullptr;
       }
-    }
+    });
     find(items, variant);
-    for (int64_t i = 0; i < units.count; ++i) {
-      place(units.unit(i));
+    for_each_group([&](int g, int group) {
       float *top = optimum + g, *bend = curvature + g, *won = gain + g;
       int32_t* of = kind + g;
       if (!pass)
         for (int k = 0; k < keep; ++k) won[k * padded] = -kInfinity;
       float last_top = 0, last_won = -1;
       for (int t = 0; t < trials; ++t) {
-        const float* v = value + (i * trials + t) * n;
+        const float* v = value + (size_t)(group * trials + t) * n;
         F xc = set(0), cc = set(0);
         for (int j = 0; j < n; j += 16) {
           const F c = load(v + j), wc = load(w + g * n + j) * c;
@@ -234,15 +238,14 @@ void Search::propose(const Span& units, int g) {
           top[at] = top[at - padded], bend[at] = bend[at - padded], won[at] = won[at - padded], of[at] = of[at - padded];
         top[at] = optimal, bend[at] = scc, won[at] = gained, of[at] = variant;
       }
-    }
+    });
   }
-  for (int64_t i = 0; i < units.count; ++i) {
-    place(units.unit(i));
+  for_each_group([&](int g, int) {
     for (int k = 1; k < keep; ++k) {
       const int at = k * padded + g;
       if (gain[at] == -kInfinity) optimum[at] = optimum[g], curvature[at] = curvature[g], gain[at] = gain[g], kind[at] = kind[g];
     }
-  }
+  });
 }
 
 // Error of `d`, less that of zero, and the parabola each group chooses.
@@ -412,7 +415,8 @@ void Search::write(int64_t u) {
 void Search::run(int64_t u) {
   const Span one{u, 1, 1};
   place(u);
-  for (int g = 0; g < groups; ++g) propose(one, g);
+  const int some = capacity / f.trial_count;
+  for (int g = 0; g < groups; g += some) propose(one, g, g + some < groups ? g + some : groups);
   d = share();
   shortlist(one, 0, groups);
   refit();
@@ -429,7 +433,7 @@ void Search::run_column(Step step, int64_t index) {
   for (int64_t u = c; u < data.units; u += most * stride) {
     const int64_t left = (data.units - u + stride - 1) / stride;
     const Span units{u, left < most ? left : most, stride};
-    step == kPropose ? propose(units, 0) : step == kShortlist ? shortlist(units, 0, 1) : neighbours(units, 0, 1);
+    step == kPropose ? propose(units, 0, 1) : step == kShortlist ? shortlist(units, 0, 1) : neighbours(units, 0, 1);
   }
 }
 
@@ -486,8 +490,8 @@ static size_t prepare(Search& s, Memory& m) {
   s.item_x = (const float**)m.take(2 * s.capacity), s.item_w = (const float**)m.take(2 * s.capacity);
   s.item_warm = (const int32_t**)m.take(2 * s.capacity);
   if (!i.box_bits) {
-    s.query_a = m.take(wide + 16 * i.vec), s.query_b = m.take(wide + 16 * i.vec), s.query_code = m.ints(wide / i.vec + 16);
-    s.target = m.take(i.group), s.half_scores = m.take(2 * kMostHalves * 16);
+    s.query_a = m.take(wide + 32 * i.vec), s.query_b = m.take(wide + 32 * i.vec), s.query_code = m.ints(wide / i.vec + 32);
+    s.target = m.take(i.group), s.half_scores = m.take(2 * kMostHalves * 32);
   }
   m.next += s.lay_out(i, m, s.groups, s.padded);
   const size_t bytes = 4 * (size_t)(m.next - begin);

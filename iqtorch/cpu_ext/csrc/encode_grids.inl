@@ -1,9 +1,12 @@
 // Nearest entries of codebooks of vectors, for many groups at a time. Part of encode.inl.
 
+// Queries are padded to whole batches.
+IQ_FN int query_stride(int queries) { return (queries + 31) / 32 * 32; }
+
 // Sixteen queries at a time against every entry: sum over the vector of (a + b c) c, with a = -2 w x and b = s w.
 template <int V> void Search::full_search(int queries, int variant) {
   const float* book = f.book + (size_t)variant * f.i.entries * V;
-  const int stride = (queries + 15) / 16 * 16;
+  const int stride = query_stride(queries);
   for (int q = 0; q < queries; q += 16) {
     F a[V], b[V], best = set(kInfinity);
     I found = seti(0);
@@ -27,44 +30,53 @@ template <int V> void Search::full_search(int queries, int variant) {
 template <int V> void Search::halves_search(int queries, int variant) {
   constexpr int W = V / 4;  // values of a quarter
   const HalfTables& t = f.halves;
-  const int stride = (queries + 15) / 16 * 16;
+  const int stride = query_stride(queries);
   const int32_t* count = t.count + 16 * variant;
   const int32_t *parts[2] = {t.parts + variant * 4 * kMostHalves, t.parts + (variant * 2 + 1) * 2 * kMostHalves};
   const int32_t* first = t.first + variant * (kMostHalves + 16);
   const size_t room = f.i.entries + 4 * kMostHalves;
   const int32_t *second = t.second + variant * room, *entry = t.entry + variant * room;
-  float* scores[2] = {half_scores, half_scores + kMostHalves * 16};
-  for (int q = 0; q < queries; q += 16) {
-    float quarter[4][kMostQuarters * 16];
+  constexpr int S = 32;  // queries at a time, in two vectors
+  float* scores[2] = {half_scores, half_scores + kMostHalves * S};
+  for (int q = 0; q < queries; q += S) {
+    float quarter[4][kMostQuarters * S];
     for (int k = 0; k < 4; ++k)
       for (int e = 0; e < count[k]; ++e) {
         const float* c = t.quarters + ((variant * 4 + k) * kMostQuarters + e) * W;
-        F score = set(0);
-        for (int i = 0; i < W; ++i) {
-          const int at = (k * W + i) * stride + q;
-          score = fma(fma(load(query_b + at), set(c[i]), load(query_a + at)), set(c[i]), score);
+        for (int u = 0; u < S; u += 16) {
+          F score = set(0);
+          for (int i = 0; i < W; ++i) {
+            const int at = (k * W + i) * stride + q + u;
+            score = fma(fma(load(query_b + at), set(c[i]), load(query_a + at)), set(c[i]), score);
+          }
+          store(quarter[k] + S * e + u, score);
         }
-        store(quarter[k] + 16 * e, score);
       }
     for (int h = 0; h < 2; ++h)
       for (int e = 0; e < count[4 + h]; ++e)
-        store(scores[h] + 16 * e, load(quarter[2 * h] + 16 * parts[h][2 * e]) + load(quarter[2 * h + 1] + 16 * parts[h][2 * e + 1]));
-    F best = set(kInfinity), best_second = set(kInfinity);
-    I best_first = seti(0);
+        for (int u = 0; u < S; u += 16)
+          store(scores[h] + S * e + u, load(quarter[2 * h] + S * parts[h][2 * e] + u) + load(quarter[2 * h + 1] + S * parts[h][2 * e + 1] + u));
+    F best[2] = {set(kInfinity), set(kInfinity)}, best_second[2] = {best[0], best[0]};
+    I best_first[2] = {seti(0), seti(0)};
     for (int e = 0; e < count[4]; ++e) {
-      F lowest = set(kInfinity);
+      F lowest = set(kInfinity), lowest2 = lowest;
       for (int p = first[e]; p < first[e + 1]; p += 4) {
-        const F a = min(load(scores[1] + second[p]), load(scores[1] + second[p + 1]));
-        lowest = min(lowest, min(a, min(load(scores[1] + second[p + 2]), load(scores[1] + second[p + 3]))));
+        const float *a = scores[1] + second[p], *b = scores[1] + second[p + 1], *c = scores[1] + second[p + 2], *d = scores[1] + second[p + 3];
+        lowest = min(lowest, min(min(load(a), load(b)), min(load(c), load(d))));
+        lowest2 = min(lowest2, min(min(load(a + 16), load(b + 16)), min(load(c + 16), load(d + 16))));
       }
-      const F score = load(scores[0] + 16 * e) + lowest;
-      const M lower = less(score, best);
-      best = select(lower, score, best), best_second = select(lower, lowest, best_second), best_first = select(lower, seti(e), best_first);
+      const F found[2] = {lowest, lowest2};
+      for (int u = 0; u < 2; ++u) {
+        const F score = load(scores[0] + S * e + 16 * u) + found[u];
+        const M lower = less(score, best[u]);
+        best[u] = select(lower, score, best[u]), best_second[u] = select(lower, found[u], best_second[u]);
+        best_first[u] = select(lower, seti(e), best_first[u]);
+      }
     }
-    float wanted[16];
-    int32_t of[16];
-    store(wanted, best_second), store(of, best_first);
-    for (int l = 0; l < 16; ++l) {
+    float wanted[S];
+    int32_t of[S];
+    for (int u = 0; u < 2; ++u) store(wanted + 16 * u, best_second[u]), store(of + 16 * u, best_first[u]);
+    for (int l = 0; l < S && q + l < queries; ++l) {
       int p = first[of[l]];
       while (p < first[of[l] + 1] - 1 && scores[1][second[p] + l] != wanted[l]) ++p;
       query_code[q + l] = entry[p];
@@ -73,7 +85,7 @@ template <int V> void Search::halves_search(int queries, int variant) {
 }
 
 template <int V> void Search::grid(int items, int variant) {
-  const int per = n / V, queries = items * per, stride = (queries + 15) / 16 * 16;
+  const int per = n / V, queries = items * per, stride = query_stride(queries);
   for (int it = 0; it < items; ++it) {
     const float* w = item_w[it];
     const float scale = scales[it] < 0 ? -scales[it] : scales[it], sign = scales[it] < 0 ? -1.0f : 1.0f;
