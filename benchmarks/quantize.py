@@ -3,14 +3,16 @@
     python benchmarks/quantize.py                              # every format, 128 rows, table and CSV
     python benchmarks/quantize.py --formats iq2_kl iq4_k --rows 1024 --speeds fast default best
     python benchmarks/quantize.py --ik libggml.so              # beside ik_llama.cpp, format by format in the same run
+    python benchmarks/quantize.py --embedded                   # the matrices of the embedded model instead
     python benchmarks/quantize.py --device cuda                # the search in torch on a GPU
 
 Matrices of 1024 x 4096, Gaussian and Student-t (5 degrees of freedom), times 0.02; one log-normal importance per column (`--seed`
-for others). Errors are relative, sqrt(sum w (x - q)^2 / sum w x^2), of the effective weights (`runtime_scale` included): `w` with
-importance, `ones` with equal weights. objective="rmse". Seconds are CPU seconds of one thread per million weights (on a GPU: wall
-seconds), set-up excluded, canonical bytes included. `results/quantize_reference.csv` has the figures of ik_llama.cpp's quantizer
-(commit 8337e4c) on all 1024 rows, timed on another machine of two shared cores; with `--ik` they are measured here, on the same
-rows. Its `plain` column is the quantizer without importance, `ones` with equal importance.
+and `--columns` for others). `--embedded`: the attention and the MLP matrices of the package's model, with their importance. Errors
+are relative, sqrt(sum w (x - q)^2 / sum w x^2), of the effective weights (`runtime_scale` included): `w` with importance, `ones` with
+equal weights. objective="rmse". Seconds are CPU seconds of one thread per million weights (on a GPU: wall seconds), set-up excluded,
+canonical bytes included. `results/quantize_reference.csv` has the figures of ik_llama.cpp's quantizer (commit 8337e4c) on all 1024
+rows, timed on another machine of two shared cores; with `--ik` they are measured here, on the same rows. Its `plain` column is the
+quantizer without importance, `ones` with equal importance.
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ from __future__ import annotations
 import argparse
 import csv
 import ctypes
+import itertools
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -28,15 +32,14 @@ from torch import Tensor
 
 import iqtorch
 from iqtorch import cpu_ext
+from iqtorch.data import calibration_text, load_tiny_llama
 from iqtorch.encode import compiled, encode
 from iqtorch.encode.encoder import Speed
 from iqtorch.formats import Format
 
 RESULTS = Path(__file__).parent / "results"
-K = 4096
-ERRORS = ("w_gauss", "ones_gauss", "w_t5", "ones_t5")
-PLAIN = ("plain_gauss", "plain_t5")
-COLUMNS = ("format", "bpw", "speed", "rows", *ERRORS, "seconds", *(f"{e}_reference" for e in (*ERRORS, *PLAIN)), "seconds_reference")
+#: Weights with their importance, by name of the sample; the errors of a sample are summed over its matrices.
+Samples = dict[str, list[tuple[Tensor, Tensor]]]
 
 
 class Reference:
@@ -58,52 +61,70 @@ class Reference:
         self.dll.ggml_quantize_chunk(fmt.ggml_type, weight.data_ptr(), out.data_ptr(), 0, rows, k, columns, default)
         return out
 
-    def measure(self, fmt: Format, weights: dict[str, Tensor], importance: Tensor) -> dict[str, str]:
-        found: dict[str, str] = {}
-        ones = torch.ones_like(importance)
-        self.encode(weights["gauss"][:4], fmt, importance)  # tables are built once
-        for name, weight in weights.items():
-            for kind, columns in (("w", importance), ("ones", ones), ("plain", None)):
-                if columns is None and self.dll.ggml_quantize_requires_imatrix(fmt.ggml_type):
-                    continue
-                started = time.process_time()
-                blocks = self.encode(weight, fmt, columns)
-                seconds = (time.process_time() - started) / weight.numel() * 1e6
-                found[f"{kind}_{name}"] = f"{relative_error(weight, fmt, blocks, importance if kind == 'w' else ones):.5f}"
-                if kind == "w":
-                    found[f"seconds_{name}"] = f"{seconds:.3f}"
-        return found
+    def measure(self, fmt: Format, samples: Samples) -> dict[str, float]:
+        kinds = ["w", "ones"] + ["plain"] * (not self.dll.ggml_quantize_requires_imatrix(fmt.ggml_type))
+        return errors_and_seconds(fmt, samples, self.encode, kinds)
 
 
-def matrices(rows: int, seed: int) -> tuple[dict[str, Tensor], Tensor]:
-    gauss = np.random.default_rng(seed).standard_normal((1024, K))[:rows] * 0.02
-    student = np.random.default_rng(seed + 1).standard_t(5, (1024, K))[:rows] * 0.02
-    importance = np.exp(np.random.default_rng(seed + 2).normal(0.0, 1.5, K))
+def matrices(rows: int, seed: int, columns: int = 4096) -> tuple[dict[str, Tensor], Tensor]:
+    gauss = np.random.default_rng(seed).standard_normal((1024, columns))[:rows] * 0.02
+    student = np.random.default_rng(seed + 1).standard_t(5, (1024, columns))[:rows] * 0.02
+    importance = np.exp(np.random.default_rng(seed + 2).normal(0.0, 1.5, columns))
     return {"gauss": torch.tensor(gauss).float(), "t5": torch.tensor(student).float()}, torch.tensor(importance).float()
 
 
+def embedded() -> Samples:
+    """The matrices of the layers of the package's model; rows that a format cannot hold are not among them."""
+    model, tokenizer = load_tiny_llama()
+    ids = torch.tensor(tokenizer(calibration_text(), add_special_tokens=False).input_ids)
+    importance = iqtorch.collect_importance(model, ids[: len(ids) // 512 * 512].view(-1, 512)[:48].split(8))
+    found: Samples = {"attention": [], "mlp": []}
+    for name, weight in model.named_parameters():
+        if "layers." in name and weight.dim() == 2:
+            found["mlp" if ".mlp." in name else "attention"].append((weight.detach().clone(), importance[name]))
+    return found
+
+
 def relative_error(weight: Tensor, fmt: Format, blocks: Tensor, importance: Tensor) -> float:
+    error, norm = squared_error(weight, fmt, blocks, importance)
+    return (error / norm) ** 0.5
+
+
+def squared_error(weight: Tensor, fmt: Format, blocks: Tensor, importance: Tensor) -> tuple[float, float]:
     w = importance.double()
     error = w * (weight.double() - fmt.decode(blocks).double() * fmt.runtime_scale).square()
-    return float((error.sum() / (w * weight.double().square()).sum()).sqrt())
+    return float(error.sum()), float((w * weight.double().square()).sum())
 
 
-def measure(fmt: Format, speed: Speed, weights: dict[str, Tensor], importance: Tensor) -> dict[str, float]:
+def errors_and_seconds(fmt: Format, samples: Samples, run: Callable[..., Tensor], kinds: list[str]) -> dict[str, float]:
+    """Errors by kind and sample, and the least seconds per million weights of a sample."""
     found: dict[str, float] = {}
     seconds: list[float] = []
-    device = importance.device
-    clock = time.process_time if device.type == "cpu" else time.perf_counter
-    encode(weights["gauss"][:4], fmt, importance, "rmse", speed)  # tables are built once
-    for name, weight in weights.items():
-        for kind, columns in (("w", importance), ("ones", None)):
-            synchronize(device)
+    first, importance = next(iter(samples.values()))[0]
+    clock = time.process_time if first.device.type == "cpu" else time.perf_counter
+    run(first[:4], fmt, importance)  # tables are built once
+    for (name, sample), kind in itertools.product(samples.items(), kinds):
+        error = norm = spent = 0.0
+        for weight, importance in sample:
+            ones = torch.ones_like(importance)
+            synchronize(weight.device)
             started = clock()
-            blocks = encode(weight, fmt, columns, "rmse", speed)
-            synchronize(device)
-            if kind == "w":
-                seconds.append((clock() - started) / weight.numel() * 1e6)
-            found[f"{kind}_{name}"] = relative_error(weight, fmt, blocks, importance if kind == "w" else torch.ones_like(importance))
+            blocks = run(weight, fmt, {"w": importance, "ones": ones, "plain": None}[kind])
+            synchronize(weight.device)
+            spent += clock() - started
+            parts = squared_error(weight, fmt, blocks, importance if kind == "w" else ones)
+            error, norm = error + parts[0], norm + parts[1]
+        found[f"{kind}_{name}"] = (error / norm) ** 0.5
+        if kind == "w":
+            seconds.append(spent / sum(weight.numel() for weight, _ in sample) * 1e6)
     return found | {"seconds": min(seconds)}
+
+
+def measure(fmt: Format, speed: Speed, samples: Samples) -> dict[str, float]:
+    def run(weight: Tensor, fmt: Format, importance: Tensor | None) -> Tensor:
+        return encode(weight, fmt, importance, "rmse", speed)
+
+    return errors_and_seconds(fmt, samples, run, ["w", "ones"])
 
 
 def synchronize(device: torch.device) -> None:
@@ -111,49 +132,78 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def published_reference() -> dict[str, dict[str, float]]:
+    """The reference's figures on all 1024 rows, by format."""
+    with open(RESULTS / "quantize_reference.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    known = {row.pop("format"): {k: float(v) for k, v in row.items() if v} for row in rows}
+    return {name: row | {"seconds": row["seconds_gauss"]} for name, row in known.items()}
+
+
 def machine(device: torch.device, reference: str) -> str:
     isa = cpu_ext.capabilities()["isa"] if compiled.available(device) else "plain torch"
     processor = torch.cuda.get_device_name(device) if device.type == "cuda" else results_file.cpu_name()
-    return f"# {processor}, {isa}, torch {torch.__version__}, one thread; {reference}"
+    return f"{processor}, {isa}, torch {torch.__version__}, one thread; {reference}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--formats", nargs="+", default=[n for n in iqtorch.list_formats() if iqtorch.get_format(n).plain is None])
     parser.add_argument("--rows", type=int, default=128, help="rows of the matrices to use (of 1024)")
+    parser.add_argument("--columns", type=int, default=4096, help="of the matrices")
     parser.add_argument("--speeds", nargs="+", default=["default"], choices=["fast", "default", "best"])
     parser.add_argument("--seed", type=int, default=20260101)
+    parser.add_argument("--embedded", action="store_true", help="matrices of the embedded model")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--ik", type=Path, help="a shared library of ik_llama.cpp's ggml, to measure beside")
     parser.add_argument("--out", type=Path, default=RESULTS / "quantize.csv")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    weights, importance = matrices(options.rows, options.seed)
+    if options.embedded:
+        samples = embedded()
+    else:
+        weights, importance = matrices(options.rows, options.seed, options.columns)
+        samples = {name: [(weight, importance)] for name, weight in weights.items()}
     beside = Reference(options.ik) if options.ik else None
-    on_device = {name: weight.to(options.device) for name, weight in weights.items()}
-    with open(RESULTS / "quantize_reference.csv", newline="") as file:
-        reference = {row["format"]: row for row in csv.DictReader(file)}
-    lines: list[dict[str, object]] = []
-    print(f"{'format':8} {'bpw':>6} {'speed':8} " + " ".join(f"{e:>10} {'vs ref':>7}" for e in ERRORS) + f" {'s/M':>6} {'ref':>6}")
+    on_device = {name: [(w.to(options.device), i.to(options.device)) for w, i in sample] for name, sample in samples.items()}
+    reference = {} if options.embedded or options.columns != 4096 else published_reference()
+    errors = [f"{kind}_{name}" for name in samples for kind in ("w", "ones")]
+    compared = [*errors, *(f"plain_{name}" for name in samples), "seconds"]
+    lines: list[list[object]] = []
+    heads = [*(f"{e:>10} {'vs ref':>7}" + (f" {'vs plain':>8}" if e.startswith("ones") else "") for e in errors)]
+    print(f"{'format':8} {'bpw':>6} {'speed':8} " + " ".join(heads) + f" {'s/M':>6} {'ref':>6}")
     for name in options.formats:
         fmt = iqtorch.get_format(name)
-        theirs = beside.measure(fmt, weights, importance) if beside else reference.get(name, {})
+        if any(w.shape[1] % fmt.block_size for sample in samples.values() for w, _ in sample):
+            print(f"{name}: rows do not fit")
+            continue
+        theirs = beside.measure(fmt, samples) if beside else reference.get(name, {})
         for speed in options.speeds:
-            ours = measure(fmt, speed, on_device, importance.to(options.device))
+            ours = measure(fmt, speed, on_device)
             line = f"{name:8} {fmt.bits_per_weight():6.3f} {speed:8} "
-            for e in ERRORS:
-                ratio = f"{100 * (ours[e] / float(theirs[e]) - 1):+6.1f}%" if theirs.get(e) else "      -"
-                line += f"{ours[e]:10.5f} {ratio} "
-            print(line + f"{ours['seconds']:6.2f} {theirs.get('seconds_gauss', '-'):>6}", flush=True)
-            row: dict[str, object] = {"format": name, "bpw": f"{fmt.bits_per_weight():.4f}", "speed": speed, "rows": options.rows}
-            row |= {e: f"{ours[e]:.5f}" for e in ERRORS} | {"seconds": f"{ours['seconds']:.3f}"}
-            row |= {f"{e}_reference": theirs.get(e, "") for e in (*ERRORS, *PLAIN)} | {"seconds_reference": theirs.get("seconds_gauss", "")}
-            lines.append(row)
-    with open(options.out, "w", newline="") as file:
-        print(machine(options.device, "reference measured beside" if beside else "reference from quantize_reference.csv"), file=file)
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(lines)
+            for e in errors:
+                line += f"{ours[e]:10.5f} {relative(ours[e], theirs.get(e)):>7} "
+                if e.startswith("ones"):
+                    line += f"{relative(ours[e], theirs.get(e.replace('ones', 'plain'))):>8} "
+            print(line + f"{ours['seconds']:6.3f} {theirs.get('seconds', float('nan')):6.3f}", flush=True)
+            known = [f"{theirs[e]:.3f}" if e == "seconds" and e in theirs else f"{theirs[e]:.5f}" if e in theirs else "" for e in compared]
+            own = [*(f"{ours[e]:.5f}" for e in errors), f"{ours['seconds']:.3f}"]
+            rows = options.rows if not options.embedded else ""
+            lines.append([name, f"{fmt.bits_per_weight(samples_width(samples)):.4f}", speed, rows, *own, *known])
+    columns = ["format", "bpw", "speed", "rows", *errors, "seconds", *(f"{e}_reference" for e in compared)]
+    header = [machine(options.device, "reference measured beside" if beside else "reference from quantize_reference.csv")]
+    if not options.embedded:
+        header.append(f"1024 x {options.columns}, seed {options.seed}")
+    results_file.write(options.out, header, columns, lines)
+
+
+def samples_width(samples: Samples) -> int:
+    """Columns of the first matrix."""
+    return next(iter(samples.values()))[0][0].shape[1]
+
+
+def relative(ours: float, theirs: float | None) -> str:
+    return f"{100 * (ours / theirs - 1):+.1f}%" if theirs else "-"
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ class Nearest:
         self.device = device
 
     def values(self, x: Tensor, w: Tensor, s: Tensor, variant: Tensor | int) -> Tensor:
-        """Codebook values `[P, n]` of the best codes, signs applied; `code_parity` is not looked at."""
+        """Codebook values `[P, n]` of the best codes, signs applied."""
         return self.codes(x, w, s, variant)[1]
 
     def codes(self, x: Tensor, w: Tensor, s: Tensor, variant: Tensor | int) -> tuple[Tensor, Tensor]:
@@ -85,6 +85,8 @@ class TableNearest(Nearest):
         return self.lookup.cell(x * inverse[:, None], which)
 
     def values(self, x: Tensor, w: Tensor, s: Tensor, variant: Tensor | int) -> Tensor:
+        if self.fmt.code_parity:
+            return self.codes(x, w, s, variant)[1]
         return _take(self.lookup.value, self._cells(x, s, variant))
 
     def codes(self, x: Tensor, w: Tensor, s: Tensor, variant: Tensor | int) -> tuple[Tensor, Tensor]:

@@ -217,6 +217,24 @@ template <class Near, bool AFFINE> struct Lanes {
       const int variant = f.i.two_signs ? pass / 2 : pass;
       const F unit = f.i.two_signs && pass % 2 ? none - most : most, shift = set(f.values.shift[variant]), minus = none - shift;
       F last = none, last_cc = set(-1);
+      const auto found = [&](F xc, F cc) {
+        const F s = quotient(xc, cc);
+        const M again = equal(s, last) & equal(cc, last_cc);  // the same codes as at the last trial scale
+        last = s, last_cc = cc;
+        insert(g, {select(again, set(kInfinity), none - s * xc), s, none, cc, none, shift});
+      };
+      if (f.i.code_parity) {
+        for (int t = 0; t < f.trial_count; ++t) {
+          F c[kMaxSingles], xc = none, cc = none;
+          even_values(unit * set(f.trials[t]), shift, c, nullptr);
+          for (int j = 0; j < n; ++j) {
+            const F vc = load(w + j * kLanes) * c[j];
+            xc = fma(load(x + j * kLanes), vc, xc), cc = fma(vc, c[j], cc);
+          }
+          found(xc, cc);
+        }
+        continue;
+      }
       for (int t = 0; t < f.trial_count; t += 2) {  // two at a time hide the latency of the sums
         const bool both = t + 1 < f.trial_count;
         const F inverse = inverse_of(unit * set(f.trials[t])), inverse2 = inverse_of(unit * set(f.trials[both ? t + 1 : t]));
@@ -227,12 +245,6 @@ template <class Near, bool AFFINE> struct Lanes {
           const F vc = v * c, vc2 = v * c2;
           xc = fma(xj, vc, xc), cc = fma(vc, c, cc), xc2 = fma(xj, vc2, xc2), cc2 = fma(vc2, c2, cc2);
         }
-        const auto found = [&](F xc, F cc) {
-          const F s = quotient(xc, cc);
-          const M again = equal(s, last) & equal(cc, last_cc);  // the same codes as at the last trial scale
-          last = s, last_cc = cc;
-          insert(g, {select(again, set(kInfinity), none - s * xc), s, none, cc, none, shift});
-        };
         found(xc, cc);
         if (both) found(xc2, cc2);
       }
