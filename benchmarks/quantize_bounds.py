@@ -137,10 +137,14 @@ def bound(fmt: Format, x: Tensor, w: Tensor, grid: int) -> float:
             for sign in (1, -1):
                 each = np.minimum(each, scale_bound(sign * x.double().numpy(), w.double().numpy(), np.unique(variant)))
         return float(each.sum())
-    entries = torch.from_numpy(book.reshape(-1, fmt.vec)).float()
-    span = torch.linspace(0.35, 2.5, 8 * grid) / entries.square().mean().sqrt()
-    span = torch.cat([span, -span]) if fmt.name == "iq2_kl" else span[4 * grid // 2 :: 4] if fmt.name == "iq4_kt" else span
-    return float(vector_bound(x, w, entries, span).sum())
+    ratios = np.linspace(0.35, 2.5, 8 * grid) if fmt.name == "iq2_kl" else np.linspace(0.7, 1.6, 2 * grid)
+    least = torch.full((len(x),), float("inf"))
+    for variant in book:
+        entries = torch.from_numpy(variant).float()
+        span = torch.from_numpy(ratios).float() / entries.square().mean().sqrt()
+        for sign in (1, -1):
+            least = torch.minimum(least, vector_bound(x, w, entries, sign * span))
+    return float(least.sum())
 
 
 def main() -> None:

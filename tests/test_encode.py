@@ -182,10 +182,14 @@ def test_difficult_input(fmt: Format, importance: object) -> None:
     check_difficult(fmt, importance(512))  # type: ignore[operator]
 
 
-@pytest.mark.parametrize("fmt", [f for f in KINDS if f.codebook.entries < 2048], ids=lambda f: f.name)
-def test_difficult_input_of_the_oracle(fmt: Format, monkeypatch: pytest.MonkeyPatch) -> None:
+ORACLE = [pytest.param(f, id=f.name, marks=[pytest.mark.slow] if f in TRELLIS else []) for f in PLAIN]
+
+
+@pytest.mark.parametrize("importance", ["none", "zeros", "huge spread"])
+@pytest.mark.parametrize("fmt", ORACLE)
+def test_difficult_input_of_the_oracle(fmt: Format, importance: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, "available", lambda device: False)
-    check_difficult(fmt, IMPORTANCES["huge spread"](512), "fast")
+    check_difficult(fmt, IMPORTANCES[importance](512), "fast")
 
 
 def check_difficult(fmt: Format, importance: Tensor | None, speed: str = "default") -> None:
@@ -202,7 +206,7 @@ def check_difficult(fmt: Format, importance: Tensor | None, speed: str = "defaul
     assert torch.equal(blocks, encode(weight, fmt, importance, "model", speed))
 
 
-@pytest.mark.parametrize("fmt", KINDS, ids=lambda f: f.name)
+@pytest.mark.parametrize("fmt", PLAIN, ids=lambda f: f.name)
 def test_float16_subnormals(fmt: Format) -> None:
     """Weights below the normal range of float16 (6e-5) keep their shape where `d` can be as small."""
     weight = (sample(4, 512)[0] * 1e-6).half()
@@ -217,12 +221,23 @@ def test_float16_subnormals(fmt: Format) -> None:
         assert (errors(weight, decoded, torch.ones(512)) <= 1.02 * normal + 1e-3).all()
 
 
+@pytest.mark.parametrize("fmt", PLAIN, ids=lambda f: f.name)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_nan_and_inf_are_named(value: float) -> None:
+def test_nan_and_inf_are_named(value: float, fmt: Format) -> None:
     weight = torch.zeros(3, 512)
     weight[1, 77] = value
     with pytest.raises(WeightError, match=r"'blk\.0\.down'.*\(1, 77\)"):
-        quantize(weight, "iq2_kl", name="blk.0.down")
+        quantize(weight, fmt, name="blk.0.down")
+
+
+def test_rows_scaled_by_powers_of_two_have_the_same_codes(engine: str) -> None:
+    """Tiny and huge rows lose nothing, where a float32 `d` can follow them."""
+    fmt = get_format("iq4_ks")
+    weight, importance = sample(4, 512)
+    plain = fmt.unpack(encode(weight, fmt, importance))
+    for power in (-20, 10):
+        scaled = fmt.unpack(encode(weight * 2.0**power, fmt, importance))
+        assert all(torch.equal(scaled[k], plain[k]) for k in ("scale", "variant", "code"))
 
 
 def test_refused_instruction_set_has_its_own_error() -> None:
