@@ -2,7 +2,7 @@
 
     python benchmarks/gguf_parity.py /path/to/llama-perplexity /path/to/llama-quantize > benchmarks/results/gguf_parity.csv
 
-Each format is used for all matrices. The two programs are compared in three ways:
+Each format is used for all matrices. The two programs are compared in four ways:
 
     decoded     both in float32: the other program decodes the file with its own `llama-quantize --allow-requantize IN OUT F32` and
                 scores that; iqtorch scores the weights that `Format.decode` gives. Do the bytes mean the same weights to both?
@@ -11,6 +11,8 @@ Each format is used for all matrices. The two programs are compared in three way
                 that its lookup of embeddings lacks. Do its kernels use these weights too?
     kernels     the other program's matrix kernels, and iqtorch's own with their defaults: what a user of both sees. Includes the noise
                 of either's rounding of activations.
+    float       the other program in float32 (as in the first way), and iqtorch's own kernels that do not round activations. The two
+                formats with a run-time factor differ here by that: a decoded file lacks it.
 
 A line per format, and a summary on stderr.
 """
@@ -36,7 +38,7 @@ import iqtorch
 from iqtorch import IQTensor, data, evaluate, hf
 from iqtorch.gguf import load_gguf, save_gguf
 
-WAYS = ("decoded", "rounded", "kernels")
+WAYS = ("decoded", "rounded", "kernels", "float")
 FIELDS = ("format", "bpw", "tokens", *(f"{what}_{way}" for way in WAYS for what in ("iqtorch", "ik_llama.cpp", "difference")))
 #: Formats of 256-weight blocks whose activations it rounds in blocks of 32 (ggml.c, `vec_dot_type`, with AVX2); others: their block.
 BLOCKS_OF_32 = ("q4_k", "q5_k", "q6_k", "iq5_k", "iq1_kt", "iq2_kt", "iq3_kt", "iq4_kt")
@@ -122,10 +124,11 @@ def main() -> None:
             save_gguf(model, file, tokenizer)
             output_of([args.quantize, "--allow-requantize", str(file), str(float_file), "F32"])
             theirs = {"decoded": reference(args.perplexity, float_file, source), "kernels": reference(args.perplexity, file, source)}
-            theirs["rounded"] = theirs["kernels"]
+            theirs |= {"rounded": theirs["kernels"], "float": theirs["decoded"]}
             ids = hf.encode(tokenizer, text)
             row = {"format": name, "bpw": f"{fmt.bits_per_weight(256):.4f}"}
             for way in WAYS:
+                iqtorch.set_activation_precision("float" if way == "float" else "int8")
                 ours = evaluate.perplexity(as_loaded(way, file, fmt), ids, bos=None)
                 difference = ours.perplexity / theirs[way] - 1
                 found[way].append((difference, name))

@@ -28,6 +28,12 @@ _LLAMA3 = {
     "original_max_position_embeddings": 8192,
 }  # fmt: skip
 
+_DOTS = {"moe_intermediate_size": 32, "n_routed_experts": 4, "num_experts_per_tok": 2, "first_k_dense_replace": 1}
+_GPT_OSS = {
+    "head_dim": 32, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 150000.0},
+}  # fmt: skip
+
 #: name -> (configuration class, settings)
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {}),
@@ -67,6 +73,41 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "attention_bias": True, "use_qk_norm": True,
         },
     ),
+    "glm4": ("Glm4Config", {"head_dim": 32}),
+    "dots1": ("Dots1Config", {**_DOTS, "head_dim": 16, "n_shared_experts": 1, "norm_topk_prob": True, "routed_scaling_factor": 2.5}),
+    "minimax-m2": (
+        "MiniMaxM2Config",
+        {
+            "head_dim": 32, "num_local_experts": 4, "num_experts_per_tok": 2,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+        },
+    ),
+    "gpt-oss": ("GptOssConfig", _GPT_OSS),
+    "gpt-oss-yarn": (
+        "GptOssConfig",
+        {
+            **_GPT_OSS,
+            "rope_parameters": {
+                "rope_type": "yarn", "rope_theta": 150000.0, "factor": 4.0, "original_max_position_embeddings": 32, "truncate": False,
+            },
+        },
+    ),
+    "seed-oss": ("SeedOssConfig", {"head_dim": 32}),
+    "ernie4.5": ("Ernie4_5Config", {"head_dim": 32, "tie_word_embeddings": True, "pad_token_id": 0}),
+    "ernie4.5-moe": (
+        "Ernie4_5_MoeConfig",
+        {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 32, "moe_layer_start_index": 1, "moe_num_shared_experts": 2},
+    ),
+    "granite": (
+        "GraniteConfig",
+        {"embedding_multiplier": 12, "logits_scaling": 8.0, "residual_multiplier": 0.22, "attention_multiplier": 0.0625},
+    ),
+    "smollm3": ("SmolLM3Config", {"num_hidden_layers": 5, "tie_word_embeddings": True}),
+    "starcoder2": ("Starcoder2Config", {"tie_word_embeddings": True}),
+    "command-r": ("CohereConfig", {"pad_token_id": 0}),
+    "cohere2": ("Cohere2Config", {"head_dim": 32, "sliding_window": 16, "num_hidden_layers": 5, "pad_token_id": 0}),
+    "olmoe": ("OlmoeConfig", {"num_experts": 4, "num_experts_per_tok": 2, "clip_qkv": 3.0}),
+    "olmo2": ("Olmo2Config", {}),
 }  # fmt: skip
 
 

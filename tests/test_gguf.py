@@ -143,6 +143,13 @@ def test_values_that_files_spell_differently(tmp_path: Path) -> None:
     gate_up = moe.model.layers[0].mlp.experts.gate_up_proj
     assert torch.equal(file.data("blk.0.ffn_gate_exps.weight"), gate_up[:, :32])
     assert torch.equal(file.data("blk.0.ffn_up_exps.weight"), gate_up[:, 32:])
+    save_gguf(oss := tiny("gpt-oss"), tmp_path / "oss.gguf")
+    file, experts = GGUFFile(tmp_path / "oss.gguf"), oss.model.layers[1].mlp.experts
+    assert torch.equal(file.data("blk.1.ffn_gate_exps.weight"), experts.gate_up_proj[..., ::2].mT)
+    assert torch.equal(file.data("blk.1.ffn_up_exps.weight"), experts.gate_up_proj[..., 1::2].mT)
+    assert torch.equal(file.data("blk.1.ffn_down_exps.weight"), experts.down_proj.mT)
+    assert torch.equal(file.data("blk.1.ffn_up_exps.bias"), experts.gate_up_proj_bias[:, 1::2].float())
+    assert file.tensors["blk.1.attn_sinks.weight"].dtype == torch.float32
     save_gguf(tiny("llama-3.1"), tmp_path / "llama.gguf")
     factors = GGUFFile(tmp_path / "llama.gguf").data("rope_freqs.weight")
     assert factors[0] == 1

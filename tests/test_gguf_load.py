@@ -121,8 +121,8 @@ def test_configuration_given_by_the_user(tmp_path: Path) -> None:
     (tmp_path / "folder" / "config.json").write_text(json.dumps(settings))
     for config in (tmp_path / "folder", str(tmp_path / "folder"), settings, transformers.AutoConfig.from_pretrained(tmp_path / "folder")):
         assert torch.equal(logits(load_gguf(bare, config=config)), logits(model))
-    unknown = rewrite(tmp_path / "a.gguf", tmp_path / "c.gguf", general__architecture="seed_oss")
-    with pytest.raises(GGUFArchitectureError, match=r"'seed_oss' is not among llama, qwen2.*config="):
+    unknown = rewrite(tmp_path / "a.gguf", tmp_path / "c.gguf", general__architecture="exaone4")
+    with pytest.raises(GGUFArchitectureError, match=r"'exaone4' is not among llama, qwen2.*config="):
         load_gguf(unknown)
     nonsense = rewrite(tmp_path / "a.gguf", tmp_path / "d.gguf", general__architecture="nonsense")
     with pytest.raises(GGUFNameError, match="'nonsense' is unknown to the installed gguf package"):

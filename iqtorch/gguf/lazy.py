@@ -10,8 +10,8 @@ from torch import Tensor
 from ..formats import Format, get_format
 from ..lazy import LazyTensor
 from ..tensor import repack_rows
-from .families import ROPE_TENSORS
 from .reader import ARRAY, GGUFFile
+from .rope import ROPE_TENSORS
 from .writer import Typed
 
 #: Whole-model types of interleaved files are those of the plain formats plus this (ik_llama.cpp, `llama_ftype`).

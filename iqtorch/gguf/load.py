@@ -149,7 +149,8 @@ def _stored_shape(file: GGUFFile, binding: Binding) -> tuple[int, ...]:
         return ((k + v) // shapes[1][-1], shapes[1][-1])
     if len(shapes) == 1:
         return shapes[0]
-    return (*shapes[0][:-2], sum(shape[-2] for shape in shapes), shapes[0][-1])
+    at = binding.rows_at(len(shapes[0]))
+    return (*shapes[0][:at], sum(shape[at] for shape in shapes), *shapes[0][at + 1 :])
 
 
 def _check_shapes(file: GGUFFile, bindings: list[Binding], wanted: Mapping[str, Tensor]) -> None:
@@ -169,7 +170,7 @@ def _read(file: GGUFFile, binding: Binding, old: Tensor, dtype: torch.dtype, dev
         k, v = (file.data(info.name) for info in infos)
         return merge_heads(k, v, binding.heads).reshape(old.shape).to(device, old.dtype)
     if all(info.format is None for info in infos):
-        stored = binding.to_model([file.data(info.name) for info in infos], rows_at=max(len(infos[0].shape) - 2, 0))
+        stored = binding.to_model([file.data(info.name) for info in infos], binding.rows_at(len(infos[0].shape)))
         stored = stored.reshape(binding.stored_shape(old))
         return (stored.mT.contiguous() if binding.transposed else stored).to(device, old.dtype, copy=True)
     if old.ndim < 2:  # vectors are never packed, whatever a file does

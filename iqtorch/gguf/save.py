@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from ..formats import Format
 from ..tensor import IQTensor
 from .errors import GGUFArchitectureError, GGUFTensorError
-from .families import Family, family_of_config, metadata_from_config, metadata_of_halves, rope_tensors
+from .families import family_of_config, metadata_from_config, metadata_of_halves
+from .family import Family
+from .rope import rope_tensors
 from .tensors import Binding, bind, parameter_names
 from .tokenizer import metadata_from_tokenizer
 from .writer import TensorSource, write_gguf
@@ -63,7 +65,7 @@ def contents(model: nn.Module, tokenizer: Any = None, name: str | None = None) -
     sources = [source for binding in bindings for source in _sources(binding, parameters[binding.name], config.num_attention_heads)]
     sources += [TensorSource.of(key, value) for key, value in rope_tensors(config).items()]
     metadata = _general(family, config, parameters, name) | metadata_from_config(family, config)
-    if any(binding.transposed for binding in bindings):
+    if any(binding.per_head for binding in bindings):
         metadata |= metadata_of_halves(family, config)
     if tokenizer is not None:
         metadata |= metadata_from_tokenizer(tokenizer, config.vocab_size)
@@ -95,13 +97,13 @@ def _sources(binding: Binding, value: Tensor, heads: int) -> list[TensorSource]:
             raise GGUFTensorError(f"{binding.name} is stored transposed {tuple(value.shape)}, which files of this architecture cannot hold")
         kind, rows_at = value.format, value.ndim - 2
     else:
-        kind, rows_at = _plain_dtype(binding, value), max(value.ndim - 2, 0)
+        kind, rows_at = _plain_dtype(binding, value), binding.rows_at(value.ndim)
         if len(shape) == 2 and shape[0] == 1:
             shape = shape[1:]  # files hold the gate of a shared expert as a vector
     if binding.per_head and len(shape) == 2:
         shape = (heads, shape[0] // heads, shape[1])
     if len(binding.tensors) > 1:
-        shape = (*shape[:-2], shape[-2] // len(binding.tensors), shape[-1])
+        shape = (*shape[:rows_at], shape[rows_at] // len(binding.tensors), *shape[rows_at + 1 :])
 
     def load(part: int) -> Tensor:
         if isinstance(value, IQTensor):
@@ -115,5 +117,5 @@ def _sources(binding: Binding, value: Tensor, heads: int) -> list[TensorSource]:
 
 def _plain_dtype(binding: Binding, value: Tensor) -> torch.dtype:
     """Vectors and routers are float32 in files: their kernels know nothing else."""
-    small = value.ndim < 2 or value.shape[0] == 1 or binding.tensors[0].endswith(("ffn_gate_inp.weight", "norm.weight"))
+    small = value.ndim < 2 or value.shape[0] == 1 or binding.tensors[0].endswith(("ffn_gate_inp.weight", "norm.weight", ".bias"))
     return torch.float32 if small else value.dtype

@@ -16,18 +16,20 @@ from torch import Tensor
 
 from ..mla import split_kv
 from .errors import GGUFNameError
-from .families import ROPE_TENSORS, Family
+from .family import Family
 from .names import gguf_package, table_spelling
 from .reader import GGUFFile
+from .rope import ROPE_TENSORS
 
 __all__ = ["Binding", "bind", "check_names", "merge_heads", "merged_halves", "parameter_names", "use_halves"]
 
 _SUFFIXES = (".weight", ".bias")
 #: The halves of `attn_kv_b`.
 KEYS, VALUES = "attn_k_b", "attn_v_b"
-_MERGED = re.compile(r"^(?P<prefix>.*\.)?layers\.(?P<layer>\d+)\..*experts\.gate_up_proj$")
+#: Parameters of experts that the package's tables lack: merged ones, and biases.
+_EXPERTS = re.compile(r"^(?:.*\.)?layers\.(?P<layer>\d+)\..*experts\.(?P<part>gate_up_proj|gate_up_proj_bias|down_proj_bias)$")
 _KV = re.compile(r"(?:^|.*\.)layers\.(?P<layer>\d+)\..*kv_b_proj$")
-_CORRECTION = re.compile(r"^.*layers\.(?P<layer>\d+)\.mlp\.(gate\.)?e_score_correction_bias$")
+_CORRECTION = re.compile(r"^.*layers\.(?P<layer>\d+)\.mlp\.(gate\.)?(moe_statics\.)?e_score_correction_bias$")
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class Binding:
         tensors: of the file; several are parts of its rows, one after the other.
         heads: rows are permuted within this many heads; 0 = not at all.
         shift: the file's values are larger by this.
+        alternating: rows of the tensors alternate instead.
         merged: the tensors are `attn_k_b`, transposed within each head, and `attn_v_b`, both not quantized: one `kv_b_proj`.
         transposed: the tensor is the parameter with its last two dimensions exchanged (`attn_k_b`).
     """
@@ -47,6 +50,7 @@ class Binding:
     tensors: tuple[str, ...]
     heads: int = 0
     shift: float = 0.0
+    alternating: bool = False
     merged: bool = False
     transposed: bool = False
 
@@ -60,9 +64,18 @@ class Binding:
         shape = tuple(value.shape)
         return (*shape[:-2], shape[-1], shape[-2]) if self.transposed else shape
 
+    def rows_at(self, ndim: int) -> int:
+        """The dimension of rows in a tensor of the file; biases (of experts: one below the other) have nothing else."""
+        return ndim - 1 if self.tensors[0].endswith(".bias") else max(ndim - 2, 0)
+
     def to_model(self, parts: list[Tensor], rows_at: int) -> Tensor:
         """Rows (in dimension `rows_at`) as the model has them, from those of the tensors."""
-        rows = parts[0] if len(parts) == 1 else torch.cat(parts, rows_at)
+        if len(parts) == 1:
+            rows = parts[0]
+        elif self.alternating:
+            rows = torch.stack(parts, rows_at + 1).flatten(rows_at, rows_at + 1)
+        else:
+            rows = torch.cat(parts, rows_at)
         if self.heads:
             rows = rows.index_select(rows_at, torch.argsort(_interleaved(rows.shape[rows_at], self.heads)))
         return rows - self.shift if self.shift else rows
@@ -73,7 +86,11 @@ class Binding:
             rows = rows.index_select(rows_at, _interleaved(rows.shape[rows_at], self.heads).to(rows.device))
         if self.shift:
             rows = rows + self.shift
-        return [part.contiguous() for part in rows.chunk(len(self.tensors), rows_at)]
+        n = len(self.tensors)
+        if self.alternating:
+            pairs = rows.unflatten(rows_at, (-1, n))
+            return [pairs.select(rows_at + 1, i).contiguous() for i in range(n)]
+        return [part.contiguous() for part in rows.chunk(n, rows_at)]
 
 
 def _interleaved(rows: int, heads: int) -> Tensor:
@@ -109,7 +126,9 @@ def bind(names: Iterable[str], arch: str, family: Family | None, config: Any) ->
         if family is not None and family.rotated and (match := re.search(r"\.attn_([qk])\.", tensors[0])):
             heads = config.num_attention_heads if match[1] == "q" else config.num_key_value_heads
         shift = family.norm_shift if family is not None and tensors[0].endswith("norm.weight") else 0.0
-        bindings.append(Binding(name, tensors, heads, shift, transposed=tensors[0].endswith(f"{KEYS}.weight")))
+        columns = family is not None and family.columns and "_exps." in tensors[0]
+        transposed = tensors[0].endswith(f"{KEYS}.weight") or (columns and tensors[0].endswith(".weight"))
+        bindings.append(Binding(name, tensors, heads, shift, alternating=columns and len(tensors) > 1, transposed=transposed))
     if unknown:
         raise GGUFNameError(f"{len(unknown)} parameters have no name in {arch!r} files: {_listed(unknown)}")
     return bindings
@@ -119,8 +138,10 @@ def _tensor_names(name: str, table: Any) -> tuple[str, ...]:
     name = table_spelling(name)
     if match := _CORRECTION.match(name):
         return (f"blk.{match['layer']}.exp_probs_b.bias",)
-    if match := _MERGED.match(name):
-        return tuple(f"blk.{match['layer']}.ffn_{part}_exps.weight" for part in ("gate", "up"))
+    if match := _EXPERTS.match(name):
+        kind = "bias" if match["part"].endswith("_bias") else "weight"
+        parts = ("gate", "up") if match["part"].startswith("gate_up") else ("down",)
+        return tuple(f"blk.{match['layer']}.ffn_{part}_exps.{kind}" for part in parts)
     suffix = next((s for s in _SUFFIXES if name.endswith(s)), "")
     found = table.get_name(name.removesuffix(suffix))
     if found is None:
