@@ -181,7 +181,7 @@ class RowFeedback:
     """
 
     def __init__(self, curvature: Tensor, damping: float) -> None:
-        self.step = max(16, len(curvature) // 64)
+        self.step = max(16, len(curvature) // 16)
         self.order = curvature.diagonal().argsort(descending=True, stable=True)
         wide = damped(curvature[self.order][:, self.order], damping)
         #: `[N, N]`, L
