@@ -149,6 +149,14 @@ const Format* by_type[kTypes];
 
 }  // namespace
 
+Vectors vectors_of(const char* isa) {
+  const std::string name = isa;
+  if (name == "amx" || name == "avx512bf16" || name == "avx512") return Vectors::kAvx512;
+  if (name == "avxvnni" || name == "avx2") return Vectors::kAvx2;
+  if (name == "neon" || name == "scalar") return Vectors::kScalar;
+  throw std::logic_error("vectors_of: nothing is said of " + name);
+}
+
 const std::vector<Isa>& instruction_sets() {
   static const std::vector<Isa> sets = find_instruction_sets();
   return sets;

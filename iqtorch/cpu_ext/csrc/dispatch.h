@@ -22,6 +22,10 @@ const Kernels& kernels();
 // Chooses again: an empty name means IQTORCH_ISA or the best.
 void select_isa(const std::string& name);
 
+// Encoders are compiled for fewer instruction sets than kernels: those that serve one in use. Throws std::logic_error if it is not listed.
+enum class Vectors { kScalar, kAvx2, kAvx512 };
+Vectors vectors_of(const char* isa);
+
 // Throws std::runtime_error if the numbers describe a format no decoder reads.
 // `units` and `terms` (four numbers each): see `Bits`.
 void register_format(const int32_t* ints, size_t int_count, const float* floats, size_t float_count, const uint8_t* table, size_t table_bytes,

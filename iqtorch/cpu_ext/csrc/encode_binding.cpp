@@ -23,10 +23,10 @@ using Run = void (*)(const Encoder&, const EncodeData&, Step, void*, void*, int6
 
 Run encoder_of(const char* isa) {
 #ifdef IQTORCH_HAVE_AVX512
-  if (!std::strcmp(isa, "avx512") || !std::strcmp(isa, "amx")) return encode_avx512;
+  if (vectors_of(isa) == Vectors::kAvx512) return encode_avx512;
 #endif
 #ifdef IQTORCH_HAVE_AVX2
-  if (!std::strcmp(isa, "avx2")) return encode_avx2;
+  if (vectors_of(isa) == Vectors::kAvx2) return encode_avx2;
 #endif
   (void)isa;
   return encode_scalar;

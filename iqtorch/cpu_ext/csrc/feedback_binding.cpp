@@ -6,7 +6,6 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <cstdlib>
-#include <cstring>
 #include <memory>
 #include <vector>
 
@@ -23,10 +22,10 @@ using Run = void (*)(const FeedbackData&, void*, int64_t, int64_t);
 
 Run feedback_of(const char* isa) {
 #ifdef IQTORCH_HAVE_AVX512
-  if (!std::strcmp(isa, "avx512") || !std::strcmp(isa, "amx")) return feedback_avx512;
+  if (vectors_of(isa) == Vectors::kAvx512) return feedback_avx512;
 #endif
 #ifdef IQTORCH_HAVE_AVX2
-  if (!std::strcmp(isa, "avx2")) return feedback_avx2;
+  if (vectors_of(isa) == Vectors::kAvx2) return feedback_avx2;
 #endif
   (void)isa;
   return feedback_scalar;
