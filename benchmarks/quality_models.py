@@ -117,7 +117,7 @@ def reference(options: argparse.Namespace, model: nn.Module, tokenizer: Any) -> 
             output = score("packed.gguf", "--kl-divergence-base", "base.bin", "--kl-divergence")
             mean, error = re.findall(r"Mean\s+KLD:\s+([0-9.]+)\s+±\s+([0-9.]+)", output)[0]
             perplexity = re.findall(r"Mean\s+PPL\(Q\)\s+:\s+([0-9.]+)", output)[0]
-            add(options, "qwen2-512", name, None, "reference", "mean KL", float(mean), float(error), perplexity, 0.0)
+            add(options, "qwen2-512", name, None, "reference", "mean KL", float(mean), float(error), f"{float(perplexity):.3f}", 0.0)
 
 
 def encoder(options: argparse.Namespace) -> None:
