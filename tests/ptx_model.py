@@ -54,11 +54,14 @@ def half2(operation: str, a: Word, b: Word, *c: Word) -> Word:
     return out
 
 
-def load_words(address: Word, count: int) -> list[Word]:
-    """`count` neighbouring words from each address."""
+def load(address: Word, kind: str, count: int) -> list[Word]:
+    """`count` neighbouring items of a kind (u8, u16, b32) from each address, aligned as the hardware demands."""
+    item = np.dtype({"u8": np.uint8, "u16": np.uint16, "b32": np.uint32}[kind])
     where = np.ascontiguousarray(address).astype(np.uint64)
+    assert (where % np.uint64(item.itemsize * count) == 0).all(), f"misaligned load of {count} {kind}"
     all_of = np.ones(where.shape, bool)
-    return [memory.load(where + np.uint64(4 * i), all_of, np.zeros(where.shape, np.uint32), np.dtype(np.uint32)) for i in range(count)]
+    out = [memory.load(where + np.uint64(item.itemsize * i), all_of, np.zeros(where.shape, item), item) for i in range(count)]
+    return [v.astype(np.uint32) for v in out]
 
 
 class Machine:
@@ -94,7 +97,14 @@ class Machine:
             if opcode == "mov.u32" and sources == ["%laneid"]:
                 self.write(target, np.zeros(self.shape, np.uint32))
                 continue
-            v = [self.read(s.strip("[]")) for s in sources]
+            if opcode.startswith("ld.global.nc"):
+                base, offset = sources[0].strip("[]").split("+")
+                parts = target.strip("{}").split(",")
+                items = load(self.read(base) + np.uint64(int(offset)), opcode.rsplit(".", 1)[1], len(parts))
+                for part, item in zip(parts, items, strict=True):
+                    self.write(part, item)
+                continue
+            v = [self.read(s) for s in sources]
             if opcode.startswith("prmt"):
                 result = prmt(*v)
             elif opcode.startswith("dp4a"):
@@ -103,11 +113,8 @@ class Machine:
                 result = half2(opcode[:3], *v)
             elif opcode == "mad.wide.u32":
                 result = v[0].astype(np.uint64) * v[1].astype(np.uint64) + v[2].astype(np.uint64)
-            elif opcode.startswith("ld.global.nc"):
-                parts = target.strip("{}").split(",")
-                for part, word in zip(parts, load_words(v[0], len(parts)), strict=True):
-                    self.write(part, word)
-                continue
+            elif opcode == "cvt.f32.f16":
+                result = v[0].astype(np.uint16).view(np.float16).astype(np.float32).view(np.uint32)
             elif opcode == "xor.b32":
                 result = v[0] ^ v[1]
             elif opcode == "abs.s32":
@@ -142,8 +149,11 @@ def create_inline_asm(self: Any, text: str, constraints: str, values: list[Any],
     out = []
     for i, kind in enumerate(types):
         word = machine.read(f"${i}")
-        half = kind.scalar == tl.float16
-        out.append(TensorHandle(word.astype(np.uint16).view(np.float16) if half else word.view(np.int32), kind.scalar))
+        if kind.scalar == tl.float16:
+            value = word.astype(np.uint16).view(np.float16)
+        else:
+            value = word.view(np.float32 if kind.scalar == tl.float32 else np.int32)
+        out.append(TensorHandle(value, kind.scalar))
     return _Results(out)
 
 

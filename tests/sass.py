@@ -39,7 +39,14 @@ def compile_kernel(kernel: Any, constants: dict[str, Any], pointers: dict[str, s
 
 
 def gemv(
-    name: str, arch: int | str = 90, digits: int = 1, asm: int = 2, rows: int = 8, passes: int = 2, dtype: str = "*bf16", tokens: int = 1
+    name: str,
+    arch: int | str = 90,
+    digits: int = 1,
+    asm: bool = True,
+    rows: int = 8,
+    passes: int = 2,
+    dtype: str = "*bf16",
+    tokens: int = 1,
 ) -> tuple[Any, float]:
     """The vector kernel for long rows, and the weights per thread and step of its loop."""
     s = layout(get_format(name)).scheme
@@ -48,29 +55,30 @@ def gemv(
         "bias": None, "ids": None, "per_token": 1,
     }  # fmt: skip
     pointers = {"x": dtype, "data": "*u8", "book": "*i32", "lut": "*fp32", "y": dtype}
-    return compile_kernel(skeletons.gemv, constants, pointers, arch, 4, **all_registers(asm > 0)), rows * passes * s.run
+    return compile_kernel(skeletons.gemv, constants, pointers, arch, 4, **all_registers(asm)), rows * passes * s.run
 
 
-def gemm(name: str, arch: int | str = 90, tokens: int = 16, asm: int = 1, grouped: bool = False) -> tuple[Any, float]:
+def gemm(name: str, arch: int | str = 90, tokens: int = 16, asm: bool = True, grouped: bool = False) -> tuple[Any, float]:
     """The matrix kernel, and the weights per thread and step of its loop."""
     s = layout(get_format(name)).scheme
     rows, warps = (128, 8) if tokens == 128 else (64, 4)
     constants = {"S": s, "GROUPED": grouped, "BN": rows, "BM": tokens, "EP": 8 if grouped else 1, "ASM": asm, "bias": None}
+    constants["FRAGMENT"] = arch != 100
     if not grouped:
         constants["offsets"] = None
     pointers = {"xs": "*fp16", "steps": "*fp32", "data": "*u8", "book": "*i32", "lut": "*fp32", "y": "*bf16", "offsets": "*i32"}
-    return compile_kernel(skeletons.gemm, constants, pointers, arch, warps, **all_registers(asm > 0)), rows * 4 * s.run / (32 * warps)
+    return compile_kernel(skeletons.gemm, constants, pointers, arch, warps, **all_registers(asm)), rows * 4 * s.run / (32 * warps)
 
 
-def experts(name: str, arch: int | str = 90, asm: int = 2) -> list[Any]:
+def experts(name: str, arch: int | str = 90, asm: bool = True) -> list[Any]:
     """The two fused kernels of experts, for int8 activations."""
     s = layout(get_format(name)).scheme
-    constants = {"S": s, "DIGITS": 1, "ROWS": 8, "RUNS": 32, "ASM": asm, "ACTIVATION": "silu"}
+    constants = {"S": s, "DIGITS": 1, "ROWS": 4, "PASSES": 2, "RUNS": 32, "ASM": asm, "ACTIVATION": "silu"}
     pointers = {"x": "*bf16", "data": "*u8", "book": "*i32", "lut": "*fp32", "y": "*bf16", "ids": "*i64", "weights": "*bf16"}
-    return [compile_kernel(k, constants, pointers, arch, 1, **all_registers(asm > 0)) for k in (routed.gated, routed.weighted)]
+    return [compile_kernel(k, constants, pointers, arch, 1, **all_registers(asm)) for k in (routed.gated, routed.weighted)]
 
 
-def dequantize(name: str, arch: int | str = 90, asm: int = 2) -> Any:
+def dequantize(name: str, arch: int | str = 90, asm: bool = True) -> Any:
     constants = {"S": layout(get_format(name)).scheme, "ROWS": 4, "RUNS": 32, "ASM": asm, "ids": None}
     pointers = {"data": "*u8", "book": "*i32", "lut": "*fp32", "out": "*bf16"}
     return compile_kernel(skeletons.dequantize, constants, pointers, arch, 4, enable_fp_fusion=False)
@@ -92,14 +100,22 @@ def resources(kernel: Any) -> dict[str, int]:
 
 
 def loop(kernel: Any) -> collections.Counter[str]:
-    """Instructions of the longest innermost loop, by name up to the first dot."""
+    """Instructions of the main loop, by name up to the first dot: the shortest one with tensor cores, else the longest innermost one."""
     listing = [(int(m[1], 16), m[2].strip()) for m in map(INSTRUCTION.match, _cuobjdump(kernel, "-sass").splitlines()) if m]
     backward = []
     for address, text in listing:
         target = re.search(r"0x([0-9a-f]+)", text) if "BRA" in text else None
         if target and int(target[1], 16) < address - 64:
             backward.append((int(target[1], 16), address))
-    inner = [a for a in backward if not any(a != b and b[0] >= a[0] and b[1] <= a[1] for b in backward)]
-    low, high = max(inner, key=lambda pair: pair[1] - pair[0])
+    # waits for barriers, placed behind the end of the kernel, jump back into the loop
+    ends = [address for address, text in listing if "EXIT" in text]
+    backward = [pair for pair in backward if not any(pair[0] <= address <= pair[1] for address in ends)]
+    products = [address for address, text in listing if re.match(r"(@!?\w+ )?\w*MMA\b", text)]
+    if products:
+        around = [pair for pair in backward if any(pair[0] <= address <= pair[1] for address in products)]
+        low, high = min(around, key=lambda pair: pair[1] - pair[0])
+    else:
+        inner = [a for a in backward if not any(a != b and b[0] >= a[0] and b[1] <= a[1] for b in backward)]
+        low, high = max(inner, key=lambda pair: pair[1] - pair[0])
     names = [re.sub(r"^@!?U?P[T0-9]+\s+", "", text).split()[0] for address, text in listing if low <= address <= high]
     return collections.Counter(name.split(".")[0] for name in names if not name.startswith("NOP"))

@@ -46,12 +46,6 @@ def bytes_of(a, SIGNED: tl.constexpr):
 
 
 @triton.constexpr_function
-def replace_last(shape, *last):
-    """`shape` with its last dimension replaced by `last`."""
-    return [int(getattr(n, "value", n)) for n in shape][:-1] + list(last)
-
-
-@triton.constexpr_function
 def last_dimension(shape):
     """Shape `[1, .., 1, 4]`, one dimension more than `shape`."""
     return [1] * len(shape) + [4]
@@ -90,21 +84,6 @@ def pack4(a, b, c, d, ASM: tl.constexpr):
 
 
 @triton.jit
-def split4(a):
-    """`[..., 4]` -> four `[...]`."""
-    even, odd = tl.split(tl.reshape(a, replace_last(a.shape, 2, 2)))
-    a0, a2 = tl.split(even)
-    a1, a3 = tl.split(odd)
-    return a0, a1, a2, a3
-
-
-@triton.jit
-def opaque(a):
-    """The int32 tensor itself; the compiler forgets how its elements are related."""
-    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [a], dtype=tl.int32, is_pure=True, pack=1)
-
-
-@triton.jit
 def lane():
     """Number of the thread in its warp, as a scalar that differs by thread: only for addresses of tables."""
     return tl.inline_asm_elementwise("mov.u32 $0, %laneid;", "=r", [], dtype=tl.int32, is_pure=True, pack=1)
@@ -125,22 +104,73 @@ def from_lane(code, table):
     return tl.inline_asm_elementwise("shfl.sync.idx.b32 $0, $2, $1, 31, -1;", "=r,r,r", [code, table], dtype=tl.int32, is_pure=True, pack=1)
 
 
-@triton.jit
-def fetch(table, at):
-    """Word `at` of a table of int32 in memory, for any int32 tensor `at`.
+@triton.constexpr_function
+def fetch_text(bits):
+    """PTX that loads `bits` bits (8, 16, or words) from item `at` of an array of such items."""
+    n = max(bits // 32, 1)
+    kind = {8: "u8", 16: "u16"}.get(bits, "b32")
+    vector = {1: "", 2: ".v2"}.get(n, ".v4")
+    loads = ""
+    for i in range(0, n, 4):
+        target = ", ".join(f"${j}" for j in range(i, min(i + 4, n)))
+        loads += f"ld.global.nc{vector}.{kind} {'{' + target + '}' if n > 1 else target}, [a+{4 * i}]; "
+    return "{.reg .b64 a; mad.wide.u32 a, $" + f"{n + 1}, {bits // 8}, ${n}; {loads}" + "}"
 
-    Triton moves the results of its own loads between threads as suits coalescing, through shared memory; look-ups have no
-    order to gain from.
+
+@triton.constexpr_function
+def fetch_constraints(bits):
+    return "=r," * max(bits // 32, 1) + "l,r"
+
+
+@triton.jit
+def fetch(start, at, BITS: tl.constexpr):
+    """Items `at [...]` (int32) of an array of BITS bits each, which starts at the pointer `start`: int32 `[..., words]`.
+
+    A load of Triton's own fixes how a tensor is spread over the threads, as suits coalescing, and what depends on it is exchanged
+    through shared memory where that does not fit. These loads are elementwise: every thread reads what it will decode.
     """
-    text: tl.constexpr = "{.reg .b64 a; mad.wide.u32 a, $2, 4, $1; ld.global.nc.b32 $0, [a];}"
-    return tl.inline_asm_elementwise(text, "=r,l,r", [table.to(tl.int64), at], dtype=tl.int32, is_pure=True, pack=1)
+    text: tl.constexpr = fetch_text(BITS)
+    constraints: tl.constexpr = fetch_constraints(BITS)
+    base = start.to(tl.int64)
+    if BITS == 256:
+        a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
+            text,
+            constraints,
+            [base, at],
+            dtype=(tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32),
+            is_pure=True,
+            pack=1,
+        )
+        v = tl.join(tl.join(tl.join(a, e), tl.join(c, g)), tl.join(tl.join(b, f), tl.join(d, h)))
+    elif BITS == 128:
+        a, b, c, d = tl.inline_asm_elementwise(
+            text, constraints, [base, at], dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1
+        )
+        v = tl.join(tl.join(a, c), tl.join(b, d))
+    elif BITS == 64:
+        a, b = tl.inline_asm_elementwise(text, constraints, [base, at], dtype=(tl.int32, tl.int32), is_pure=True, pack=1)
+        v = tl.join(a, b)
+    else:
+        v = tl.inline_asm_elementwise(text, constraints, [base, at], dtype=tl.int32, is_pure=True, pack=1)
+    return tl.reshape(v, with_words(at.shape, BITS))
+
+
+@triton.constexpr_function
+def with_words(shape, bits):
+    """`shape` and the number of words in `bits` bits."""
+    return [int(getattr(n, "value", n)) for n in shape] + [max(bits // 32, 1)]
 
 
 @triton.jit
-def fetch_pair(table, at):
-    """Words 2 `at` and 2 `at` + 1 of a table, see `fetch`."""
-    text: tl.constexpr = "{.reg .b64 a; mad.wide.u32 a, $3, 8, $2; ld.global.nc.v2.b32 {$0, $1}, [a];}"
-    return tl.inline_asm_elementwise(text, "=r,=r,l,r", [table.to(tl.int64), at], dtype=(tl.int32, tl.int32), is_pure=True, pack=1)
+def two_floats(words, BFLOAT: tl.constexpr):
+    """The two bfloat16, or float16, in each int32, lower first, as float32."""
+    if BFLOAT:
+        low = (words << 16).to(tl.float32, bitcast=True)
+        high = (words & -65536).to(tl.float32, bitcast=True)
+    else:
+        text: tl.constexpr = "{.reg .b16 l, h; mov.b32 {l, h}, $2; cvt.f32.f16 $0, l; cvt.f32.f16 $1, h;}"
+        low, high = tl.inline_asm_elementwise(text, "=f,=f,r", [words], dtype=(tl.float32, tl.float32), is_pure=True, pack=1)
+    return low, high
 
 
 @triton.jit
@@ -176,6 +206,12 @@ def negate_bytes(v, mask):
 def negate_positive_bytes(v, mask):
     """`negate_bytes` for bytes 1 .. 127: 256 - v in every byte, and no borrow between them."""
     return (v & (mask ^ -1)) | (0x01010100 - v) & mask
+
+
+@triton.jit
+def negate_small_bytes(v):
+    """`negate_bytes` of every byte, for bytes -127 .. 127."""
+    return (0x01010100 - (v ^ TOP_BITS)) ^ TOP_BITS
 
 
 @triton.jit

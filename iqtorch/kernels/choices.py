@@ -24,12 +24,34 @@ class Device:
     Attributes:
         processors: number of them.
         asm: NVIDIA: inline PTX instead of its plain twins.
+        mma: how tensor cores take decoded weights: 3 (Hopper) from registers, for a warp group; 2 (Ampere, Ada, small Blackwells) from
+            registers, for each warp; 5 (large Blackwells) from tensor memory.
         tuned: measured choices that replace fields of the closed-form ones, by `key`.
     """
 
     processors: int
     asm: bool
     tuned: Choices = dataclasses.field(default_factory=dict)
+    mma: int = 3
+
+    @property
+    def fragments(self) -> bool:
+        """Decoded weights are registers, in fragment order; else rows."""
+        return self.mma != 5
+
+    @property
+    def tile_tokens(self) -> int:
+        """Most tokens of a tile: with more, Triton gives `mma` 2 two warps for the same rows, which decode them twice."""
+        return 32 if self.mma == 2 else 128
+
+    @property
+    def fused_tokens(self) -> int:
+        """Products with more tokens than this dequantize the matrix and use torch.mm, whose tensor-core rate then pays for it."""
+        return 256 if self.mma == 2 else 1024
+
+
+#: `Device.mma` by compute capability (major).
+MMA = {8: 2, 9: 3, 10: 5, 11: 5}
 
 
 @lru_cache
@@ -37,7 +59,8 @@ def device_facts(device: torch.device) -> Device:
     if device.type != "cuda":
         return Device(1, False)
     card = torch.cuda.get_device_properties(device)
-    return Device(card.multi_processor_count, torch.version.hip is None and not INTERPRETED, load_tuned(card.name))
+    nvidia = torch.version.hip is None and not INTERPRETED
+    return Device(card.multi_processor_count, nvidia, load_tuned(card.name), MMA.get(card.major, 2) if nvidia else 3)
 
 
 def load_tuned(card: str) -> Choices:
@@ -71,21 +94,22 @@ class GemvTile:
     warps: int
 
 
-def gemv_tile(rows: int, runs: int, programs: int, processors: int, s: Scheme, digits: int = 1, tokens: int = 1) -> GemvTile:
+def gemv_tile(
+    rows: int, runs: int, programs: int, processors: int, s: Scheme, digits: int = 1, tokens: int = 1, asm: bool = True
+) -> GemvTile:
     """Tile of a vector product: `programs` of them run beside each other for other tokens.
 
-    A warp's 32 threads take neighbouring runs of the same rows. Sixteen rows (eight for grids and for three digits, which take
-    more registers; fewer for several tokens), in two passes, share one reading and rounding of the activations; fewer where
-    processors would be left idle.
+    A warp's 32 threads take neighbouring runs of the same rows. Sixteen rows, in passes of eight (four for grids and plain twins,
+    which take more registers; fewer for several tokens), share one reading and rounding of the activations; fewer where processors
+    would be left idle.
     `programs` counts in powers of two, so that not every number of tokens compiles a kernel of its own.
     """
     warps = 4 if runs >= 128 else 2 if runs >= 64 else 1
-    most = max((8 if s.family == "grid" or digits == 3 else 16) // tokens, 2)
-    tile_rows = most
-    while tile_rows > 1 and -(-rows // tile_rows) * power_of_two(programs) < 3 * processors:
-        tile_rows //= 2
-    passes = 2 if tile_rows == most else 1
-    return GemvTile(tile_rows // passes, passes, min(power_of_two(runs), 32 * warps), warps)
+    most = 16 // tokens if asm and s.family != "grid" and digits < 3 else 8 // tokens
+    while most > 1 and -(-rows // most) * power_of_two(programs) < 3 * processors:
+        most //= 2
+    tile_rows = min(most, max((4 if s.family == "grid" or not asm else 8) // tokens, 1))
+    return GemvTile(tile_rows, most // tile_rows, min(power_of_two(runs), 32 * warps), warps)
 
 
 def all_registers(asm: bool) -> dict[str, int]:
@@ -102,17 +126,19 @@ class GemmTile:
     stages: int
 
 
-def gemm_tile(rows: int, tokens: int, steps: int, processors: int) -> GemmTile:
+def gemm_tile(rows: int, tokens: int, steps: int, processors: int, most: int = 128) -> GemmTile:
     """Tile of a matrix product over `steps` steps along K.
 
-    64 rows per warp group of 4 (one tensor-core instruction high), tokens padded to a power of two; the sum over K is split
-    until two programs per processor run, but not below four steps per part. Only the power of two at or above `tokens` counts.
+    64 rows per warp group of 4 (one tensor-core instruction high), tokens padded to a power of two (at most `most`). The sum over K
+    is split, not below four steps per part, so that rounds of three programs per processor (one of 8 warps) end about together; each
+    part costs writing and reading its sums. Only the power of two at or above `tokens` counts.
     """
     padded = power_of_two(tokens)
-    tile_tokens = min(max(padded, 16), 128)
+    tile_tokens = min(max(padded, 16), most)
     tile_rows, warps = (128, 8) if tile_tokens == 128 else (64, 4)
     tiles = -(-rows // tile_rows) * -(-padded // tile_tokens)
-    split = max(1, min(steps // 4, -(-2 * processors // tiles)))
+    room = processors * (3 if warps == 4 else 1)
+    split = min(range(1, max(1, min(steps // 4, 16)) + 1), key=lambda s: -(-tiles * s // room) / s + 0.01 * s * padded / 16)
     return GemmTile(tile_rows, tile_tokens, split, warps, 3)
 
 

@@ -1,8 +1,10 @@
 """Decoding in registers: one small function per family, from planes to quads of int8, and one for the scales of all.
 
 A *quad* is an int32 with the values of four neighbouring weights as bytes, before any scale. Every family returns quads
-`[A, B, S.quads]` for rows `row` (`[A, 1]`) and runs `run` (`[1, B]`); the skeletons know nothing else. Loads of weights
+`[S.quads, A, B]` for rows `row` (`[A, 1]`) and runs `run` (`[1, B]`); the skeletons know nothing else. Loads of weights
 are not masked: rows and runs must be clamped to the matrix.
+What belongs to one run comes first in every shape: Triton spreads the last dimensions over the threads, so a thread keeps whole
+runs in its registers, and regrouping them moves nothing between threads.
 `S` is the format's `Scheme`; branches on it are resolved at compile time.
 """
 
@@ -23,18 +25,15 @@ from .asm import (
     choose,
     cubic,
     fetch,
-    fetch_pair,
     from_lane,
     lane,
     magnitude,
     negate_bytes,
     negate_positive_bytes,
-    opaque,
     pack4,
     permute,
     select,
     shift_right,
-    split4,
 )
 
 
@@ -75,55 +74,123 @@ def plane_start(rows, runs, S: tl.constexpr, P: tl.constexpr):
     return at
 
 
-@triton.jit
-def load_item(start, row, stride, column, ASM: tl.constexpr):
-    """`start[row * stride + column]` for rows `[A, 1]` and columns `[1, B]`: `[A, B]`.
+@triton.constexpr_function
+def place(s, plane):
+    """Position of a plane among those that `load_planes` loads."""
+    return sum(1 for bits in s.planes[:plane] if bits)
 
-    Triton would give one thread several neighbouring items and then exchange them through shared memory. For vector kernels
-    (ASM = 2) the columns hide that they are neighbours, and come first: every thread loads the items of its own runs.
+
+@triton.constexpr_function
+def loaded(s):
+    """The planes that `load_planes` loads."""
+    return tuple(i for i, bits in enumerate(s.planes) if bits)
+
+
+@triton.constexpr_function
+def runs_per_item(s, plane):
+    """Runs that share one item of a plane: more than one for a `d` per block."""
+    return s.d_size // s.run if plane in (s.d_plane, s.dmin_plane) else 1
+
+
+@triton.constexpr_function
+def item_bits(s, plane):
+    """Bits of one item: of the run, or of the `d` that it shares."""
+    return run_bits(s, plane) * runs_per_item(s, plane)
+
+
+@triton.jit
+def load_plane(start, row, run, runs, BITS: tl.constexpr, PER: tl.constexpr, ASM: tl.constexpr):
+    """Items of BITS bits, one for PER runs, of rows `[A, 1]` and runs `[1, B]` as int32 `[words, A, B]`.
+
+    With fewer than 8 bits the lowest ones are the item's; what lies above is left over.
     """
-    if ASM == 2:
-        at = tl.trans(row) * stride + tl.trans(opaque(column))
-        v = tl.trans(tl.load(start + at))
+    if BITS < 8:
+        per: tl.constexpr = 8 // BITS
+        at = row * ((runs * BITS) // 8) + run // per
     else:
-        v = tl.load(start + (row * stride + column))
+        at = row * (runs // PER) + run // PER
+    if ASM:
+        v = tl.permute(fetch(start, at, tl.constexpr(max(BITS, 8))), (2, 0, 1))
+    elif BITS >= 32:
+        n: tl.constexpr = BITS // 32
+        words = start.to(tl.pointer_type(tl.int32), bitcast=True)
+        v = tl.load(words + ((at * n)[None, :, :] + tl.arange(0, n)[:, None, None]))
+    elif BITS == 16:
+        v = tl.load(start.to(tl.pointer_type(tl.uint16), bitcast=True) + at).to(tl.int32)[None, :, :]
+    else:
+        v = tl.load(start + at).to(tl.int32)[None, :, :]
+    if BITS < 8:
+        v = v >> (run % per * BITS)[None, :, :]
     return v
 
 
 @triton.jit
-def load_words(data, row, run, rows, runs, S: tl.constexpr, P: tl.constexpr, ASM: tl.constexpr):
-    """The bits of plane P of each run as int32 `[A, B, words]`; a run with fewer than 32 bits has one word."""
-    bits: tl.constexpr = run_bits(S, P)
+def load_planes(data, row, run, rows, runs, S: tl.constexpr, ASM: tl.constexpr):
+    """The stored bits of runs, everything that `quads` and `scales` read: a tuple of int32 `[words, A, B]`, one per plane."""
+    return planes_from(data, row, run, rows, runs, 0, S, ASM)
+
+
+@triton.jit
+def planes_from(data, row, run, rows, runs, I: tl.constexpr, S: tl.constexpr, ASM: tl.constexpr):  # noqa: E741
+    which: tl.constexpr = loaded(S)
+    P: tl.constexpr = which[I]
     start = data + plane_start(rows, runs, S, P)
-    if bits > 32:
-        n: tl.constexpr = bits // 32
-        at = ((row * runs + run) * n)[:, :, None] + tl.arange(0, n)[None, None, :]
-        v = tl.load(start.to(tl.pointer_type(tl.int32), bitcast=True) + at)
-    elif bits == 32:
-        v = load_item(start.to(tl.pointer_type(tl.int32), bitcast=True), row, runs, run, ASM)[:, :, None]
-    elif bits == 16:
-        v = load_item(start.to(tl.pointer_type(tl.uint16), bitcast=True), row, runs, run, ASM).to(tl.int32)[:, :, None]
-    elif bits == 8:
-        v = load_item(start, row, runs, run, ASM).to(tl.int32)[:, :, None]
-    else:
-        per: tl.constexpr = 8 // bits
-        v = load_item(start, row, (runs * bits) // 8, run // per, ASM).to(tl.int32)
-        v = (v >> ((run % per).to(tl.int32) * bits))[:, :, None]
-    return v
+    planes = (load_plane(start, row, run, runs, item_bits(S, P), runs_per_item(S, P), ASM),)
+    if len(which) > I + 1:
+        planes = planes + planes_from(data, row, run, rows, runs, I + 1, S, ASM)
+    return planes
+
+
+@triton.jit
+def plane(planes, S: tl.constexpr, P: tl.constexpr):
+    """Plane P of what `load_planes` loaded."""
+    return planes[place(S, P)]
+
+
+@triton.jit
+def flatten_last(v):
+    """`[n, A, B, m]` -> `[n * m, A, B]`."""
+    return tl.reshape(tl.permute(v, (0, 3, 1, 2)), (v.shape[0] * v.shape[3], v.shape[1], v.shape[2]))
 
 
 @triton.jit
 def interleave(a, b):
-    """Two `[A, B, n]` -> `[A, B, 2n]`, alternating."""
-    return tl.reshape(tl.join(a, b), (a.shape[0], a.shape[1], 2 * a.shape[2]))
+    """Two `[n, A, B]` -> `[2n, A, B]`, alternating."""
+    return flatten_last(tl.join(a, b))
+
+
+@triton.constexpr_function
+def halved(shape):
+    """`[2n, ...]` -> `[n, 2, ...]`."""
+    sizes = [int(getattr(n, "value", n)) for n in shape]
+    return [sizes[0] // 2, 2, *sizes[1:]]
+
+
+@triton.constexpr_function
+def second_last(rank):
+    """The order of `rank` + 1 dimensions that puts the second last."""
+    return [0, *range(2, rank + 1), 1]
+
+
+@triton.jit
+def unleave(v):
+    """Inverse of `interleave`, for any number of dimensions behind the first."""
+    order: tl.constexpr = second_last(len(v.shape))
+    return tl.split(tl.permute(tl.reshape(v, halved(v.shape)), order))
+
+
+@triton.jit
+def unleave4(v):
+    """`[4n, ...]` -> four `[n, ...]`."""
+    even, odd = unleave(v)
+    v0, v2 = unleave(even)
+    v1, v3 = unleave(odd)
+    return v0, v1, v2, v3
 
 
 @triton.jit
 def shifted(words, WIDTH: tl.constexpr, EACH: tl.constexpr):
-    """`[A, B, n]` -> `[A, B, n * EACH]`: each word and its shifts by multiples of WIDTH.
-
-    By halves and `interleave`, which keep everything in the thread's registers; broadcasting against a range would not.
-    """
+    """`[n, A, B]` -> `[n * EACH, A, B]`: each word and its shifts by multiples of WIDTH."""
     if EACH > 1:
         even = shifted(words, 2 * WIDTH, halving(EACH))
         odd = shifted(words >> WIDTH, 2 * WIDTH, halving(EACH))
@@ -133,33 +200,33 @@ def shifted(words, WIDTH: tl.constexpr, EACH: tl.constexpr):
 
 @triton.jit
 def spread(words, WIDTH: tl.constexpr, COUNT: tl.constexpr):
-    """`[A, B, n]` -> `[A, B, COUNT]`: each word and its shifts by multiples of WIDTH (upper bits are left over)."""
-    return shifted(words, WIDTH, tl.constexpr(COUNT // words.shape[2]))
+    """`[n, A, B]` -> `[COUNT, A, B]`: each word and its shifts by multiples of WIDTH (upper bits are left over)."""
+    return shifted(words, WIDTH, tl.constexpr(COUNT // words.shape[0]))
 
 
 # -- families ------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def direct_quads(data, row, run, rows, runs, held, S: tl.constexpr, ASM: tl.constexpr):
+def direct_quads(planes, held, S: tl.constexpr, ASM: tl.constexpr):
     """Codes are the values (the constant `S.base` is added by the skeletons)."""
-    q = load_words(data, row, run, rows, runs, S, S.code[0][0], ASM)
+    q = plane(planes, S, S.code[0][0])
     if S.code[0][1] < 8:
         q = spread(q, S.code[0][1], S.quads) & splat_mask(S.code[0][1], 8)
     if len(S.code) == 2:
-        high = load_words(data, row, run, rows, runs, S, S.code[1][0], ASM)
+        high = plane(planes, S, S.code[1][0])
         q |= (spread(high, S.code[1][1], S.quads) & splat_mask(S.code[1][1], 8)) << S.code[0][1]
     return q
 
 
 @triton.jit
-def cubic_quads(data, row, run, rows, runs, held, S: tl.constexpr, ASM: tl.constexpr):
+def cubic_quads(planes, held, S: tl.constexpr, ASM: tl.constexpr):
     """Codes whose table is a rounded cubic polynomial."""
-    codes = direct_quads(data, row, run, rows, runs, held, S, ASM)
+    codes = direct_quads(planes, held, S, ASM)
     if ASM:
         q = cubic(codes, held[0], held[1], S)
     else:
-        v0, v1, v2, v3 = split4(tl.load(held[0] + bytes_of(codes, False)))
+        v0, v1, v2, v3 = unleave4(flatten_last(tl.load(held[0] + bytes_of(codes, False))))
         q = pack4(v0, v1, v2, v3, ASM)
     return q
 
@@ -167,14 +234,20 @@ def cubic_quads(data, row, run, rows, runs, held, S: tl.constexpr, ASM: tl.const
 @triton.jit
 def restore_parity(w):
     """IQ4_KSS: words of 32 weights with the bits restored that gave way to the scale."""
-    lo, hi = tl.split(tl.permute(tl.reshape(w, (w.shape[0], w.shape[1], 2, 2)), (0, 1, 3, 2)))
+    lo, hi = word_halves(w)
     lo = lo & (LOW_BYTES ^ -1)
     x = lo ^ hi
     x = x ^ shift_right(x, 4)
     x = x ^ shift_right(x, 2)
     x = x ^ shift_right(x, 1)
     lo = lo | (x & LOW_BYTES)
-    return tl.reshape(tl.permute(tl.join(lo, hi), (0, 1, 3, 2)), w.shape)
+    return tl.reshape(tl.permute(tl.join(lo, hi), (3, 0, 1, 2)), w.shape)
+
+
+@triton.jit
+def word_halves(w):
+    """`[4, A, B]` -> its first and second two words, `[2, A, B]` each."""
+    return tl.split(tl.permute(tl.reshape(w, (2, 2, w.shape[1], w.shape[2])), (1, 2, 3, 0)))
 
 
 @triton.constexpr_function
@@ -244,17 +317,17 @@ def picker(bits):
 
 
 @triton.jit
-def table_quads(data, row, run, rows, runs, held, S: tl.constexpr, ASM: tl.constexpr):
+def table_quads(planes, held, S: tl.constexpr, ASM: tl.constexpr):
     """Codes of 2 to 6 bits index a table of bytes."""
     n: tl.constexpr = halving(S.quads)
-    w = load_words(data, row, run, rows, runs, S, S.code[0][0], ASM)
+    w = plane(planes, S, S.code[0][0])
     if S.parity:
         w = restore_parity(w)
     low_width: tl.constexpr = S.code[0][1]
     low = spread(w, low_width, n)
     if len(S.code) == 2:
         high_width: tl.constexpr = S.code[1][1]
-        high = spread(load_words(data, row, run, rows, runs, S, S.code[1][0], ASM), high_width, n)
+        high = spread(plane(planes, S, S.code[1][0]), high_width, n)
     else:
         high_width: tl.constexpr = 0
         high = low
@@ -277,25 +350,24 @@ def table_quads(data, row, run, rows, runs, held, S: tl.constexpr, ASM: tl.const
         code = (low[:, :, :, None] >> slots) & low_mask(low_width)
         if high_width > 0:
             code |= ((high[:, :, :, None] >> slots) & low_mask(high_width)) << low_width
-        values = tl.load(held[0] + code)
-        v0, v1, v2, v3 = split4(tl.reshape(values, (w.shape[0], w.shape[1], S.quads, 4)))
+        v0, v1, v2, v3 = unleave4(flatten_last(tl.load(held[0] + code)))
         q = pack4(v0, v1, v2, v3, ASM)
     return q
 
 
 @triton.jit
-def pairs_quads(data, row, run, rows, runs, held, S: tl.constexpr, ASM: tl.constexpr):
+def pairs_quads(planes, held, S: tl.constexpr, ASM: tl.constexpr):
     """Five-bit codes index a table of pairs: one word per lane of a warp."""
     n: tl.constexpr = halving(S.quads)
-    low = spread(load_words(data, row, run, rows, runs, S, S.code[0][0], ASM), 4, n)
-    high = five(load_words(data, row, run, rows, runs, S, S.code[1][0], ASM), 0, 1, n)
+    low = spread(plane(planes, S, S.code[0][0]), 4, n)
+    high = five(plane(planes, S, S.code[1][0]), 0, 1, n)
     code = select(low, high, NIBBLE_BYTES)
     if ASM:
         a = permute(from_lane(code, held[0]), from_lane(code >> 8, held[0]), "0x5410")
         b = permute(from_lane(code >> 16, held[0]), from_lane(code >> 24, held[0]), "0x5410")
     else:
         v = tl.load(held[0] + ((code[:, :, :, None] >> (8 * tl.arange(0, 4))[None, None, None, :]) & 31))
-        v0, v1, v2, v3 = split4(v)
+        v0, v1, v2, v3 = unleave4(flatten_last(v))
         a = v0 | v1 << 16
         b = v2 | v3 << 16
     return interleave(a, b)
@@ -303,7 +375,7 @@ def pairs_quads(data, row, run, rows, runs, held, S: tl.constexpr, ASM: tl.const
 
 @triton.jit
 def five(word, FIRST: tl.constexpr, STEP: tl.constexpr, COUNT: tl.constexpr):
-    """Bits FIRST, FIRST + STEP, .. of the bytes of a word `[A, B, 1]`, each moved to bit 4 of every byte: `[A, B, COUNT]`."""
+    """Bits FIRST, FIRST + STEP, .. of the bytes of a word `[1, A, B]`, each moved to bit 4 of every byte: `[COUNT, A, B]`."""
     if COUNT > 1:
         even = five(word, FIRST, 2 * STEP, halving(COUNT))
         odd = five(word, FIRST + STEP, 2 * STEP, halving(COUNT))
@@ -316,13 +388,13 @@ def five(word, FIRST: tl.constexpr, STEP: tl.constexpr, COUNT: tl.constexpr):
 
 
 @triton.jit
-def natural_codes(data, row, run, rows, runs, S: tl.constexpr, ASM: tl.constexpr):
-    """Whole codes `[A, B, run / vec]` of formats with four or eight weights per code."""
+def natural_codes(planes, S: tl.constexpr, ASM: tl.constexpr):
+    """Whole codes `[run / vec, A, B]` of formats with four or eight weights per code."""
     n: tl.constexpr = S.run // S.vec
     width: tl.constexpr = S.code[0][1]
-    code = spread(load_words(data, row, run, rows, runs, S, S.code[0][0], ASM), width, n) & low_mask(width)
+    code = spread(plane(planes, S, S.code[0][0]), width, n) & low_mask(width)
     for i in tl.static_range(1, tl.constexpr(len(S.code))):
-        part = spread(load_words(data, row, run, rows, runs, S, S.code[i][0], ASM), S.code[i][1], n)
+        part = spread(plane(planes, S, S.code[i][0]), S.code[i][1], n)
         code |= (part & low_mask(S.code[i][1])) << code_low(S, i)
     return code
 
@@ -335,53 +407,53 @@ def code_low(s, i):
 
 @triton.jit
 def word_pairs(table, at, ASM: tl.constexpr):
-    """Entries `at [A, B, n]` of a table of eight bytes -> words `[A, B, 2n]`."""
+    """Entries `at [n, A, B]` of a table of eight bytes -> words `[2n, A, B]`."""
     if ASM:
-        low, high = fetch_pair(table, at)
+        v = flatten_last(fetch(table, at, 64))
     else:
-        low, high = tl.load(table + 2 * at), tl.load(table + 2 * at + 1)
-    return interleave(low, high)
+        v = interleave(tl.load(table + 2 * at), tl.load(table + 2 * at + 1))
+    return v
 
 
 @triton.jit
-def sign_masks(code, data, row, run, rows, runs, held, S: tl.constexpr, ASM: tl.constexpr):
-    """Byte masks `[A, B, S.quads]` of the weights to negate."""
+def sign_masks(code, planes, held, S: tl.constexpr, ASM: tl.constexpr):
+    """Byte masks `[S.quads, A, B]` of the weights to negate."""
     patterns = held[0] + S.entries * S.vec // 4
     if S.sign == "bits":
-        word = load_words(data, row, run, rows, runs, S, S.sign_plane, ASM)
+        word = plane(planes, S, S.sign_plane)
         m = byte_mask(spread(word, 1, S.quads), ASM)
     elif S.sign == "code":
         m = word_pairs(patterns, code >> S.code_bits, ASM)
     else:
-        word = load_words(data, row, run, rows, runs, S, S.sign_plane, ASM)
+        word = plane(planes, S, S.sign_plane)
         m = word_pairs(patterns, spread(word, 7, halving(S.quads)) & 127, ASM)
     return m
 
 
 @triton.jit
-def grid_quads(data, row, run, rows, runs, held, S: tl.constexpr, ASM: tl.constexpr):
+def grid_quads(planes, held, S: tl.constexpr, ASM: tl.constexpr):
     """Codes index a table of four or eight values, with signs apart or not."""
-    code = natural_codes(data, row, run, rows, runs, S, ASM)
+    code = natural_codes(planes, S, ASM)
     index = code & low_mask(S.code_bits)
     if S.vec == 8:
         q = word_pairs(held[0], index, ASM)
     elif ASM:
-        q = fetch(held[0], index)
+        q = tl.reshape(fetch(held[0], index, 32), index.shape)
     else:
         q = tl.load(held[0] + index)
     if S.sign != "":
-        q = negate_positive_bytes(q, sign_masks(code, data, row, run, rows, runs, held, S, ASM))
+        q = negate_positive_bytes(q, sign_masks(code, planes, held, S, ASM))
     return q
 
 
 @triton.jit
-def trellis_states(data, row, run, rows, runs, S: tl.constexpr, ASM: tl.constexpr):
-    """First states of the generator less `S.start`, `[A, B, run / vec]`."""
-    state = natural_codes(data, row, run, rows, runs, S, ASM)
+def trellis_states(planes, S: tl.constexpr, ASM: tl.constexpr):
+    """First states of the generator less `S.start`, `[run / vec, A, B]`."""
+    state = natural_codes(planes, S, ASM)
     if S.spare:
         state &= low_mask(S.code_bits)
     if S.variant_entries > 0:
-        state += ((raw_scale(data, row, run, rows, runs, S, "scale", ASM) >> S.scale_bits) & 1) * S.variant_entries
+        state += ((raw_scale(planes, S, "scale", ASM) >> S.scale_bits) & 1) * S.variant_entries
     return state
 
 
@@ -399,52 +471,67 @@ def trellis_word(state, i: tl.constexpr, S: tl.constexpr):
 
 
 @triton.jit
-def trellis_value(state, i: tl.constexpr, S: tl.constexpr, ASM: tl.constexpr):
+def trellis_value(state, i: tl.constexpr, ABSOLUTE: tl.constexpr, S: tl.constexpr, ASM: tl.constexpr):
     """The i-th value of a code."""
     v = byte_sum(trellis_word(state, i, S), ASM)
-    if S.absolute:
+    if ABSOLUTE:
         v = magnitude(v, ASM)
     return v
 
 
 @triton.jit
-def trellis_four(state, i: tl.constexpr, S: tl.constexpr, ASM: tl.constexpr):
+def trellis_four(state, i: tl.constexpr, ABSOLUTE: tl.constexpr, S: tl.constexpr, ASM: tl.constexpr):
     return pack4(
-        trellis_value(state, i, S, ASM),
-        trellis_value(state, i + 1, S, ASM),
-        trellis_value(state, i + 2, S, ASM),
-        trellis_value(state, i + 3, S, ASM),
+        trellis_value(state, i, ABSOLUTE, S, ASM),
+        trellis_value(state, i + 1, ABSOLUTE, S, ASM),
+        trellis_value(state, i + 2, ABSOLUTE, S, ASM),
+        trellis_value(state, i + 3, ABSOLUTE, S, ASM),
         ASM,
     )
 
 
 @triton.jit
-def trellis_quads(data, row, run, rows, runs, held, S: tl.constexpr, ASM: tl.constexpr):
-    """Codes start a generator of four or eight values."""
-    state = trellis_states(data, row, run, rows, runs, S, ASM)
-    q = trellis_four(state, 0, S, ASM)
+def trellis_sums(state, ABSOLUTE: tl.constexpr, S: tl.constexpr, ASM: tl.constexpr):
+    """What the generator makes of its states, without signs; or its magnitudes."""
+    q = trellis_four(state, 0, ABSOLUTE, S, ASM)
     if S.vec == 8:
-        q = interleave(q, trellis_four(state, 4, S, ASM))
-    if S.sign != "":
-        q = negate_bytes(q, sign_masks(state, data, row, run, rows, runs, held, S, ASM))
+        q = interleave(q, trellis_four(state, 4, ABSOLUTE, S, ASM))
     return q
 
 
 @triton.jit
-def quads(data, row, run, rows, runs, held, S: tl.constexpr, ASM: tl.constexpr):
-    """Values of runs as bytes, int32 `[A, B, S.quads]` (see the module)."""
+def flipped(planes, S: tl.constexpr):
+    """Magnitudes of the generator with signs, otherwise: its own values, and byte masks of those with the wrong sign."""
+    q = trellis_sums(trellis_states(planes, S, True), False, S, True)
+    wrong = q ^ (spread(plane(planes, S, S.sign_plane), 1, S.quads) << 7)
+    return q, permute(wrong, wrong, "0xBA98")
+
+
+@triton.jit
+def trellis_quads(planes, held, S: tl.constexpr, ASM: tl.constexpr):
+    """Codes start a generator of four or eight values."""
+    state = trellis_states(planes, S, ASM)
+    q = trellis_sums(state, S.absolute, S, ASM)
+    if S.sign != "":
+        q = negate_bytes(q, sign_masks(state, planes, held, S, ASM))
+    return q
+
+
+@triton.jit
+def quads(planes, held, S: tl.constexpr, ASM: tl.constexpr):
+    """Values of runs as bytes, int32 `[S.quads, A, B]` (see the module)."""
     if S.family == "direct":
-        return direct_quads(data, row, run, rows, runs, held, S, ASM)
+        return direct_quads(planes, held, S, ASM)
     elif S.family == "cubic":
-        return cubic_quads(data, row, run, rows, runs, held, S, ASM)
+        return cubic_quads(planes, held, S, ASM)
     elif S.family == "table":
-        return table_quads(data, row, run, rows, runs, held, S, ASM)
+        return table_quads(planes, held, S, ASM)
     elif S.family == "pairs":
-        return pairs_quads(data, row, run, rows, runs, held, S, ASM)
+        return pairs_quads(planes, held, S, ASM)
     elif S.family == "grid":
-        return grid_quads(data, row, run, rows, runs, held, S, ASM)
+        return grid_quads(planes, held, S, ASM)
     else:
-        return trellis_quads(data, row, run, rows, runs, held, S, ASM)
+        return trellis_quads(planes, held, S, ASM)
 
 
 # -- scales --------------------------------------------------------------------------------------------------
@@ -466,65 +553,66 @@ def plane_width(s, field, i):
 
 
 @triton.jit
-def raw_scale(data, row, run, rows, runs, S: tl.constexpr, FIELD: tl.constexpr, ASM: tl.constexpr):
-    """Stored scales or minima (and variant bits above them) `[A, B, S.groups]`."""
+def raw_scale(planes, S: tl.constexpr, FIELD: tl.constexpr, ASM: tl.constexpr):
+    """Stored scales or minima (and variant bits above them) `[S.groups, A, B]`."""
     n: tl.constexpr = S.groups
     if S.parity:
-        w = load_words(data, row, run, rows, runs, S, S.code[0][0], ASM)
-        lo, _hi = tl.split(tl.permute(tl.reshape(w, (w.shape[0], w.shape[1], 2, 2)), (0, 1, 3, 2)))
+        w = plane(planes, S, S.code[0][0])
+        lo, _hi = word_halves(w)
         # the multiplication gathers bits 0, 8, 16, 24 in bits 24 .. 27
-        low, high = tl.split(shift_right((lo & LOW_BYTES) * 0x01020408, 24) & 15)
-        raw = (low | high << 4)[:, :, None]
+        low, high = unleave(shift_right((lo & LOW_BYTES) * 0x01020408, 24) & 15)
+        raw = low | high << 4
     elif S.spare:
-        w = load_words(data, row, run, rows, runs, S, S.code[0][0], ASM)
-        w0, w1, w2, w3 = split4(shift_right(w, 15) & 0x00010001)
+        w = plane(planes, S, S.code[0][0])
+        w0, w1, w2, w3 = unleave4(shift_right(w, 15) & 0x00010001)
         bits = w0 | w1 << 2 | w2 << 4 | w3 << 6
-        raw = ((bits | bits >> 15) & 255)[:, :, None]
+        raw = (bits | bits >> 15) & 255
     elif S.sign == "word":
-        raw = shift_right(load_words(data, row, run, rows, runs, S, S.sign_plane, ASM), 28)
+        raw = shift_right(plane(planes, S, S.sign_plane), 28)
     else:
         width: tl.constexpr = plane_width(S, FIELD, 0)
-        words = load_words(data, row, run, rows, runs, S, plane_index(S, FIELD, 0), ASM)
+        words = plane(planes, S, plane_index(S, FIELD, 0))
         raw = spread(words, width, n) & low_mask(width)
         if plane_count(S, FIELD) == 2:
             more: tl.constexpr = plane_width(S, FIELD, 1)
-            words = load_words(data, row, run, rows, runs, S, plane_index(S, FIELD, 1), ASM)
+            words = plane(planes, S, plane_index(S, FIELD, 1))
             raw |= (spread(words, more, n) & low_mask(more)) << width
     return raw
 
 
 @triton.jit
-def load_floats(p, row, stride, column, S: tl.constexpr, ASM: tl.constexpr):
-    """Stored floats as float32 `[A, B]` (see `load_item`)."""
+def as_float(bits, S: tl.constexpr):
+    """Bit patterns of stored floats (int32) as float32."""
     if S.d_kind == "f16":
-        v = load_item(p.to(tl.pointer_type(tl.float16), bitcast=True), row, stride, column, ASM).to(tl.float32)
+        v = bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
     elif S.d_kind == "f32":
-        v = load_item(p.to(tl.pointer_type(tl.float32), bitcast=True), row, stride, column, ASM)
+        v = bits.to(tl.float32, bitcast=True)
     else:
-        e = load_item(p, row, stride, column, ASM).to(tl.int32)
-        # 2^(e - 128), subnormal for e < 2
-        v = tl.where(e < 2, 0x00200000 << e, (e - 1) << 23).to(tl.float32, bitcast=True)
+        # 2^(bits - 128), subnormal below 2
+        v = tl.where(bits < 2, 0x00200000 << bits, (bits - 1) << 23).to(tl.float32, bitcast=True)
     return v
 
 
 @triton.jit
 def row_scale(data, row, rows, runs, S: tl.constexpr):
     """`d` of rows `[A, 1]` whose format has one per row, times `unit`."""
-    return load_floats(data + plane_start(rows, runs, S, S.d_plane), row, 1, 0, S, 0) * S.unit
+    start = data + plane_start(rows, runs, S, S.d_plane)
+    if S.d_kind == "f16":
+        d = tl.load(start.to(tl.pointer_type(tl.uint16), bitcast=True) + row).to(tl.int32)
+    else:
+        d = tl.load(start.to(tl.pointer_type(tl.int32), bitcast=True) + row)
+    return as_float(d, S) * S.unit
 
 
 @triton.jit
-def block_scale(data, row, run, rows, runs, S: tl.constexpr, PLANE: tl.constexpr, ASM: tl.constexpr):
-    """`d` (or `dmin`) of formats with one per block, `[A, B]`."""
-    per: tl.constexpr = S.d_size // S.run
-    return load_floats(data + plane_start(rows, runs, S, PLANE), row, runs // per, run // per, S, ASM)
-
-
-@triton.jit
-def row_exponent(data, row, rows, runs, S: tl.constexpr):
+def row_exponent(data, row, rows, runs, S: tl.constexpr, ASM: tl.constexpr):
     """Exponent e of rows: `|scale| <= 2^e`; int32 like `row`."""
-    p = (data + plane_start(rows, runs, S, S.exponent_plane)).to(tl.pointer_type(tl.int8), bitcast=True)
-    return tl.load(p + row).to(tl.int32)
+    start = data + plane_start(rows, runs, S, S.exponent_plane)
+    if ASM:
+        e = tl.reshape(fetch(start, row, 8), row.shape)
+    else:
+        e = tl.load(start + row).to(tl.int32)
+    return (e << 24) >> 24
 
 
 @triton.jit
@@ -534,13 +622,13 @@ def power_of_two(e):
 
 
 @triton.jit
-def integer_scale(data, row, run, rows, runs, lut, S: tl.constexpr, ASM: tl.constexpr):
-    """What the stored scale stands for, float32 `[A, B, groups]`, and `shift` of the chosen variant, int32."""
+def integer_scale(planes, lut, S: tl.constexpr, ASM: tl.constexpr):
+    """What the stored scale stands for, float32 `[groups, A, B]`, and `shift` of the chosen variant, int32."""
     if S.scale_bits == 0:
-        scale = tl.full((run.shape[0], run.shape[1], 1), 1.0, tl.float32)
+        scale = tl.full((1, planes[0].shape[1], planes[0].shape[2]), 1.0, tl.float32)
         shift = scale.to(tl.int32)
     else:
-        raw = raw_scale(data, row, run, rows, runs, S, "scale", ASM)
+        raw = raw_scale(planes, S, "scale", ASM)
         shift = raw
         if S.shift != 0:
             shift = ((raw >> S.scale_bits) & 1) * S.shift
@@ -559,20 +647,20 @@ def integer_scale(data, row, run, rows, runs, lut, S: tl.constexpr, ASM: tl.cons
 
 
 @triton.jit
-def scales(data, row, run, rows, runs, lut, S: tl.constexpr, ASM: tl.constexpr):
-    """`(scale, shift, low)`, each `[A, B, groups]`: weight = scale * (value + base + shift) - low.
+def scales(planes, lut, S: tl.constexpr, ASM: tl.constexpr):
+    """`(scale, shift, low)`, each `[groups, A, B]`: weight = scale * (value + base + shift) - low.
 
     A `d` per row is left out (`row_scale`). `shift` and `low` only mean something if `S.shift`, `S.affine`.
     """
-    scale, shift = integer_scale(data, row, run, rows, runs, lut, S, ASM)
+    scale, shift = integer_scale(planes, lut, S, ASM)
     if S.d_size > 0:
-        scale *= (block_scale(data, row, run, rows, runs, S, S.d_plane, ASM) * S.unit)[:, :, None]
+        scale *= as_float(plane(planes, S, S.d_plane), S) * S.unit
     low = scale
     if S.affine:
-        low = block_scale(data, row, run, rows, runs, S, S.dmin_plane, ASM)[:, :, None]
+        low = as_float(plane(planes, S, S.dmin_plane), S)
         if len(S.minimum) == 0:
             low *= S.min_map[0]
         else:
-            m = raw_scale(data, row, run, rows, runs, S, "minimum", ASM)
+            m = raw_scale(planes, S, "minimum", ASM)
             low = low * (m * S.min_map[1] + S.min_map[0]).to(tl.float32)
     return scale, shift, low

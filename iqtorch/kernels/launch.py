@@ -9,12 +9,13 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ..errors import BlockSizeError, UnsupportedOperationError
 from ..formats import Format, format_by_ggml_type
 from . import skeletons
 from .choices import Device, GemmTile, GemvTile, all_registers, device_facts, gemm_tile, gemv_tile, key, power_of_two, tuned
-from .layout import Layout, layout
+from .layout import ALIGN, Layout, layout
 from .tuning import Choices
 
 __all__ = ["Device", "GemmTile", "GemvTile", "device_facts", "gemm_tile", "gemv_tile", "key", "layout"]
@@ -24,8 +25,6 @@ __all__ = ["Device", "GemmTile", "GemvTile", "device_facts", "gemm_tile", "gemv_
 GEMV_TOKENS = 4
 #: Tokens that a program of `gemv` handles together.
 GEMV_GROUP = 2
-#: Products with more tokens than this dequantize the matrix and use torch.mm, whose tensor-core rate then pays for it.
-GEMM_TOKENS = 1024
 #: Weights dequantized at a time for the large products: bounds the temporary copy (half a GiB in bfloat16).
 LARGE_SLICE = 1 << 28
 
@@ -76,12 +75,25 @@ def _check_data(data: Tensor, plan: Layout, rows: int, k: int) -> None:
             f"a packed {plan.fmt.name} matrix [{rows}, {k}] has {plan.packed_bytes(rows, k)} bytes on the GPU, got {data.shape[-1]}; "
             "check the number of features of the activations"
         )
+    if not _aligned(data):
+        raise UnsupportedOperationError(f"a packed matrix must start at a multiple of {ALIGN} bytes; copy it with .clone()")
 
 
 def _rows_of(x: Tensor, k: int) -> Tensor:
-    """`[..., K]` -> `[M, K]` with neighbouring columns; a copy only where strides demand it."""
+    """`[..., K]` -> `[M, K]` with neighbouring columns and rows aligned for 16-byte loads; a copy only where strides demand it."""
     flat = x.reshape(-1, k)
-    return flat if flat.stride(1) == 1 or flat.shape[0] == 0 else flat.contiguous()
+    if flat.shape[0] == 0 or (flat.stride(1) == 1 and _aligned(flat)):
+        return flat
+    return flat.clone(memory_format=torch.contiguous_format)
+
+
+def _aligned(x: Tensor) -> bool:
+    """Rows (of a matrix, or the whole of a vector) start at multiples of 16 bytes."""
+    if x.ndim > 1 and x.stride(0) * x.element_size() % ALIGN:
+        return False
+    if isinstance(x, FakeTensor):  # no memory
+        return x.storage_offset() * x.element_size() % ALIGN == 0
+    return x.data_ptr() % ALIGN == 0
 
 
 # -- operators -----------------------------------------------------------------------------------------------
@@ -106,7 +118,7 @@ def linear(x: Tensor, data: Tensor, format: int, rows: int, bias: Tensor | None,
 def _fused_up_to(fmt: Format, rows: int, k: int, device: torch.device) -> int:
     """Tokens above which dequantizing the matrix is faster."""
     facts = _facts(device)
-    return facts.tuned.get(key("large", fmt.name, rows, k, 0), {}).get("above", GEMM_TOKENS) if facts.tuned else GEMM_TOKENS
+    return facts.tuned.get(key("large", fmt.name, rows, k, 0), {}).get("above", facts.fused_tokens)
 
 
 def vector_tokens(dtype: torch.dtype) -> int:
@@ -130,7 +142,7 @@ def _gemv(
         tokens, per_token = ids.numel(), ids.numel() // x.shape[0]
     group = min(power_of_two(tokens), GEMV_GROUP) if mode == "one" else 1
     digits = _digits(x.dtype, precision)
-    tile = gemv_tile(rows, runs, -(-tokens // group), facts.processors, s, digits, group)
+    tile = gemv_tile(rows, runs, -(-tokens // group), facts.processors, s, digits, group, facts.asm)
     if mode == "one":
         tile = tuned(tile, facts, "gemv", plan.fmt.name, rows, x.shape[1], group, digits)
     book, lut = plan.tables(x.device)
@@ -139,7 +151,7 @@ def _gemv(
     skeletons.gemv[(triton.cdiv(rows, tile.rows * tile.passes), triton.cdiv(tokens, group))](
         x, data, book, lut, bias, ids, out, tokens, rows, runs, x.stride(0), data.shape[-1], experts, per_token,
         S=s, MODE=mode, DIGITS=digits, TOKENS=group, ROWS=tile.rows, PASSES=tile.passes, RUNS=tile.runs,
-        EP=power_of_two(experts), ASM=2 * facts.asm, num_warps=tile.warps,
+        EP=power_of_two(experts), ASM=facts.asm, num_warps=tile.warps,
         **all_registers(facts.asm),
     )  # fmt: skip
     return out
@@ -153,14 +165,16 @@ def _gemm(x: Tensor, data: Tensor, plan: Layout, rows: int, bias: Tensor | None,
     steps = -(-runs // 4)
     k_padded = 4 * s.run * steps
     experts = data.shape[0] if offsets is not None else 1
-    tile = gemm_tile(rows, -(-tokens // experts), steps, facts.processors)
+    tile = gemm_tile(rows, -(-tokens // experts), steps, facts.processors, facts.tile_tokens)
     if offsets is None:
         tile = tuned(tile, facts, "gemm", plan.fmt.name, rows, k, power_of_two(tokens))
     split = min(tile.split, steps) if offsets is None else 1
     xs = torch.empty((tokens, k_padded), dtype=torch.float16, device=x.device)
     scale = torch.empty((tokens,), dtype=torch.float32, device=x.device)
     block = min(power_of_two(k_padded), 4096)
-    skeletons.stage[(tokens,)](x, xs, scale, tokens, k, x.stride(0), k_padded, RUN=s.run, BLOCK=block, num_warps=4)
+    skeletons.stage[(tokens,)](
+        x, xs, scale, tokens, k, x.stride(0), k_padded, RUN=s.run, BLOCK=block, FRAGMENT=facts.fragments, num_warps=4
+    )
     out = (torch.zeros if offsets is not None else torch.empty)((tokens, rows), dtype=x.dtype, device=x.device)
     parts = out if split == 1 else torch.empty((split, tokens, rows), dtype=torch.float32, device=x.device)
     # Without the ends on the host: every expert may end with one tile that is not full.
@@ -168,7 +182,8 @@ def _gemm(x: Tensor, data: Tensor, plan: Layout, rows: int, bias: Tensor | None,
     book, lut = plan.tables(x.device)
     skeletons.gemm[(triton.cdiv(rows, tile.rows), token_tiles, split)](
         xs, scale, data, book, lut, bias if split == 1 else None, offsets, parts, tokens, rows, runs, k_padded, data.shape[-1], experts,
-        split, S=s, GROUPED=offsets is not None, BN=tile.rows, BM=tile.tokens, EP=power_of_two(experts), ASM=1 * facts.asm,
+        split, S=s, GROUPED=offsets is not None, BN=tile.rows, BM=tile.tokens, EP=power_of_two(experts),
+        FRAGMENT=facts.fragments, ASM=facts.asm,
         num_warps=tile.warps, num_stages=tile.stages, **all_registers(facts.asm),
     )  # fmt: skip
     if split > 1:
@@ -238,7 +253,7 @@ def _decode(data: Tensor, plan: Layout, rows: int, k: int, dtype: torch.dtype, c
         book, lut = plan.tables(data.device)
         skeletons.dequantize[(triton.cdiv(runs, tile_runs), triton.cdiv(count, tile_rows), matrices)](
             data, book, lut, ids, out, count, rows, runs, data.shape[-1],
-            S=s, ROWS=tile_rows, RUNS=tile_runs, ASM=2 * facts.asm, num_warps=4, enable_fp_fusion=False,
+            S=s, ROWS=tile_rows, RUNS=tile_runs, ASM=facts.asm, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
     return out.to(dtype)
 

@@ -78,9 +78,12 @@ def gated(
     lut = prepare_scales(lut, S, ASM)
     at = x + (pair // slots + tl.arange(0, 1)) * x_stride
     both = 2 * rows
-    gate, up = row_sums(at, tl.arange(0, 1) >= 0, data, row, row + rows, both, runs, held, lut, S, DIGITS, 1, ROWS, 2, RUNS, ASM)
-    gate = row_totals(gate, data, row, both, runs, S, ROWS)
-    out = activate(gate, ACTIVATION) * row_totals(up, data, row + rows, both, runs, S, ROWS)
+    sums = row_sums(at, tl.arange(0, 1) >= 0, data, row, rows, both, runs, held, lut, S, DIGITS, 1, ROWS, 2, RUNS, ASM)
+    i = tl.arange(0, 2 * ROWS)
+    rows_of_sums = tl.minimum(tl.program_id(0) * ROWS + i % ROWS, rows - 1) + i // ROWS * rows
+    totals = row_totals(sums, data, rows_of_sums[:, None], both, runs, S)
+    gate, up = tl.split(tl.permute(tl.reshape(totals, (1, 2, ROWS)), (0, 2, 1)))
+    out = activate(gate, ACTIVATION) * up
     out = tl.where(valid, out, 0.0)
     n = n[None, :]
     tl.store(y + pair * rows + n, out.to(y.dtype.element_ty), mask=n < rows)
@@ -104,22 +107,24 @@ def weighted(
     S: tl.constexpr,
     DIGITS: tl.constexpr,
     ROWS: tl.constexpr,
+    PASSES: tl.constexpr,
     RUNS: tl.constexpr,
     ASM: tl.constexpr,
 ):
     """y[t, n] = sum over s < slots of weights[t, s] * (row n of expert ids[t, s]) . x[t, s]; no expert adds nothing."""
     token = tl.program_id(1).to(tl.int64)
-    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    row = tl.minimum(n, rows - 1)[:, None]
+    first_row = tl.program_id(0) * (ROWS * PASSES)
+    row = tl.minimum(first_row + tl.arange(0, ROWS), rows - 1)[:, None]
+    n = first_row + tl.arange(0, ROWS * PASSES)
     held = prepare(book, S, ASM)
     lut = prepare_scales(lut, S, ASM)
-    total = tl.zeros((1, ROWS), tl.float32)
+    total = tl.zeros((1, ROWS * PASSES), tl.float32)
     for s in range(slots):
         pair = token * slots + s
         matrix, valid = matrix_of(data, ids, pair, matrix_bytes, experts)
         at = x + (pair + tl.arange(0, 1)) * x_stride
-        acc, _ = row_sums(at, tl.arange(0, 1) >= 0, matrix, row, row, rows, runs, held, lut, S, DIGITS, 1, ROWS, 1, RUNS, ASM)
-        part = row_totals(acc, matrix, row, rows, runs, S, ROWS) * tl.load(weights + pair).to(tl.float32)
+        sums = row_sums(at, tl.arange(0, 1) >= 0, matrix, row, ROWS, rows, runs, held, lut, S, DIGITS, 1, ROWS, PASSES, RUNS, ASM)
+        part = row_totals(sums, matrix, tl.minimum(n, rows - 1)[:, None], rows, runs, S) * tl.load(weights + pair).to(tl.float32)
         total += tl.where(valid, part, 0.0)
     n = n[None, :]
     tl.store(y + token * rows + n, total.to(y.dtype.element_ty), mask=n < rows)
@@ -150,13 +155,12 @@ def routed_gated(x: Tensor, data: Tensor, ids: Tensor, format: int, rows: int, a
     runs, pairs = k // s.run, ids.numel()
     if pairs:
         digits = launch._digits(flat.dtype, precision)
-        tile = gemv_tile(rows, runs, pairs, facts.processors, s, digits)
-        tile_rows = max(tile.rows * tile.passes // 2, 1)
+        tile = gemv_tile(rows, runs, pairs, facts.processors, s, digits, 1, facts.asm)
         with launch._on(x.device):
-            gated[(triton.cdiv(rows // 2, tile_rows), pairs)](
+            gated[(triton.cdiv(rows // 2, tile.rows), pairs)](
                 flat, data, *plan.tables(x.device), ids.contiguous(), out, rows // 2, runs, flat.stride(0), data.shape[-1],
-                data.shape[0], ids.shape[1], S=s, ACTIVATION=activation, DIGITS=digits, ROWS=tile_rows, RUNS=tile.runs,
-                ASM=2 * facts.asm, num_warps=tile.warps, **all_registers(facts.asm),
+                data.shape[0], ids.shape[1], S=s, ACTIVATION=activation, DIGITS=digits, ROWS=tile.rows, RUNS=tile.runs,
+                ASM=facts.asm, num_warps=tile.warps, **all_registers(facts.asm),
             )  # fmt: skip
     return out.to(x.dtype)
 
@@ -170,11 +174,11 @@ def routed_weighted(x: Tensor, data: Tensor, ids: Tensor, weights: Tensor, forma
     runs, tokens = k // s.run, ids.shape[0]
     if tokens:
         digits = launch._digits(flat.dtype, precision)
-        tile = gemv_tile(rows, runs, tokens, facts.processors, s, digits)
+        tile = gemv_tile(rows, runs, tokens, facts.processors, s, digits, 1, facts.asm)
         with launch._on(x.device):
-            weighted[(triton.cdiv(rows, tile.rows), tokens)](
+            weighted[(triton.cdiv(rows, tile.rows * tile.passes), tokens)](
                 flat, data, *plan.tables(x.device), ids.contiguous(), weights.contiguous(), out, rows, runs, flat.stride(0),
-                data.shape[-1], data.shape[0], ids.shape[1], S=s, DIGITS=digits, ROWS=tile.rows, RUNS=tile.runs,
-                ASM=2 * facts.asm, num_warps=tile.warps, **all_registers(facts.asm),
+                data.shape[-1], data.shape[0], ids.shape[1], S=s, DIGITS=digits, ROWS=tile.rows, PASSES=tile.passes, RUNS=tile.runs,
+                ASM=facts.asm, num_warps=tile.warps, **all_registers(facts.asm),
             )  # fmt: skip
     return out.to(x.dtype)

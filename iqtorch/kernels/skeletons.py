@@ -17,8 +17,37 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .asm import LOW_BYTES, bytes_of, dot4, dot4_first, half_offset, halves, pack4, permute, replace_last, split4
-from .decode import halving, power_of_two, prepare, prepare_scales, quads, row_exponent, row_scale, scales, trellis_states, trellis_word
+from .asm import (
+    LOW_BYTES,
+    bytes_of,
+    dot4,
+    dot4_first,
+    fetch,
+    half_offset,
+    halves,
+    negate_small_bytes,
+    pack4,
+    permute,
+    two_floats,
+)
+from .decode import (
+    flatten_last,
+    flipped,
+    halving,
+    interleave,
+    load_planes,
+    power_of_two,
+    prepare,
+    prepare_scales,
+    quads,
+    row_exponent,
+    row_scale,
+    scales,
+    trellis_states,
+    trellis_word,
+    unleave,
+    unleave4,
+)
 
 # -- which matrix --------------------------------------------------------------------------------------------
 
@@ -42,17 +71,17 @@ def larger(a, b):
 
 @triton.jit
 def digits(x, DIGITS: tl.constexpr, ASM: tl.constexpr):
-    """float32 `[M, B, n]` -> the signed integers `round(x / step)`, in their low 8 DIGITS bits, and `step [M, B]`, one per run."""
+    """float32 `[n, M, B]` -> the signed integers `round(x / step)`, in their low 8 DIGITS bits, and `step [M, B]`, one per run."""
     top: tl.constexpr = 127.0 if DIGITS == 1 else 32767.0 if DIGITS == 2 else 8388544.0
     if ASM:
-        largest = tl.reduce(tl.abs(x), 2, larger)
+        largest = tl.reduce(tl.abs(x), 0, larger)
     else:
         # as integers, NaN is above all numbers
-        largest = tl.max(tl.abs(x).to(tl.int32, bitcast=True), axis=2).to(tl.float32, bitcast=True)
+        largest = tl.max(tl.abs(x).to(tl.int32, bitcast=True), axis=0).to(tl.float32, bitcast=True)
     step = largest * (1.0 / top)
     # a run of zeros, or one too small to divide by
     inverse = tl.where(step > 1e-37, 1.0 / tl.where(step > 1e-37, step, 1.0), 0.0)
-    y = x * inverse[:, :, None]
+    y = x * inverse[None, :, :]
     if DIGITS < 3:
         # adding 1.5 * 2^23 leaves the rounded integer in the low bits
         q = (y + 12582912.0).to(tl.int32, bitcast=True)
@@ -62,24 +91,28 @@ def digits(x, DIGITS: tl.constexpr, ASM: tl.constexpr):
 
 
 @triton.jit
-def load_run(at, mask, FIRST: tl.constexpr, N: tl.constexpr, ASM: tl.constexpr):
-    """N activations from the pointers `at [M, B]` + FIRST as float32 `[M, B, N]`.
-
-    With eight at a time every thread reads its own run, and nothing has to be exchanged between threads.
-    """
-    if N == 8 or not ASM:
-        v = tl.load(at[:, :, None] + (FIRST + tl.arange(0, N))[None, None, :], mask=mask[:, :, None], other=0.0).to(tl.float32)
+def load_run(x, run, inside, N: tl.constexpr, ASM: tl.constexpr):
+    """N activations of runs `[1, B]` from the rows `x [M]` (pointers, aligned to 16 bytes) as float32 `[N, M, B]`; zero if not `inside`."""
+    if ASM:
+        per: tl.constexpr = 128 // x.dtype.element_ty.primitive_bitwidth
+        n: tl.constexpr = N // per
+        at = tl.where(inside, run, 0)[None, :, :] * n + tl.arange(0, n)[:, None, None]
+        words = tl.where(inside[None, :, :], flatten_last(fetch(x[None, :, None], at, 128)), 0)
+        if per == 4:
+            v = words.to(tl.float32, bitcast=True)
+        else:
+            low, high = two_floats(words, x.dtype.element_ty == tl.bfloat16)
+            v = interleave(low, high)
     else:
-        half: tl.constexpr = halving(N)
-        v = tl.join(load_run(at, mask, FIRST, half, ASM), load_run(at, mask, FIRST + half, half, ASM))
-        v = tl.reshape(tl.permute(v, (0, 1, 3, 2)), (at.shape[0], at.shape[1], N))
+        at = x[None, :, None] + (run * N)[None, :, :] + tl.arange(0, N)[:, None, None]
+        v = tl.load(at, mask=inside[None, :, :], other=0.0).to(tl.float32)
     return v
 
 
 @triton.jit
 def digit_quads(q, i: tl.constexpr, ASM: tl.constexpr):
-    """Byte i of integers `[M, B, n]` as quads `[M, B, n / 4]`."""
-    a, b, c, d = split4(tl.reshape(q, (q.shape[0], q.shape[1], q.shape[2] // 4, 4)))
+    """Byte i of integers `[n, M, B]` as quads `[n / 4, M, B]`."""
+    a, b, c, d = unleave4(q)
     if ASM:
         pattern: tl.constexpr = ("0x0040", "0x0051", "0x0062")[i]
         v = permute(permute(a, b, pattern), permute(c, d, pattern), "0x5410")
@@ -89,47 +122,47 @@ def digit_quads(q, i: tl.constexpr, ASM: tl.constexpr):
 
 
 @triton.jit
-def dot_run(w, x, acc, W_SIGNED: tl.constexpr, X_SIGNED: tl.constexpr, N: tl.constexpr, START: tl.constexpr):
-    """acc (nothing if START) + sum over the last dimension (N quads) of byte dot products, as one chain."""
-    shape: tl.constexpr = replace_last(w.shape)
-    if N == 1:
-        if START:
-            acc = dot4_first(tl.reshape(w, shape), tl.reshape(x, shape), W_SIGNED, X_SIGNED)
-        else:
-            acc = dot4(tl.reshape(w, shape), tl.reshape(x, shape), acc, W_SIGNED, X_SIGNED)
-    else:
-        w0, w1 = tl.split(tl.reshape(w, replace_last(w.shape, halving(N), 2)))
-        x0, x1 = tl.split(tl.reshape(x, replace_last(x.shape, halving(N), 2)))
-        acc = dot_run(w0, x0, acc, W_SIGNED, X_SIGNED, halving(N), START)
-        acc = dot_run(w1, x1, acc, W_SIGNED, X_SIGNED, halving(N), False)
-    return acc
+def per_scale(v, S: tl.constexpr):
+    """Sums of `[n, M, R, B]` over the elements that share a scale: `[groups, M, R, B]`."""
+    n: tl.constexpr = v.shape[0] // S.groups
+    if n > 1:
+        v = tl.sum(tl.reshape(v, (S.groups, n, v.shape[1], v.shape[2], v.shape[3])), axis=1)
+    return v
+
+
+@triton.jit
+def chain(w0, w1, w2, w3, x0, x1, x2, x3, W_SIGNED: tl.constexpr, X_SIGNED: tl.constexpr):
+    """Byte dot products of four pairs, one added to the other."""
+    acc = dot4_first(w0, x0, W_SIGNED, X_SIGNED)
+    acc = dot4(w1, x1, acc, W_SIGNED, X_SIGNED)
+    acc = dot4(w2, x2, acc, W_SIGNED, X_SIGNED)
+    return dot4(w3, x3, acc, W_SIGNED, X_SIGNED)
 
 
 @triton.jit
 def dot_digit(w, x, S: tl.constexpr, X_SIGNED: tl.constexpr, ASM: tl.constexpr):
-    """`w [R, B, quads]`, `x [M, B, quads]` -> int32 `[M, R, B, groups]`."""
-    per: tl.constexpr = S.quads // S.groups
-    wb = tl.reshape(w, (1, w.shape[0], w.shape[1], S.groups, per))
-    xb = tl.reshape(x, (x.shape[0], 1, x.shape[1], S.groups, per))
+    """`w [quads, R, B]`, `x [quads, M, B]` -> int32 `[groups, M, R, B]`."""
+    w, x = w[:, None, :, :], x[:, :, None, :]
     if ASM:
-        shape: tl.constexpr = (x.shape[0], w.shape[0], w.shape[1], S.groups, per)
-        total = dot_run(tl.broadcast_to(wb, shape), tl.broadcast_to(xb, shape), 0, S.signed, X_SIGNED, per, True)
+        w0, w1, w2, w3 = unleave4(w)
+        x0, x1, x2, x3 = unleave4(x)
+        total = chain(w0, w1, w2, w3, x0, x1, x2, x3, S.signed, X_SIGNED)
     else:
-        total = tl.sum(tl.sum(bytes_of(wb, S.signed) * bytes_of(xb, X_SIGNED), axis=5), axis=4)
-    return total
+        total = tl.sum(bytes_of(w, S.signed) * bytes_of(x, X_SIGNED), axis=4)
+    return per_scale(total, S)
 
 
 @triton.jit
 def sum_digit(x, S: tl.constexpr, X_SIGNED: tl.constexpr, ASM: tl.constexpr):
-    """Sums of the bytes of `x [M, B, quads]` per scale, int32 `[M, B, groups]`."""
-    per: tl.constexpr = S.quads // S.groups
-    x = tl.reshape(x, (x.shape[0], x.shape[1], S.groups, per))
+    """Sums of the bytes of `x [quads, M, B]` per scale, int32 `[groups, M, 1, B]`."""
+    x = x[:, :, None, :]
     if ASM:
-        ones = tl.full(x.shape, LOW_BYTES, tl.int32)
-        total = dot_run(ones, x, 0, True, X_SIGNED, per, True)
+        x0, x1, x2, x3 = unleave4(x)
+        ones = tl.full(x0.shape, LOW_BYTES, tl.int32)
+        total = chain(ones, ones, ones, ones, x0, x1, x2, x3, True, X_SIGNED)
     else:
-        total = tl.sum(tl.sum(bytes_of(x, X_SIGNED), axis=4), axis=3)
-    return total
+        total = tl.sum(bytes_of(x, X_SIGNED), axis=4)
+    return per_scale(total, S)
 
 
 # -- few tokens ----------------------------------------------------------------------------------------------
@@ -142,6 +175,27 @@ def by_splat(s, digits, asm):
 
 
 @triton.constexpr_function
+def by_flip(s, asm):
+    """Trellis magnitudes with signs: the product changes signs, of activations or of partial sums (`flipped_dot`)."""
+    return bool(asm) and s.absolute and s.sign == "bits"
+
+
+@triton.jit
+def flipped_dot(w, flip, x, S: tl.constexpr, X_SIGNED: tl.constexpr, DIGITS: tl.constexpr):
+    """`dot_digit` of w with the signs of the bytes changed that the masks `flip` select."""
+    if DIGITS == 1:
+        # bytes of x or of -x, chosen for every row; digits of 127 have an opposite
+        mask = flip[:, None, :, :]
+        w0, w1, w2, w3 = unleave4(w[:, None, :, :])
+        x0, x1, x2, x3 = unleave4((x[:, :, None, :] & (mask ^ -1)) | (negate_small_bytes(x)[:, :, None, :] & mask))
+        total = per_scale(chain(w0, w1, w2, w3, x0, x1, x2, x3, True, True), S)
+    else:
+        # -w = (w ^ -1) - (-1), byte by byte
+        total = dot_digit(w ^ flip, x, S, X_SIGNED, True) - dot_digit(flip, x, S, X_SIGNED, True)
+    return total
+
+
+@triton.constexpr_function
 def value_base(s, digits, asm):
     """Constant that the integer product leaves out of every value."""
     return -126 if by_splat(s, digits, asm) else s.base
@@ -149,45 +203,44 @@ def value_base(s, digits, asm):
 
 @triton.jit
 def splat_dot(state, x, S: tl.constexpr, X_SIGNED: tl.constexpr):
-    """`sum_k (byte sum of state_k) x_k` for generator states `[R, B, codes]` and quads `x [M, B, quads]`: `[M, R, B, groups]`.
+    """`sum_k (byte sum of state_k) x_k` for generator states `[codes, R, B]` and quads `x [quads, M, B]`: `[groups, M, R, B]`.
 
     A value is a sum of four bytes minus 126, so four equal bytes of x decode and multiply it in one dp4a.
     """
-    codes: tl.constexpr = state.shape[2]
-    per: tl.constexpr = codes // S.groups
-    shape: tl.constexpr = (x.shape[0], state.shape[0], state.shape[1], S.groups, per)
-    words = tl.reshape(x, (x.shape[0], x.shape[1], codes, S.vec // 4))
-    state = tl.reshape(state, (1, state.shape[0], state.shape[1], S.groups, per))
+    lo, hi = x, x
+    if S.vec == 8:
+        lo, hi = unleave(x)
     total = 0
     for i in tl.static_range(tl.constexpr(S.vec)):
-        if S.vec == 8:
-            lo, hi = tl.split(words)
-            word = lo if i < 4 else hi
+        word = lo if i < 4 else hi
+        same = permute(word, word, ("0x0000", "0x1111", "0x2222", "0x3333")[i % 4])[:, :, None, :]
+        v = trellis_word(state, i, S)[:, None, :, :]
+        if i == 0:
+            total = dot4_first(v, same, False, X_SIGNED)
         else:
-            word = tl.reshape(words, (x.shape[0], x.shape[1], codes))
-        same = permute(word, word, ("0x0000", "0x1111", "0x2222", "0x3333")[i % 4])
-        same = tl.broadcast_to(tl.reshape(same, (x.shape[0], 1, x.shape[1], S.groups, per)), shape)
-        v = tl.broadcast_to(trellis_word(state, i, S), shape)
-        total = dot_run(v, same, total, False, X_SIGNED, per, i == 0)
-    return total
+            total = dot4(v, same, total, False, X_SIGNED)
+    return per_scale(total, S)
 
 
 @triton.jit
-def run_products(parts, sums, data, row, run, rows, runs, held, lut, S: tl.constexpr, DIGITS: tl.constexpr, ASM: tl.constexpr):
+def run_products(parts, sums, planes, held, lut, S: tl.constexpr, DIGITS: tl.constexpr, ASM: tl.constexpr):
     """Products of runs of weights and activations, float32 `[M, R, B]`, but for the steps of x and a `d` per row.
 
     `parts` are the digits of x as quads, highest first, and `sums` their sums per scale (used if a constant is added to values).
     """
     splat: tl.constexpr = by_splat(S, DIGITS, ASM)
     base: tl.constexpr = value_base(S, DIGITS, ASM)
-    scale, shift, low = scales(data, row, run, rows, runs, lut, S, ASM)
+    scale, shift, low = scales(planes, lut, S, ASM)
+    flip: tl.constexpr = by_flip(S, ASM)
     if splat:
-        w = trellis_states(data, row, run, rows, runs, S, ASM)
+        w = trellis_states(planes, S, ASM)
+    elif flip:
+        w, wrong = flipped(planes, S)
     else:
-        w = quads(data, row, run, rows, runs, held, S, ASM)
+        w = quads(planes, held, S, ASM)
     offset = base
     if S.shift != 0:
-        offset = shift[None, :, :, :] + base
+        offset = shift[:, None, :, :] + base
     value = 0
     weighted = 0
     total = 0
@@ -195,29 +248,31 @@ def run_products(parts, sums, data, row, run, rows, runs, held, lut, S: tl.const
     for i in tl.static_range(DIGITS):
         if splat:
             part = splat_dot(w, parts[i], S, i == 0)
+        elif flip:
+            part = flipped_dot(w, wrong, parts[i], S, i == 0, DIGITS)
         else:
             part = dot_digit(w, parts[i], S, i == 0, ASM)
         if DIGITS == 3:
             # 24 bits times 8 bits: beyond int32, so digits meet in float32
             if base != 0 or S.shift != 0:
-                part += offset * sums[i][:, None, :, :]
+                part += offset * sums[i]
             if S.affine:
-                weighted = weighted * 256.0 + sums[i].to(tl.float32)[:, None, :, :]
+                weighted = weighted * 256.0 + sums[i].to(tl.float32)
             value = value * 256.0 + part.to(tl.float32)
         else:
             total = (total << 8) + part
             if base != 0 or S.shift != 0 or S.affine:
-                summed = (summed << 8) + sums[i][:, None, :, :]
+                summed = (summed << 8) + sums[i]
     if DIGITS < 3:
         if base != 0 or S.shift != 0:
             total += offset * summed
         value = total.to(tl.float32)
         if S.affine:
             weighted = summed.to(tl.float32)
-    value *= scale[None, :, :, :]
+    value *= scale[:, None, :, :]
     if S.affine:
-        value -= low[None, :, :, :] * weighted
-    return tl.sum(value, axis=3)
+        value -= low[:, None, :, :] * weighted
+    return tl.sum(value, axis=0)
 
 
 @triton.jit
@@ -272,14 +327,14 @@ def gemv(
     EP: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    """y[t, n] = sum_k x[t, k] w[n, k] + bias[n] for TOKENS tokens and PASSES (1 or 2) times ROWS rows of a program.
+    """y[t, n] = sum_k x[t, k] w[n, k] + bias[n] for TOKENS tokens and PASSES times ROWS rows of a program.
 
     MODE: `one` matrix; `sorted`: tokens sorted by expert, `ids` their cumulative ends; `ids`: the expert of each token.
     `per_token` output rows share one row of x (`ids` only).
     """
     token = tl.program_id(1).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
-    n = tl.program_id(0) * (ROWS * PASSES) + tl.arange(0, ROWS)
-    row = tl.minimum(n, rows - 1)[:, None]
+    first_row = tl.program_id(0) * (ROWS * PASSES)
+    row = tl.minimum(first_row + tl.arange(0, ROWS), rows - 1)[:, None]
     valid = tokens > 0
     if MODE == "sorted":
         expert = expert_of(ids, tl.program_id(1), experts, EP)
@@ -292,13 +347,38 @@ def gemv(
     source = token // per_token
     held = prepare(book, S, ASM)
     lut = prepare_scales(lut, S, ASM)
-    next_row = tl.minimum(n + ROWS, rows - 1)[:, None]
-    acc, next_acc = row_sums(
-        x + source * x_stride, token < tokens, data, row, next_row, rows, runs, held, lut, S, DIGITS, TOKENS, ROWS, PASSES, RUNS, ASM
+    sums = row_sums(
+        x + source * x_stride, token < tokens, data, row, ROWS, rows, runs, held, lut, S, DIGITS, TOKENS, ROWS, PASSES, RUNS, ASM
     )
-    finish_rows(acc, y, bias, data, token, n, tokens, rows, runs, valid, S, ROWS)
-    if PASSES == 2:
-        finish_rows(next_acc, y, bias, data, token, n + ROWS, tokens, rows, runs, valid, S, ROWS)
+    out = row_totals(sums, data, tl.minimum(first_row + tl.arange(0, ROWS * PASSES), rows - 1)[:, None], rows, runs, S)
+    out = tl.where(valid, out, 0.0)
+    n = (first_row + tl.arange(0, ROWS * PASSES))[None, :]
+    if bias is not None:
+        out += tl.load(bias + n, mask=n < rows, other=0.0).to(tl.float32)
+    tl.store(y + token[:, None] * rows + n, out.to(y.dtype.element_ty), mask=(token < tokens)[:, None] & (n < rows))
+
+
+@triton.jit
+def repeated(v, COUNT: tl.constexpr):
+    """A tuple of v, COUNT (a power of two) times."""
+    if COUNT == 1:
+        values = (v,)
+    else:
+        half = repeated(v, halving(COUNT))
+        values = half + half
+    return values
+
+
+@triton.jit
+def side_by_side(parts, FIRST: tl.constexpr, COUNT: tl.constexpr):
+    """Tensors `[M, R, B]` of a tuple, from FIRST on: `[M, COUNT * R, B]`."""
+    if COUNT == 1:
+        v = parts[FIRST]
+    else:
+        a = side_by_side(parts, FIRST, halving(COUNT))
+        b = side_by_side(parts, FIRST + halving(COUNT), halving(COUNT))
+        v = tl.reshape(tl.permute(tl.join(a, b), (0, 3, 1, 2)), (a.shape[0], 2 * a.shape[1], a.shape[2]))
+    return v
 
 
 @triton.jit
@@ -307,7 +387,7 @@ def row_sums(
     present,
     data,
     row,
-    next_row,
+    stride,
     rows,
     runs,
     held,
@@ -320,52 +400,46 @@ def row_sums(
     RUNS: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    """Products of activations `x [M]` (pointers to rows, read where `present`) with rows `row` and, in a second pass, `next_row`.
+    """Products of activations `x [M]` (pointers to rows, read where `present`) with rows `row + p stride` for p < PASSES.
 
-    Two of float32 `[M, R, B]`, to be summed over the last dimension, without a `d` per row.
+    Float32 `[M, PASSES * R, B]`, to be summed over the last dimension, without a `d` per row. All passes share one rounding of the
+    activations; weights are loaded one pass ahead, so that those of the next travel while one is multiplied.
     """
-    acc = tl.zeros((TOKENS, ROWS, RUNS), tl.float32)
-    next_acc = acc
+    parts_of_sum = repeated(tl.zeros((TOKENS, ROWS, RUNS), tl.float32), PASSES)
+    column = tl.arange(0, RUNS)[None, :]
     for first in range(0, runs, RUNS):
-        run = (first + tl.arange(0, RUNS))[None, :]
+        run = first + column
         inside = present[:, None] & (run < runs)
-        v = load_run(x[:, None] + run * S.run, inside, 0, tl.constexpr(S.run), ASM)
+        v = load_run(x, run, inside, tl.constexpr(S.run), ASM)
         q, step = digits(v, DIGITS, ASM)
         parts = all_digits(q, DIGITS, ASM)
         sums = all_sums(parts, S, DIGITS, ASM)
         run = tl.minimum(run, runs - 1)  # its activations are zero
-        acc += run_products(parts, sums, data, row, run, rows, runs, held, lut, S, DIGITS, ASM) * step[:, None, :]
-        if PASSES == 2:
-            next_acc += run_products(parts, sums, data, next_row, run, rows, runs, held, lut, S, DIGITS, ASM) * step[:, None, :]
-    return acc, next_acc
+        planes = load_planes(data, row, run, rows, runs, S, ASM)
+        for p in tl.static_range(PASSES):
+            here = planes
+            if p + 1 < PASSES:
+                planes = load_planes(data, tl.minimum(row + (p + 1) * stride, rows - 1), run, rows, runs, S, ASM)
+            part = run_products(parts, sums, here, held, lut, S, DIGITS, ASM) * step[:, None, :]
+            parts_of_sum = parts_of_sum[1:] + (parts_of_sum[0] + part,)  # noqa: RUF005
+    return side_by_side(parts_of_sum, 0, PASSES)
 
 
 @triton.jit
-def row_totals(acc, data, row, rows, runs, S: tl.constexpr, ROWS: tl.constexpr):
-    """Sums `acc [M, R, B]` of `row_sums` over the runs, times the scales of the rows and the format: `[M, R]`."""
-    out = tl.sum(acc, axis=2)
+def row_totals(sums, data, row, rows, runs, S: tl.constexpr):
+    """Sums `[M, R, B]` of `row_sums` over the runs, times the scales of rows `[R, 1]` and the format: `[M, R]`."""
+    out = tl.sum(sums, axis=2)
     if S.d_size == 0:
-        out *= tl.reshape(row_scale(data, row, rows, runs, S), (1, ROWS))
+        out *= tl.reshape(row_scale(data, row, rows, runs, S), (1, sums.shape[1]))
     return out * S.factor
-
-
-@triton.jit
-def finish_rows(acc, y, bias, data, token, n, tokens, rows, runs, valid, S: tl.constexpr, ROWS: tl.constexpr):
-    """Sums `acc [M, R, B]` over the runs and stores rows n."""
-    out = row_totals(acc, data, tl.minimum(n, rows - 1)[:, None], rows, runs, S, ROWS)
-    out = tl.where(valid, out, 0.0)
-    n = n[None, :]
-    if bias is not None:
-        out += tl.load(bias + n, mask=n < rows, other=0.0).to(tl.float32)
-    tl.store(y + token[:, None] * rows + n, out.to(y.dtype.element_ty), mask=(token < tokens)[:, None] & (n < rows))
 
 
 # -- more tokens ---------------------------------------------------------------------------------------------
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def stage(x, out, steps, tokens, k, x_stride, k_padded, RUN: tl.constexpr, BLOCK: tl.constexpr):
-    """Activations for gemm: one row per program, scaled by a power of two to at most 1, as float16, in fragment order.
+def stage(x, out, steps, tokens, k, x_stride, k_padded, RUN: tl.constexpr, BLOCK: tl.constexpr, FRAGMENT: tl.constexpr):
+    """Activations for gemm: one row per program, scaled by a power of two to at most 1, as float16; FRAGMENT: in fragment order.
 
     Position 16 j + 8 h + 2 t + e of 4 RUN neighbours (j < RUN / 4; h, e < 2; t < 4) takes element RUN t + 4 j + 2 h + e.
     Columns up to `k_padded` become zero, `steps[m]` undoes the scaling.
@@ -383,26 +457,30 @@ def stage(x, out, steps, tokens, k, x_stride, k_padded, RUN: tl.constexpr, BLOCK
     for first in range(0, k_padded, BLOCK):
         i = first + tl.arange(0, BLOCK)
         v = tl.load(x + m * x_stride + i, mask=i < k, other=0.0).to(tl.float32)
-        t, j, h, e = (i // RUN) % 4, (i // 4) % (RUN // 4), (i // 2) % 2, i % 2
-        to = i // (4 * RUN) * (4 * RUN) + 16 * j + 8 * h + 2 * t + e
+        to = i
+        if FRAGMENT:
+            t, j, h, e = (i // RUN) % 4, (i // 4) % (RUN // 4), (i // 2) % 2, i % 2
+            to = i // (4 * RUN) * (4 * RUN) + 16 * j + 8 * h + 2 * t + e
         tl.store(out + m * k_padded + to, (v * inverse).to(tl.float16), mask=i < k_padded)
 
 
 @triton.jit
-def fragment_rows(n0, BN: tl.constexpr):
-    """Row numbers in the order in which a warp group holds them: for each half of 8 rows, 16 rows apart per warp."""
+def operand_rows(n0, BN: tl.constexpr, FRAGMENT: tl.constexpr):
+    """Row numbers; FRAGMENT: in the order in which a warp group holds them: for each half of 8 rows, 16 rows apart per warp."""
     i = tl.arange(0, BN)
-    half, rest = i // (BN // 2), i % (BN // 2)
-    return n0 + (rest // 8 * 16 + half * 8 + rest % 8)
+    if FRAGMENT:
+        half, rest = i // (BN // 2), i % (BN // 2)
+        i = rest // 8 * 16 + half * 8 + rest % 8
+    return n0 + i
 
 
 @triton.jit
-def operand(data, row, run, rows, runs, held, lut, exponent, S: tl.constexpr, BN: tl.constexpr, ASM: tl.constexpr):
-    """float16 weights `[BN, 4 RUN]` of rows in fragment order, columns in the order of `stage`; without a `d` per row."""
-    q = quads(data, row, run, rows, runs, held, S, ASM)
-    scale, shift, low = scales(data, row, run, rows, runs, lut, S, ASM)
+def operand(planes, held, lut, exponent, S: tl.constexpr, BN: tl.constexpr, FRAGMENT: tl.constexpr, ASM: tl.constexpr):
+    """float16 weights `[BN, 4 RUN]` of rows as `operand_rows`, columns as `stage` has them; without a `d` per row."""
+    q = quads(planes, held, S, ASM)
+    scale, shift, low = scales(planes, lut, S, ASM)
     if S.d_size > 0:
-        down = power_of_two(-exponent)[:, :, None]
+        down = power_of_two(-exponent)[None, :, :]
         scale *= down
         if S.affine:
             low *= down
@@ -411,24 +489,33 @@ def operand(data, row, run, rows, runs, held, lut, exponent, S: tl.constexpr, BN
     if S.shift != 0:
         bias += shift
     per: tl.constexpr = S.quads // S.groups
-    shape: tl.constexpr = (BN, 4, S.groups, per)
+    shape: tl.constexpr = (S.groups, per, BN, 4)
     f0, f1, f2, f3 = halves(
         q, each_quad(scale.to(tl.float16), q.shape, shape), each_quad(bias.to(tl.float16), q.shape, shape), S.signed, ASM
     )
     if S.affine:
         less = each_quad(low.to(tl.float16), q.shape, shape)
         f0, f1, f2, f3 = f0 - less, f1 - less, f2 - less, f3 - less
-    # element 4 j + 2 h + e of thread t -> column 16 j + 8 h + 2 t + e
-    f = tl.join(tl.join(f0, f2), tl.join(f1, f3))  # [BN, 4, quads, h, e]
-    f = tl.reshape(f, (2, BN // 16, 8, 4, S.quads, 2, 2))
-    f = tl.permute(f, (1, 0, 2, 4, 5, 3, 6))
+    f = tl.join(tl.join(f0, f2), tl.join(f1, f3))  # [quads, BN, 4, h, e]
+    if FRAGMENT:
+        # element 4 j + 2 h + e of thread t -> column 16 j + 8 h + 2 t + e
+        f = tl.reshape(f, (S.quads, 2, BN // 16, 8, 4, 2, 2))
+        f = tl.permute(f, (2, 1, 3, 0, 5, 4, 6))
+    else:
+        f = tl.permute(f, (1, 2, 0, 3, 4))
     return tl.reshape(f, (BN, 4 * S.run))
 
 
 @triton.jit
+def step_runs(i, runs):
+    """Runs of step `i` of gemm, `[1, 4]`; beyond the row, where activations are zero, its last one."""
+    return tl.minimum(4 * i + tl.arange(0, 4), runs - 1)[None, :]
+
+
+@triton.jit
 def each_quad(v, TO: tl.constexpr, SHAPE: tl.constexpr):
-    """A value per scale `[BN, 4, groups]` -> one per quad."""
-    return tl.reshape(tl.broadcast_to(v[:, :, :, None], SHAPE), TO)
+    """A value per scale `[groups, BN, 4]` -> one per quad."""
+    return tl.reshape(tl.broadcast_to(v[:, None, :, :], SHAPE), TO)
 
 
 @triton.jit(do_not_specialize=["tokens", "experts", "split"])
@@ -453,6 +540,7 @@ def gemm(
     BN: tl.constexpr,
     BM: tl.constexpr,
     EP: tl.constexpr,
+    FRAGMENT: tl.constexpr,
     ASM: tl.constexpr,
 ):
     """y[m, n] = sum_k xs[m, k] steps[m] w[n, k] + bias[n]; with split > 1, part `s` of the sum over k goes to y[s, m, n].
@@ -477,10 +565,10 @@ def gemm(
         data += expert.to(tl.int64) * matrix_bytes
     m = begin + m_tile * BM + tl.arange(0, BM)
     n0 = tl.program_id(0) * BN
-    row = tl.minimum(fragment_rows(n0, BN), rows - 1)[:, None]
+    row = tl.minimum(operand_rows(n0, BN, FRAGMENT), rows - 1)[:, None]
     exponent = tl.zeros((BN, 1), tl.int32)
     if S.d_size > 0:
-        exponent = row_exponent(data, row, rows, runs, S)
+        exponent = row_exponent(data, row, rows, runs, S, ASM)
     steps_k = (runs + 3) // 4
     part = (steps_k + split - 1) // split
     first = tl.program_id(2) * part
@@ -489,16 +577,19 @@ def gemm(
     lut = prepare_scales(lut, S, ASM)
     column = tl.arange(0, 4 * S.run)
     source = m.to(tl.int64) * k_padded
+    # Loaded one step ahead: the loads of a step wait for nothing, those of the next run meanwhile.
+    planes = load_planes(data, row, step_runs(first, runs), rows, runs, S, ASM)
     for i in range(first, tl.minimum(first + part, steps_k)):
-        run = tl.minimum(4 * i + tl.arange(0, 4), runs - 1)[None, :]  # beyond, activations are zero
-        w = operand(data, row, run, rows, runs, held, lut, exponent, S, BN, ASM)
+        following = load_planes(data, row, step_runs(i + 1, runs), rows, runs, S, ASM)
+        w = operand(planes, held, lut, exponent, S, BN, FRAGMENT, ASM)
+        planes = following
         xt = tl.load(xs + source[None, :] + (i * (4 * S.run) + column)[:, None], mask=(m < end)[None, :], other=0.0)
         acc = tl.dot(w, xt, acc)
     n = n0 + tl.arange(0, BN)
     last_row = tl.minimum(n, rows - 1)
     up = tl.load(steps + m, mask=m < end, other=0.0)[None, :] * S.factor
     if S.d_size > 0:
-        up = up * power_of_two(row_exponent(data, last_row, rows, runs, S))[:, None]
+        up = up * power_of_two(row_exponent(data, last_row, rows, runs, S, ASM))[:, None]
     else:
         up = up * row_scale(data, last_row[:, None], rows, runs, S)
     out = acc * up
@@ -557,26 +648,21 @@ def dequantize(
     column = run
     run = tl.minimum(run, runs - 1)
     data += matrix * matrix_bytes
-    q = quads(data, row, run, rows, runs, held, S, ASM)
-    scale, shift, low = scales(data, row, run, rows, runs, lut, S, ASM)
+    planes = load_planes(data, row, run, rows, runs, S, ASM)
+    q = quads(planes, held, S, ASM)
+    scale, shift, low = scales(planes, lut, S, ASM)
     if S.d_size == 0:
-        scale = scale * row_scale(data, row, rows, runs, S)[:, :, None]
-    moved: tl.constexpr = (ROWS, RUNS, S.groups, S.quads // S.groups, 4)
-    slots = (24 - 8 * tl.arange(0, 4))[None, None, None, None, :]
-    q = tl.reshape(q, (ROWS, RUNS, S.groups, S.quads // S.groups, 1)) << slots
-    if S.signed:
-        v = q >> 24
-    else:
-        v = (q >> 24) & 255
-    v += S.base
+        scale = scale * row_scale(data, row, rows, runs, S)[None, :, :]
+    per: tl.constexpr = S.quads // S.groups
+    v = bytes_of(tl.reshape(q, (S.groups, per, ROWS, RUNS)), S.signed) + S.base
     if S.shift != 0:
-        v += shift[:, :, :, None, None]
-    w = scale[:, :, :, None, None] * tl.broadcast_to(v, moved).to(tl.float32)
+        v += shift[:, None, :, :, None]
+    w = scale[:, None, :, :, None] * v.to(tl.float32)
     if S.affine:
-        w = w - low[:, :, :, None, None]
+        w = w - low[:, None, :, :, None]
     if S.factor != 1.0:
         w = w * S.factor
-    w = tl.reshape(w, (ROWS, RUNS, S.run))
+    w = tl.reshape(tl.permute(w, (2, 3, 0, 1, 4)), (ROWS, RUNS, S.run))
     w = tl.where(inside[:, :, None], w, 0.0)
     to = (matrix * count + index)[:, :, None] * runs * S.run + column[:, :, None] * S.run + tl.arange(0, S.run)[None, None, :]
     tl.store(out + to, w.to(out.dtype.element_ty), mask=(valid & (column < runs))[:, :, None])
