@@ -1,39 +1,53 @@
 """Checks every GPU kernel, then times it: `python benchmarks/gpu.py --out results/`. One NVIDIA or AMD GPU, no network, no model.
 
-    correctness   every format x activation dtype x M, against float64 products of the weights decoded by plain torch
     linear        N = K = 8192 and other shapes: microseconds, GB/s of packed bytes, share of the copy bandwidth, ratio to cuBLAS bf16
+    correctness   every format x activation dtype x M, against float64 products of the weights decoded by plain torch
     experts       top 8 of 128, gate and up to routing weights, against bfloat16 experts fused in Triton (gpu_experts.py)
-    pack          canonical bytes -> device layout
     model         Llama-8B-shaped: compiled decoding and a prompt of 2048 tokens, against bfloat16 (gpu_model.py)
+    pack          canonical bytes -> device layout and back
+    tiles         the vector and the matrix kernel with other tiles than the closed-form choice
     aims          what was asked for beside what was measured
 
-Each part writes a CSV whose first lines are the conditions. Timings: one CUDA graph that runs the kernel over copies of the
-weights that together exceed the L2 cache several times, replayed; the median of the replays, divided by the copies.
-`--quick` takes a few formats. The exit status is 1 if any product is outside its error bound (timings are still written).
+Each part writes a CSV whose first lines are the conditions, row by row, so that a run that is cut off keeps what it has. The most
+telling comes first: products with 8192 x 8192 in a few formats, each checked right before it is timed; then the correctness of
+everything, in processes beside each other (most of that time is compiling); then the rest. `--minutes` ends a part, and the run, in time.
+
+Timings: one CUDA graph that runs the kernel over copies of the weights that together exceed the L2 cache several times, replayed; the
+median of the replays, divided by the copies. `--quick` takes a few formats and is meant for eight minutes. The exit status is 1 if any
+product is outside its error bound (timings are still written).
 `TRITON_INTERPRET=1 python benchmarks/gpu.py --rehearse` runs all of it on the CPU in tiny sizes.
 """
+
+# ruff: noqa: E402
 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import csv
+import dataclasses
 import datetime
+import multiprocessing
+import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]  # in processes of its own, and without an installation
+
 from gpu_model import TINY, Model, Shape
 from torch import Tensor
 
 import iqtorch
 from iqtorch import kernels
 from iqtorch.formats import Format, get_format, list_formats
-from iqtorch.kernels import launch
+from iqtorch.kernels import launch, tuning
 from iqtorch.kernels.layout import layout
 from iqtorch.kernels.timing import REPLAYS, copies_of, microseconds, repeated, synchronize
 
@@ -48,7 +62,8 @@ class Plan:
     device: torch.device = field(default_factory=lambda: torch.device("cuda"))
     tokens: tuple[int, ...] = (1, 2, 3, 4, 7, 8, 9, 16, 17, 33, 64, 65, 128, 129, 512, 1000, 4096)
     timed: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
-    checked: tuple[int, int] = (257, 1024)
+    checked: tuple[tuple[int, int], ...] = ((257, 1024), (8191, 8192))
+    large_tokens: tuple[int, ...] = (1, 2, 16, 64, 129, 512)
     exact: tuple[torch.dtype, ...] = DTYPES
     shapes: tuple[tuple[int, int], ...] = ((8192, 8192), (4096, 4096), (14336, 4096), (4096, 14336))
     copy_bytes: int = 1 << 30
@@ -58,18 +73,29 @@ class Plan:
     model: Shape = field(default_factory=Shape)
     prompt: int = 2048
     steps: int = 64
+    workers: int = min(12, os.cpu_count() or 1)
+    tiles: int = 0
+    seconds: float = 0.0
+    deadline: float = float("inf")
     compile_decode: dict[str, Any] = field(default_factory=lambda: {"mode": "reduce-overhead"})
     compile_prefill: dict[str, Any] = field(default_factory=dict)
-    quick: tuple[str, ...] = ("iq2_kl", "iq2_kt", "iq4_k", "iq4_kt", "q4_k")
+    quick: tuple[str, ...] = ("iq2_kl", "iq4_ks", "iq2_kt", "iq4_kt", "iq4_k", "q4_k")
+    first_tokens: tuple[int, ...] = (1, 16, 512, 2048)
 
 
 #: On the CPU in the interpreter (which is slow, and cannot round to bfloat16, hence `exact`): runs every line, measures nothing.
 REHEARSAL = Plan(
-    device=torch.device("cpu"), tokens=(1, 5), timed=(1, 16), checked=(9, 128), exact=(torch.float32, torch.float16),
+    device=torch.device("cpu"), tokens=(1, 5), timed=(1, 16), checked=((9, 128), (5, 64)), large_tokens=(1,), workers=2,
+    tiles=1, first_tokens=(1,), exact=(torch.float32, torch.float16),
     shapes=((16, 64),), copy_bytes=1 << 12, experts=(3, 2, 32, 64), expert_tokens=(1, 3), routes=1, model=TINY, prompt=3, steps=1,
     compile_decode={"backend": "eager"}, compile_prefill={"backend": "eager"}, quick=("iq4_nl",),
 )  # fmt: skip
 plan = Plan()
+
+
+def late(share: float = 1.0) -> bool:
+    """Whether the time of the run is over, or this share of it."""
+    return time.time() > plan.deadline - (1 - share) * plan.seconds
 
 
 def plain_formats(quick: bool) -> list[str]:
@@ -99,16 +125,16 @@ def random_blocks(fmt: Format, rows: int, k: int, seed: int = 0) -> Tensor:
 # -- correctness ---------------------------------------------------------------------------------------------
 
 
-def check_product(y: Tensor, x: Tensor, w: Tensor, size: Tensor, dtype: torch.dtype, precision: int, run: int) -> float:
+def check_product(y: Tensor, x: Tensor, w: Tensor, size: Tensor, dtype: torch.dtype, precision: int, fmt: Format) -> float:
     """Largest error of y as a share of its bound (see docs/gpu.md, "Error bounds")."""
     exact = x.double() @ w.double().T
     sizes = x.double().abs() @ size.double().T
-    tokens = x.shape[0]
+    tokens, run = x.shape[0], layout(fmt).scheme.run
     if tokens <= launch.vector_tokens(dtype):
         top = {1: 127, 2: 32767, 3: 8388544}[launch._digits(dtype, precision)]
         step = x.double().abs().unflatten(1, (-1, run)).amax(-1) / top
         error = 0.505 * step.repeat_interleave(run, 1) @ w.double().abs().T
-    elif dtype != torch.float32 and tokens <= launch.GEMM_TOKENS:
+    elif dtype != torch.float32 and tokens <= launch._fused_up_to(fmt, w.shape[0], w.shape[1], w.device):
         error = sizes * 1.5 * 2.0**-10
     else:
         error = sizes * EPS[dtype]
@@ -118,22 +144,77 @@ def check_product(y: Tensor, x: Tensor, w: Tensor, size: Tensor, dtype: torch.dt
 
 
 def correctness(names: list[str]) -> Iterator[dict[str, Any]]:
-    rows, k = plan.checked
-    for name in names:
-        fmt = get_format(name)
-        blocks = random_blocks(fmt, rows, k)
-        packed = kernels.pack(blocks, fmt)
-        w = fmt.decode(blocks) * fmt.runtime_scale
-        parts = fmt.unpack(blocks)
-        low = fmt.scales(parts)[1]
-        size = w.abs() if low is None else w.abs() + 2 * low.abs().repeat_interleave(k // low.shape[1], 1)
-        run = layout(fmt).scheme.run
+    """The checks of the formats, each in a process of its own, several at a time."""
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(min(plan.workers, len(names)), context) as pool:
+        waiting = {pool.submit(checks_of, name, plan): name for name in names}
+        try:
+            left = plan.deadline - 0.3 * plan.seconds - time.time()
+            for done in concurrent.futures.as_completed(waiting, None if left == float("inf") else max(left, 0.0)):
+                yield from done.result()
+        except concurrent.futures.TimeoutError:
+            print(f"time is over: unchecked {[name for job, name in waiting.items() if not job.done()]}")
+            for process in list(pool._processes.values()):
+                process.terminate()
 
-        def row(kernel: str, dtype: Any, tokens: int, precision: int, share: float, name: str = name) -> dict[str, Any]:
-            return {
-                "format": name, "kernel": kernel, "dtype": str(dtype), "tokens": tokens, "precision": precision,
-                "error_of_bound": f"{share:.4g}", "ok": share <= 1.0,
-            }  # fmt: skip
+
+def checks_of(name: str, with_plan: Plan) -> list[dict[str, Any]]:
+    global plan
+    plan = with_plan
+    try:
+        return [*checks(name), *large_checks(name)]
+    except Exception as error:
+        traceback.print_exc()
+        failed = {"kernel": f"{type(error).__name__}: {error}"[:300].replace("\n", " "), "dtype": "", "tokens": 0, "precision": 0}
+        return [{"format": name, **failed, "error_of_bound": "", "ok": False}]
+
+
+def check_row(name: str, kernel: str, dtype: Any, tokens: int, precision: int, share: float) -> dict[str, Any]:
+    return {
+        "format": name, "kernel": kernel, "dtype": str(dtype), "tokens": tokens, "precision": precision,
+        "error_of_bound": f"{share:.4g}", "ok": share <= 1.0,
+    }  # fmt: skip
+
+
+@dataclass
+class Case:
+    """A matrix of random bytes: packed, decoded, and bounds of the terms of its weights."""
+
+    fmt: Format
+    blocks: Tensor
+    packed: Tensor
+    w: Tensor
+    size: Tensor
+
+
+def case(name: str, rows: int, k: int) -> Case:
+    fmt = get_format(name)
+    blocks = random_blocks(fmt, rows, k)
+    w = fmt.decode(blocks) * fmt.runtime_scale
+    low = fmt.scales(fmt.unpack(blocks))[1]
+    size = w.abs() if low is None else w.abs() + 2 * low.abs().repeat_interleave(k // low.shape[1], 1)
+    return Case(fmt, blocks, kernels.pack(blocks, fmt), w, size)
+
+
+def large_checks(name: str) -> Iterator[dict[str, Any]]:
+    """Products with a matrix for which the kernels have their full tiles."""
+    rows, k = plan.checked[1]
+    c = case(name, rows, k)
+    for tokens in plan.large_tokens:
+        x = torch.randn(tokens, k, device=plan.device, dtype=torch.bfloat16)
+        for precision in (0, 1) if tokens <= launch.vector_tokens(x.dtype) else (0,):
+            y = kernels.linear(x, c.packed, c.fmt, rows, None, precision)
+            share = check_product(y, x, c.w, c.size, x.dtype, precision, c.fmt)
+            yield check_row(name, f"linear {rows}x{k}", x.dtype, tokens, precision, share)
+
+
+def checks(name: str) -> Iterator[dict[str, Any]]:
+    rows, k = plan.checked[0]
+    for c in (case(name, rows, k),):
+        fmt, blocks, packed, w, size = c.fmt, c.blocks, c.packed, c.w, c.size
+
+        def row(kernel: str, dtype: Any, tokens: int, precision: int, share: float) -> dict[str, Any]:
+            return check_row(name, kernel, dtype, tokens, precision, share)
 
         yield row("pack", "uint8", 0, 0, 0.0 if torch.equal(kernels.unpack(packed, fmt, rows, k), blocks) else 9.0)
         for dtype in DTYPES:
@@ -147,7 +228,7 @@ def correctness(names: list[str]) -> Iterator[dict[str, Any]]:
                 x = torch.randn(tokens, k, device=plan.device, dtype=dtype)
                 for precision in (0, 1):
                     y = kernels.linear(x, packed, fmt, rows, None, precision)
-                    yield row("linear", dtype, tokens, precision, check_product(y, x, w, size, dtype, precision, run))
+                    yield row("linear", dtype, tokens, precision, check_product(y, x, w, size, dtype, precision, fmt))
                     again = kernels.linear(x, packed, fmt, rows, None, precision)
                     if not torch.equal(y, again):
                         yield row("linear: not deterministic", dtype, tokens, precision, 9.0)
@@ -160,7 +241,7 @@ def correctness(names: list[str]) -> Iterator[dict[str, Any]]:
             x = torch.randn(100, k, device=plan.device, dtype=dtype)
             y = kernels.grouped_linear(x, experts, ends, fmt, rows, 0)
             # the same bound as a dense product of more than GEMV_TOKENS tokens, unless float32 (three digits)
-            share = check_grouped(y[:90], x[:90], w, size, dtype, run)
+            share = check_grouped(y[:90], x[:90], w, size, dtype, fmt)
             yield row("grouped_linear", dtype, 100, 0, share if bool((y[90:] == 0).all()) else 9.0)
             chosen = torch.randint(0, 3, (4, 2), device=plan.device)
             y = kernels.routed_linear(x[:4], experts, chosen, fmt, rows, 1).reshape(8, rows)
@@ -169,7 +250,7 @@ def correctness(names: list[str]) -> Iterator[dict[str, Any]]:
                 dtype,
                 8,
                 1,
-                max(check_product(y[i : i + 1], x[i // 2 : i // 2 + 1], w, size, dtype, 1, run) for i in range(8)),
+                max(check_product(y[i : i + 1], x[i // 2 : i // 2 + 1], w, size, dtype, 1, fmt) for i in range(8)),
             )
             mix = torch.rand(4, 2, device=plan.device)
             y = kernels.routed_weighted(x[:8].view(4, 2, k), experts, chosen, mix, fmt, rows, 0)
@@ -187,10 +268,10 @@ def correctness(names: list[str]) -> Iterator[dict[str, Any]]:
             yield row("routed_gated", dtype, 4, 0, float(((y.double() - exact).abs() / bound).max()))
 
 
-def check_grouped(y: Tensor, x: Tensor, w: Tensor, size: Tensor, dtype: torch.dtype, run: int) -> float:
+def check_grouped(y: Tensor, x: Tensor, w: Tensor, size: Tensor, dtype: torch.dtype, fmt: Format) -> float:
     if dtype == torch.float32:
-        return max(check_product(y[i : i + 4], x[i : i + 4], w, size, dtype, 0, run) for i in range(0, len(x) - 3, 4))
-    return check_product(y, x, w, size, dtype, 0, run)
+        return max(check_product(y[i : i + 4], x[i : i + 4], w, size, dtype, 0, fmt) for i in range(0, len(x) - 3, 4))
+    return check_product(y, x, w, size, dtype, 0, fmt)
 
 
 # -- timing --------------------------------------------------------------------------------------------------
@@ -207,25 +288,31 @@ def copy_bandwidth() -> float:
     return 2 * source.numel() / (timed(lambda i: target.copy_(source), 1) * 1e-6)
 
 
-def linear_times(names: list[str], bandwidth: float) -> Iterator[dict[str, Any]]:
-    for rows, k in plan.shapes:
+def linear_times(
+    names: list[str], bandwidth: float, shapes: Sequence[tuple[int, int]], counts: Sequence[int], share: float
+) -> Iterator[dict[str, Any]]:
+    """Each product is checked, then timed. Ends when this share of the run's time is over."""
+    for rows, k in shapes:
         dense = torch.randn(copies_of(2 * rows * k, plan.device), rows, k, device=plan.device, dtype=torch.bfloat16)
         baseline = {}
-        for tokens in plan.timed:
+        for tokens in counts:
             x = torch.randn(tokens, k, device=plan.device, dtype=torch.bfloat16)
             baseline[tokens] = timed(lambda i, x=x, dense=dense: torch.mm(x, dense[i].t()), len(dense))
         del dense
         for name in names:
-            fmt = get_format(name)
-            packed = kernels.pack(random_blocks(fmt, rows, k), fmt)
+            if late(share):
+                return
+            c = case(name, rows, k)
+            fmt, packed = c.fmt, c.packed
             data = packed.expand(copies_of(packed.numel(), plan.device), -1).contiguous()
-            for tokens in plan.timed:
+            for tokens in counts:
                 x = torch.randn(tokens, k, device=plan.device, dtype=torch.bfloat16)
                 for precision in (0, 1) if tokens <= launch.vector_tokens(x.dtype) else (0,):
                     started = time.perf_counter()
-                    kernels.linear(x, data[0], fmt, rows, None, precision)
+                    y = kernels.linear(x, data[0], fmt, rows, None, precision)
                     synchronize(plan.device)
                     first = time.perf_counter() - started
+                    error = check_product(y, x, c.w, c.size, x.dtype, precision, fmt)
                     us = timed(lambda i, x=x, p=precision, f=fmt, d=data, n=rows: kernels.linear(x, d[i], f, n, None, p), len(data))
                     yield {
                         "format": name, "bpw": f"{fmt.bits_per_weight(k):.3f}", "rows": rows, "k": k, "tokens": tokens,
@@ -233,8 +320,9 @@ def linear_times(names: list[str], bandwidth: float) -> Iterator[dict[str, Any]]
                         "share_of_copy_bandwidth": f"{packed.numel() / us * 1e6 / bandwidth:.3f}",
                         "TFLOPS": f"{2 * rows * k * tokens / us / 1e6:.1f}", "cublas_bf16_us": f"{baseline[tokens]:.2f}",
                         "speedup": f"{baseline[tokens] / us:.3f}", "first_call_s": f"{first:.2f}", "rotating_copies": len(data),
+                        "error_of_bound": f"{error:.3f}", "ok": error <= 1.0,
                     }  # fmt: skip
-            del data
+            del data, c
 
 
 def expert_times(names: list[str]) -> Iterator[dict[str, Any]]:
@@ -268,6 +356,8 @@ def expert_times(names: list[str]) -> Iterator[dict[str, Any]]:
                 y = kernels.grouped_linear(torch.nn.functional.silu(gate) * up, down, ends, fmt, hidden, 1)  # noqa: B023
                 return (y[order.argsort()].view(len(x), top, hidden) * mix[..., None]).sum(1)
 
+            if late(0.8):
+                return
             base = timed(lambda i, x=x, r=routes, m=mix: gpu_experts.experts(x, dense[0], dense[1], r[i], m), len(routes))
             for kernel, call in (("fused", fused), ("grouped", grouped)):
                 if kernel == "fused" and tokens * top > 1024:
@@ -285,15 +375,52 @@ def pack_times(names: list[str]) -> Iterator[dict[str, Any]]:
         fmt = get_format(name)
         blocks = random_blocks(fmt, rows, k)
         kernels.pack(blocks[: rows // 2], fmt)
+        kernels.unpack(kernels.pack(blocks[: rows // 2], fmt), fmt, rows // 2, k)
         synchronize(plan.device)
         started = time.perf_counter()
         packed = kernels.pack(blocks, fmt)
         synchronize(plan.device)
-        seconds = time.perf_counter() - started
+        there = time.perf_counter() - started
+        same = torch.equal(kernels.unpack(packed, fmt, rows, k), blocks)
+        synchronize(plan.device)
+        back = time.perf_counter() - started - there
         yield {
-            "format": name, "rows": rows, "k": k, "ms": f"{seconds * 1e3:.2f}", "GB/s": f"{blocks.numel() / seconds / 1e9:.2f}",
-            "bytes_ratio": f"{packed.numel() / blocks.numel():.4f}",
+            "format": name, "rows": rows, "k": k, "pack_ms": f"{there * 1e3:.2f}", "pack_GB/s": f"{blocks.numel() / there / 1e9:.2f}",
+            "unpack_ms": f"{back * 1e3:.2f}", "bytes_ratio": f"{packed.numel() / blocks.numel():.4f}", "ok": same,
         }  # fmt: skip
+        if late():
+            return
+
+
+def tile_times(names: list[str], bandwidth: float) -> Iterator[dict[str, Any]]:
+    """Other tiles than the closed-form choice, for the largest matrix: what `iqtorch bench --tune` would find."""
+    rows, k = plan.shapes[0]
+    for name, tokens in [(name, tokens) for name in names for tokens in (1, 16)]:
+        fmt = get_format(name)
+        packed = kernels.pack(random_blocks(fmt, rows, k), fmt)
+        data = packed.expand(copies_of(packed.numel(), plan.device), -1).contiguous()
+        x = torch.randn(tokens, k, device=plan.device, dtype=torch.bfloat16)
+        if tokens <= launch.vector_tokens(x.dtype):
+            kernel, key = "gemv", launch.key("gemv", name, rows, k, tokens, 1)
+        else:
+            kernel, key = "gemm", launch.key("gemm", name, rows, k, tokens)
+        options = list(tuning.candidates(kernel))
+        for option in [{}, *(options[: plan.tiles] if plan.tiles else options)]:
+            if late():
+                return
+            launch.override = {key: option} if option else {}
+            try:
+                us = timed(lambda i, x=x, f=fmt, d=data: kernels.linear(x, d[i], f, rows, None, 1), len(data))
+            except Exception as error:  # registers or shared memory do not suffice
+                print(f"{name} {option}: {type(error).__name__}")
+                continue
+            finally:
+                launch.override = None
+            yield {
+                "format": name, "rows": rows, "k": k, "tokens": tokens, "kernel": kernel,
+                "tile": " ".join(f"{field} {value}" for field, value in option.items()) or "closed form", "us": f"{us:.2f}",
+                "share_of_copy_bandwidth": f"{packed.numel() / us * 1e6 / bandwidth:.3f}",
+            }  # fmt: skip
 
 
 def model_times(names: list[str]) -> Iterator[dict[str, Any]]:
@@ -315,6 +442,8 @@ def model_times(names: list[str]) -> Iterator[dict[str, Any]]:
 
     reference: dict[str, float] = {}
     for name, make in [("bf16", dense), *((n, packed(get_format(n))) for n in names)]:
+        if late(0.9):
+            return
         found, error = model_run(Model(shape, make, plan.device, dtype))
         torch._dynamo.reset()
         reference = reference or found
@@ -351,7 +480,7 @@ def aims(results: dict[str, list[dict[str, Any]]]) -> Iterator[dict[str, Any]]:
     def linear(name: str, tokens: int, field: str) -> list[float]:
         return [
             float(r[field])
-            for r in results["linear"]
+            for r in results.get("linear", [])
             if r.get("format") == name and r["tokens"] == tokens and r["rows"] == plan.shapes[0][0]
         ]
 
@@ -363,16 +492,16 @@ def aims(results: dict[str, list[dict[str, Any]]]) -> Iterator[dict[str, Any]]:
     for name, share in [("iq2_kl", 0.6), ("iq2_kt", 0.4), ("iq4_kt", 0.65), *((n, 0.75) for n in tables)]:
         yield aim(f"{name}, 1 token: share of the copy bandwidth", linear(name, 1, "share_of_copy_bandwidth"), share)
     yield aim("iq2_kl, 1 token: times cuBLAS bf16", linear("iq2_kl", 1, "speedup"), 4.0)
-    for name in sorted({str(r["format"]) for r in results["linear"] if "format" in r}):
+    for name in sorted({str(r["format"]) for r in results.get("linear", []) if "format" in r}):
         one, sixteen = linear(name, 1, "us"), linear(name, 16, "us")
         yield aim(f"{name}, 16 tokens: time of 1", [sixteen[0] / min(one)] if one and sixteen else [], 1.2, most=True)
         for tokens, share in ((512, 0.7), (1024, 0.7), (2048, 0.9), (4096, 0.9)):
             yield aim(f"{name}, {tokens} tokens: share of cuBLAS bf16", linear(name, tokens, "speedup"), share)
     for tokens in plan.expert_tokens[:2]:
-        found = [float(r["speedup"]) for r in results["experts"] if r.get("tokens") == tokens and r["format"] == "iq2_kl"]
+        found = [float(r["speedup"]) for r in results.get("experts", []) if r.get("tokens") == tokens and r["format"] == "iq2_kl"]
         yield aim(f"iq2_kl experts, {tokens} tokens: times bf16 in Triton", found, 3.0)
     for speed, limit in (("decode_speedup", 3.5), ("prefill_speedup", 0.9)):
-        yield aim(f"iq2_kl model: {speed}", [float(r[speed]) for r in results["model"] if r.get("format") == "iq2_kl"], limit)
+        yield aim(f"iq2_kl model: {speed}", [float(r[speed]) for r in results.get("model", []) if r.get("format") == "iq2_kl"], limit)
 
 
 # -- output --------------------------------------------------------------------------------------------------
@@ -393,17 +522,20 @@ def conditions(bandwidth: float) -> list[str]:
     return [f"# {card.name}, {facts}", *lines]
 
 
-def write(path: Path, header: list[str], rows: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Writes rows as they come, so that an interrupted run keeps what it has."""
+def write(path: Path, header: list[str], rows: Iterator[dict[str, Any]], more: bool = False) -> list[dict[str, Any]]:
+    """Writes rows as they come, so that an interrupted run keeps what it has; `more`: behind what is there."""
     done: list[dict[str, Any]] = []
-    with path.open("w", newline="") as file:
-        file.write("\n".join(header) + "\n")
+    more &= path.exists()
+    with path.open("a" if more else "w", newline="") as file:
+        if not more:
+            file.write("\n".join(header) + "\n")
         writer = None
         try:
             for row in rows:
                 if writer is None:
                     writer = csv.DictWriter(file, list(row))
-                    writer.writeheader()
+                    if not more:
+                        writer.writeheader()
                 writer.writerow(row)
                 file.flush()
                 done.append(row)
@@ -421,7 +553,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("gpu-results"), help="folder for the CSV files")
     parser.add_argument("--quick", action="store_true", help=f"only {', '.join(plan.quick)}")
     parser.add_argument("--formats", help="comma-separated names instead of all")
-    parser.add_argument("--skip-checks", action="store_true", help="time without checking first")
+    parser.add_argument("--skip-checks", action="store_true", help="without the part `correctness`")
+    parser.add_argument("--minutes", type=float, help="time of the whole run; default: 8 with --quick, else no limit")
     parser.add_argument("--rehearse", action="store_true", help="every step on the CPU in tiny sizes, in Triton's interpreter")
     options = parser.parse_args(arguments)
     if options.rehearse:
@@ -430,27 +563,35 @@ def main(arguments: list[str] | None = None) -> int:
         plan = REHEARSAL
     elif not torch.cuda.is_available():
         parser.error("no CUDA or ROCm device is available to this PyTorch; --rehearse runs without")
+    minutes = options.minutes or (8 if options.quick else None)
+    if minutes:
+        plan = dataclasses.replace(plan, seconds=60 * minutes, deadline=time.time() + 60 * minutes)
     names = options.formats.split(",") if options.formats else plain_formats(options.quick or options.rehearse)
     some = names if options.formats else list(plan.quick)
     options.out.mkdir(parents=True, exist_ok=True)
     bandwidth = copy_bandwidth()
     header = conditions(bandwidth)
     print("\n".join(header))
-    good = True
-    if not options.skip_checks:
-        checked = write(options.out / "correctness.csv", header, correctness(names))
-        wrong = [r for r in checked if not r["ok"]]
-        good = not wrong
-        print(f"{len(checked) - len(wrong)} of {len(checked)} checks passed" + "".join(f"\n  WRONG {r}" for r in wrong[:40]))
-    results = {}
-    for part, rows in {
-        "linear": linear_times(names, bandwidth),
-        "experts": expert_times(some),
-        "pack": pack_times(names),
-        "model": model_times(some),
-    }.items():
-        results[part] = write(options.out / f"{part}.csv", header, rows)
-        good &= all(r.get("ok", True) for r in results[part])
+    parts: list[tuple[str, Callable[[], Iterator[dict[str, Any]]]]] = [
+        ("linear", lambda: linear_times(some, bandwidth, plan.shapes[:1], plan.first_tokens, 0.35)),
+        ("correctness", lambda: correctness(names)),
+        ("experts", lambda: expert_times(some[:1] if options.quick else some)),
+        ("model", lambda: model_times(some[:1] if options.quick else some)),
+        ("pack", lambda: pack_times(names)),
+        ("tiles", lambda: tile_times(some[:2], bandwidth)),
+        ("linear", lambda: linear_times(names, bandwidth, plan.shapes, plan.timed, 1.0)),
+    ]
+    results: dict[str, list[dict[str, Any]]] = {}
+    for part, rows in parts:
+        if late() or (part == "correctness" and options.skip_checks):
+            continue
+        found = write(options.out / f"{part}.csv", header, rows(), part in results)
+        results[part] = results.get(part, []) + found
+        wrong = [row for row in found if not row.get("ok", True)]
+        print(
+            f"{part}: {len(found) - len(wrong)} of {len(found)} rows good", *(f"  WRONG {row}" for row in wrong[:40]), sep="\n", flush=True
+        )
+    good = all(row.get("ok", True) for found in results.values() for row in found)
     for row in write(options.out / "aims.csv", header, aims(results)):
         print("  ".join(f"{k} {v}" for k, v in row.items()))
     return 0 if good else 1
