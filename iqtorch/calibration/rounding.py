@@ -17,6 +17,9 @@ DAMPING = 0.1
 #: Likewise of the curvature in the outputs.
 OUTPUT_DAMPING = 0.5
 
+#: Activations kept aside that a matrix is judged by: all its rows times these are plenty.
+JUDGES = 128
+
 #: What `iqtorch.report` says of a matrix.
 FEEDBACK = "rounded with error feedback"
 NEAREST = "rounded to nearest: feedback does not help on held-out activations"
@@ -71,6 +74,8 @@ def best_of(
     start = encode(weight, fmt, metric.importance, "rmse")
     rows = None if curvature is None else RowFeedback(curvature.to(weight.device), OUTPUT_DAMPING)
     fed = encode_with_feedback(wanted, fmt, metric, objective, start=start, rows=rows)
+    step = max(1, len(x) // JUDGES)
+    x, y = x[::step], y[::step]
     target = weight @ x.T
     before, after = (_size(target - (fmt.decode(b) * fmt.runtime_scale) @ y.T, curvature) for b in (start, fed))
     return (fed, True) if after <= before else (encode(weight, fmt, metric.importance, objective), False)
