@@ -15,7 +15,6 @@ import argparse
 import copy
 import csv
 import logging
-import time
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ RESULTS = Path(__file__).parent / "results"
 ROUNDINGS = ("nearest", "ldlq", "yaqa", "yaqa+refine")
 WINDOW = 512
 COLUMNS = (
-    "format", "bpw", "rounding", "windows", "seed", "mean_kl", "stderr", "perplexity", "same_top", "reference_kl", "ratio", "cpu_seconds"
+    "format", "bpw", "rounding", "windows", "seed", "mean_kl", "stderr", "perplexity", "same_top", "reference_kl", "ratio"
 )  # fmt: skip
 
 
@@ -61,11 +60,10 @@ def token_windows(ids: Tensor, count: int, seed: int, bos: int) -> Tensor:
     return windows
 
 
-def quantized(base: nn.Module, windows: Tensor, every: Tensor, name: str, rounding: str) -> tuple[nn.Module, float]:
-    """The model in a format, and the CPU time it took; `refine` sees all calibration windows."""
+def quantized(base: nn.Module, windows: Tensor, every: Tensor, name: str, rounding: str) -> nn.Module:
+    """The model in a format; `refine` sees all calibration windows."""
     model = copy.deepcopy(base)
     recipe = {r"layers\.": name, r"embed_tokens": "q8_0"}
-    started = time.process_time()
     batches = windows.split(8)
     if rounding == "nearest":
         iqtorch.quantize_model(model, recipe, importance=iqtorch.collect_importance(model, batches), progress=False)
@@ -73,18 +71,16 @@ def quantized(base: nn.Module, windows: Tensor, every: Tensor, name: str, roundi
         iqtorch.quantize_model(model, recipe, calibration=batches, rounding=rounding.removesuffix("+refine"), progress=False)
     if rounding.endswith("+refine"):
         print(iqtorch.refine(model, base, every.split(4), codes=True))
-    return model, time.process_time() - started
+    return model
 
 
 def measure(base: Remembered, ids: Tensor, windows: Tensor, every: Tensor, name: str, rounding: str) -> dict[str, Any]:
-    model, seconds = quantized(base.model, windows, every, name, rounding)
-    score = evaluate.kl_divergence(dense(model), base, ids)
+    score = evaluate.kl_divergence(dense(quantized(base.model, windows, every, name, rounding)), base, ids)
     return {
         "mean_kl": f"{score.mean_kl:.5f}",
         "stderr": f"{score.stderr:.5f}",
         "perplexity": f"{score.perplexity:.3f}",
         "same_top": f"{score.same_top:.4f}",
-        "cpu_seconds": f"{seconds:.0f}",
     }
 
 
@@ -110,6 +106,23 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+
+
+def table(rows: list[dict[str, str]], reference: dict[str, dict[str, str]]) -> str:
+    """Markdown: a line per format, the three roundings side by side."""
+    lines = [
+        "| format | bpw | reference KL | nearest | ldlq | yaqa | of reference: ldlq, yaqa | perplexity: reference, nearest, ldlq, yaqa |",
+        "|---|---:|---:|---:|---:|---:|---|---|",
+    ]
+    for name in dict.fromkeys(row["format"] for row in rows):
+        found = {row["rounding"]: row for row in rows if row["format"] == name}
+        own = [found.get(rounding, {}) for rounding in ROUNDINGS[:3]]
+        kl = " | ".join(row.get("mean_kl", "-") for row in own)
+        ratio = ", ".join(f"{float(row['ratio']):.2f}" if row.get("ratio") else "-" for row in own[1:])
+        perplexity = ", ".join(f"{float(row['perplexity']):.2f}" if row else "-" for row in (reference[name], *own))
+        bpw = f"{float(reference[name]['bpw']):.3f}"
+        lines.append(f"| `{name}` | {bpw} | {reference[name]['mean_kl']} | {kl} | {ratio} | {perplexity} |")
+    return "\n".join(lines)
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
@@ -176,7 +189,9 @@ def main() -> None:
                     row["ratio"] = f"{float(row['mean_kl']) / float(row['reference_kl']):.3f}"
                 print({k: row[k] for k in COLUMNS if k in row}, flush=True)
                 write(options.csv, [*read(options.csv), row])
-    plot([r for r in read(options.csv) if r["seed"] == "0"], options.plot)
+    rows = [r for r in read(options.csv) if r["seed"] == "0" and r["windows"] == "48"]
+    print(table(rows, reference))
+    plot(rows, options.plot)
 
 
 if __name__ == "__main__":

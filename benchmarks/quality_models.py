@@ -23,7 +23,6 @@ import logging
 import re
 import subprocess
 import tempfile
-import time
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -37,7 +36,7 @@ from iqtorch import evaluate
 from iqtorch.data import calibration_text, heldout_text, load_tiny_llama
 from iqtorch.gguf import save_gguf
 
-COLUMNS = ("model", "format", "bpw", "rounding", "measure", "error", "stderr", "perplexity", "cpu_seconds")
+COLUMNS = ("model", "format", "bpw", "rounding", "measure", "error", "stderr", "perplexity")
 STEPS = 400
 SPAN = 128
 
@@ -85,9 +84,9 @@ def second(options: argparse.Namespace) -> None:
         reference(options, base.model, tokenizer)
     for name in options.formats:
         for rounding in options.roundings:
-            model, seconds = packed(base.model, {r"layers\.": name, r"embed_tokens": "q8_0"}, batches, rounding)
+            model = packed(base.model, {r"layers\.": name, r"embed_tokens": "q8_0"}, batches, rounding)
             score = evaluate.kl_divergence(dense(model), base, heldout)
-            add(options, "qwen2-512", name, model, rounding, "mean KL", score.mean_kl, score.stderr, f"{score.perplexity:.3f}", seconds)
+            add(options, "qwen2-512", name, model, rounding, "mean KL", score.mean_kl, score.stderr, f"{score.perplexity:.3f}")
 
 
 def reference(options: argparse.Namespace, model: nn.Module, tokenizer: Any) -> None:
@@ -117,7 +116,7 @@ def reference(options: argparse.Namespace, model: nn.Module, tokenizer: Any) -> 
             output = score("packed.gguf", "--kl-divergence-base", "base.bin", "--kl-divergence")
             mean, error = re.findall(r"Mean\s+KLD:\s+([0-9.]+)\s+±\s+([0-9.]+)", output)[0]
             perplexity = re.findall(r"Mean\s+PPL\(Q\)\s+:\s+([0-9.]+)", output)[0]
-            add(options, "qwen2-512", name, None, "reference", "mean KL", float(mean), float(error), f"{float(perplexity):.3f}", 0.0)
+            add(options, "qwen2-512", name, None, "reference", "mean KL", float(mean), float(error), f"{float(perplexity):.3f}")
 
 
 def encoder(options: argparse.Namespace) -> None:
@@ -152,28 +151,27 @@ def encoder(options: argparse.Namespace) -> None:
     wanted = embed(base, scored)
     for name in options.formats:
         for rounding in options.roundings:
-            model, seconds = packed(base, {r"encoder\.layer": name}, batches, rounding)
+            model = packed(base, {r"encoder\.layer": name}, batches, rounding)
             error = 1 - (embed(dense(copy.deepcopy(model)), scored) * wanted).sum(-1)
             stderr = float(error.std() / len(error) ** 0.5)
-            add(options, "all-MiniLM-L6-v2", name, model, rounding, "mean 1 - cosine", float(error.mean()), stderr, "", seconds)
+            add(options, "all-MiniLM-L6-v2", name, model, rounding, "mean 1 - cosine", float(error.mean()), stderr, "")
 
 
-def packed(base: nn.Module, recipe: dict[str, str], batches: Any, rounding: str) -> tuple[nn.Module, float]:
+def packed(base: nn.Module, recipe: dict[str, str], batches: Any, rounding: str) -> nn.Module:
     model = copy.deepcopy(base)
-    started = time.process_time()
     if rounding == "nearest":
         how: dict[str, Any] = {"importance": iqtorch.collect_importance(model, batches)}
     else:
         how = {"calibration": batches, "rounding": rounding}
-    return iqtorch.quantize_model(model, recipe, progress=False, **how), time.process_time() - started
+    return iqtorch.quantize_model(model, recipe, progress=False, **how)
 
 
 def add(options: argparse.Namespace, name: str, fmt: str, model: nn.Module | None, rounding: str, *values: Any) -> None:
-    measure, error, stderr, perplexity, seconds = values
+    measure, error, stderr, perplexity = values
     named = model.named_parameters() if model is not None else []
     found = [p for n, p in named if isinstance(p, iqtorch.IQTensor) and "embed_tokens" not in n and "lm_head" not in n]
     bits = 8 * sum(p.to_blocks().numel() for p in found) / max(1, sum(p.shape.numel() for p in found))
-    row = dict(zip(COLUMNS, (name, fmt, "", rounding, measure, f"{error:.3g}", f"{stderr:.2g}", perplexity, f"{seconds:.0f}"), strict=True))
+    row = dict(zip(COLUMNS, (name, fmt, "", rounding, measure, f"{error:.3g}", f"{stderr:.2g}", perplexity), strict=True))
     row["bpw"] = f"{bits or iqtorch.get_format(fmt).bits_per_weight():.3f}"
     print(row, flush=True)
     rows = [r for r in read(options.csv) if any(r[k] != row[k] for k in ("model", "format", "rounding"))]
