@@ -28,6 +28,8 @@ from iqtorch.data import calibration_text, heldout_text, load_tiny_llama
 RESULTS = Path(__file__).parent / "results"
 ROUNDINGS = ("nearest", "ldlq", "yaqa", "yaqa+refine")
 WINDOW = 512
+#: Formats whose labels stand left of their marks in the plot, and how many points above it: there are others at their right.
+LEFT = {"iq2_kt": 0, "iq3_ks": 0, "iq4_kss": 0, "iq4_xs": 4, "iq4_ks": -4}
 COLUMNS = (
     "format", "bpw", "rounding", "windows", "seed", "mean_kl", "stderr", "perplexity", "same_top", "reference_kl", "ratio"
 )  # fmt: skip
@@ -142,7 +144,11 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         for axis, key in zip(axes, ("mean_kl", "perplexity"), strict=True):
             axis.scatter([float(p["bpw"]) for p in points], [float(p[key]) for p in points], c=color, marker=marker, s=22, label=label)
     for p in (r for r in last if float(r["bpw"]) < 6):
-        axes[0].annotate(p["format"], (float(p["bpw"]), float(p["mean_kl"])), (5, 0), textcoords="offset points", va="center", fontsize=7)
+        left = p["format"] in LEFT
+        axes[0].annotate(
+            p["format"], (float(p["bpw"]), float(p["mean_kl"])), (-5 if left else 5, LEFT.get(p["format"], 0)),
+            textcoords="offset points", ha="right" if left else "left", va="center", fontsize=7,
+        )  # fmt: skip
     axes[0].set_yscale("log")
     axes[0].yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     for axis, name in zip(axes, ("mean KL divergence (nats per token)", "perplexity"), strict=True):
