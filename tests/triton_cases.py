@@ -81,6 +81,21 @@ def test_dequantize_is_exact(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FORMATS)
+def test_repacking_kernel_equals_plain_torch(name: str) -> None:
+    """Both ways, several matrices, random bytes, and rows that are no multiple of 256 weights where the format allows them."""
+    from iqtorch.kernels import repack
+
+    fmt, blocks, _, _ = matrix(name)
+    rows, plan = blocks.shape[0], launch.layout(fmt)
+    for k in (512, 96 if fmt.block_size == 32 else 256):
+        some = blocks[:, : fmt.row_bytes(k)]
+        both = torch.stack([some, some.flip(0)])
+        packed = plan.pack(both)
+        assert torch.equal(repack.pack(both, name), packed)
+        assert torch.equal(repack.unpack(packed, name, rows, k), both)
+
+
+@pytest.mark.parametrize("name", FORMATS)
 def test_linear(name: str) -> None:
     fmt, blocks, packed, w = matrix(name)
     rows, k = w.shape

@@ -70,11 +70,21 @@ def supports(fmt: Format, rows: int, k: int) -> str | None:
 
 def pack(blocks: Tensor, fmt: Format) -> Tensor:
     """Canonical bytes uint8 `[..., rows, row_bytes]` -> device layout uint8 `[..., packed_bytes]`, on the same device."""
+    if blocks.is_cuda and _unusable() is None:
+        from . import launch, repack
+
+        with launch._on(blocks.device):
+            return repack.pack(blocks, fmt.name)
     return layout(fmt).pack(blocks)
 
 
 def unpack(data: Tensor, fmt: Format, rows: int, k: int) -> Tensor:
     """Inverse of `pack`, bit for bit."""
+    if data.is_cuda and _unusable() is None:
+        from . import launch, repack
+
+        with launch._on(data.device):
+            return repack.unpack(data, fmt.name, rows, k)
     return layout(fmt).unpack(data, rows, k)
 
 

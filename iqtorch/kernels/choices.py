@@ -99,17 +99,18 @@ def gemv_tile(
 ) -> GemvTile:
     """Tile of a vector product: `programs` of them run beside each other for other tokens.
 
-    A warp's 32 threads take neighbouring runs of the same rows. Sixteen rows, in passes of eight (four for grids and plain twins,
-    which take more registers; fewer for several tokens), share one reading and rounding of the activations; fewer where processors
-    would be left idle.
+    A warp's 32 threads take neighbouring runs of the same rows. Sixteen rows in two passes (half of that where more registers are
+    needed, fewer for several tokens) share one reading and rounding of the activations; fewer where processors would be left idle.
     `programs` counts in powers of two, so that not every number of tokens compiles a kernel of its own.
     """
     warps = 4 if runs >= 128 else 2 if runs >= 64 else 1
-    most = 16 // tokens if asm and s.family != "grid" and digits < 3 else 8 // tokens
-    while most > 1 and -(-rows // most) * power_of_two(programs) < 3 * processors:
-        most //= 2
-    tile_rows = min(most, max((4 if s.family == "grid" or not asm else 8) // tokens, 1))
-    return GemvTile(tile_rows, most // tile_rows, min(power_of_two(runs), 32 * warps), warps)
+    narrow = not asm or s.family == "grid" or digits == 3 or (s.family == "trellis" and digits == 2)
+    most = (8 if narrow else 16) // tokens
+    wanted = most
+    while wanted > 1 and -(-rows // wanted) * power_of_two(programs) < 3 * processors:
+        wanted //= 2
+    tile_rows = min(wanted, max(most // 2, 1))
+    return GemvTile(tile_rows, wanted // tile_rows, min(power_of_two(runs), 32 * warps), warps)
 
 
 def all_registers(asm: bool) -> dict[str, int]:
