@@ -159,24 +159,14 @@ def interleave(a, b):
     return flatten_last(tl.join(a, b))
 
 
-@triton.constexpr_function
-def halved(shape):
-    """`[2n, ...]` -> `[n, 2, ...]`."""
-    sizes = [int(getattr(n, "value", n)) for n in shape]
-    return [sizes[0] // 2, 2, *sizes[1:]]
-
-
-@triton.constexpr_function
-def second_last(rank):
-    """The order of `rank` + 1 dimensions that puts the second last."""
-    return [0, *range(2, rank + 1), 1]
-
-
 @triton.jit
 def unleave(v):
-    """Inverse of `interleave`, for any number of dimensions behind the first."""
-    order: tl.constexpr = second_last(len(v.shape))
-    return tl.split(tl.permute(tl.reshape(v, halved(v.shape)), order))
+    """Inverse of `interleave`, also for `[2n, M, R, B]`."""
+    if len(v.shape) == 3:
+        v = tl.permute(tl.reshape(v, (v.shape[0] // 2, 2, v.shape[1], v.shape[2])), (0, 2, 3, 1))
+    else:
+        v = tl.permute(tl.reshape(v, (v.shape[0] // 2, 2, v.shape[1], v.shape[2], v.shape[3])), (0, 2, 3, 4, 1))
+    return tl.split(v)
 
 
 @triton.jit
