@@ -37,7 +37,7 @@ def loaded(folder: Path) -> Any:
     return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-3.1", "qwen3-moe", "gemma2", "deepseek-v2", "phi3"])
+@pytest.mark.parametrize("name", ["llama", "llama-3.1", "qwen3-moe", "gemma2", "deepseek-v2", "phi3", "gpt-oss"])
 def test_every_way_gives_the_files_of_the_way_through_memory(tmp_path: Path, name: str) -> None:
     gguf_models.tiny(name).save_pretrained(tmp_path / "in")
     model = loaded(tmp_path / "in")

@@ -44,6 +44,20 @@ def test_packed_model_round_trip(tmp_path: Path, name: str) -> None:
     assert ("output.weight" in GGUFFile(path).tensors) == (not tied)
 
 
+def test_gpt_oss_as_it_is_distributed(tmp_path: Path) -> None:
+    """Experts in mxfp4, everything else in bfloat16."""
+    model = pack(tiny("gpt-oss-yarn"), {"experts": "mxfp4"})
+    save_gguf(model, tmp_path / "a.gguf")
+    file = GGUFFile(tmp_path / "a.gguf")
+    assert {n.split(".")[2] for n, info in file.tensors.items() if info.type_name == "mxfp4"} == {
+        "ffn_gate_exps", "ffn_up_exps", "ffn_down_exps",
+    }  # fmt: skip
+    again = load_gguf(tmp_path / "a.gguf")
+    assert assert_same_weights(again, model) == 6
+    assert torch.equal(logits(again), logits(model))
+    assert again.config.rope_parameters == model.config.rope_parameters
+
+
 @every_family
 def test_plain_model_and_configuration_round_trip(tmp_path: Path, name: str) -> None:
     model = tiny(name)
