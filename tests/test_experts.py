@@ -20,7 +20,7 @@ from iqtorch.tensor_ops import grouped_linear
 transformers = pytest.importorskip("transformers")
 
 from test_model import dequantized  # noqa: E402
-from tiny_models import tiny_model  # noqa: E402
+from tiny_models import tiny_config, tiny_model  # noqa: E402
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # noqa: E402
 
 IDS = torch.tensor([[5, 9, 12, 7, 3, 4], [8, 6, 4, 11, 10, 9]])
@@ -225,6 +225,78 @@ def test_default_configs_of_all_architectures_with_experts_are_packed_to_99_perc
         if fraction < 0.99:
             short[model_type] = round(fraction, 4)
     assert len(seen) >= 40 and not short, (len(seen), short)
+
+
+def expert_classes() -> set[str]:
+    """Every class of the installed modeling files with parameters of more than two dimensions, one of them the number of experts."""
+    found = set()
+    for file in (Path(transformers.__file__).parent / "models").glob("*/modeling_*.py"):
+        for name, body in re.findall(r"^class (\w+)\(.*?\):\n(.*?)(?=^\S)", file.read_text() + "\nend", re.DOTALL | re.MULTILINE):
+            sizes = re.findall(r"nn\.Parameter\(\s*torch\.\w+\(((?:[^()]|\([^()]*\))*)\)", body)
+            if any("expert" in size and size.count(",") >= 2 for size in sizes):
+                found.add(name)
+    return found
+
+
+@pytest.mark.slow
+def test_every_class_of_experts_in_the_modeling_files_is_packed() -> None:
+    """On the meta device, whatever auto class makes it: no class of experts is missed, and none of its 3-D weights is kept."""
+    packed, kept = set(), {}
+    for model_type in expert_architectures():
+        for make in (tiny_config, lambda name: CONFIG_MAPPING[name]()):
+            for auto in ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForSeq2SeqLM", "AutoModel"):
+                try:
+                    with torch.device("meta"):
+                        model = getattr(transformers, auto).from_config(make(model_type))
+                except Exception:  # a config class of a part, or one that cannot be built so
+                    continue
+                names = {id(site.weight) for site, choice in plan_formats(model, Recipe.pure("q8_0"))[0] if choice.format}
+                for module in model.modules():
+                    for name, parameter in module._parameters.items():
+                        if (
+                            parameter is not None
+                            and parameter.dim() == 3
+                            and parameter.shape[-1] % 32 == 0
+                            and parameter.shape[-2] % 32 == 0
+                        ):
+                            if id(parameter) in names:
+                                packed.add(type(module).__name__)
+                            elif "xpert" in type(module).__name__:
+                                kept[f"{type(module).__name__}.{name}"] = tuple(parameter.shape)
+                break
+    missed = expert_classes() - packed
+    assert len(packed) >= 40 and not missed and not kept, (len(packed), missed, kept)
+
+
+def test_dbrx_quantizes_runs_saves_and_loads(tmp_path: Path) -> None:
+    """A whole model of DBRX, whose experts lie flat."""
+    torch.manual_seed(0)
+    config = transformers.DbrxConfig(
+        d_model=256, n_heads=4, n_layers=2, max_seq_len=64, vocab_size=128, attn_config={"kv_n_heads": 2, "clip_qkv": 8.0},
+        ffn_config={"hidden_size": 256, "ffn_hidden_size": 256, "moe_num_experts": 4, "moe_top_k": 2, "ffn_act_fn": {"name": "silu"}},
+    )  # fmt: skip
+    config.attn_config.rope_theta = 10000.0  # which transformers 5.24 reads and its config class lacks
+    model = transformers.DbrxForCausalLM(config).eval()
+    model.save_pretrained(tmp_path / "plain")
+    iqtorch.quantize_model(model, Recipe.pure("q8_0"), progress=False)
+    assert iqtorch.report(model).packed_fraction >= 0.99
+    got = run(model)
+    plain = dequantized(model)
+    for module in plain.modules():
+        if type(module).__name__ == "DbrxExpertGLU":
+            for name, parameter in module._parameters.items():
+                module._parameters[name] = nn.Parameter(parameter.reshape(-1, parameter.shape[-1]))
+    want = run(plain)
+    assert (got - want).norm() <= 1e-4 * want.norm()
+    model.save_pretrained(tmp_path / "packed")
+    loaded, info = transformers.DbrxForCausalLM.from_pretrained(tmp_path / "packed", output_loading_info=True)
+    assert not any(info.values()), info
+    assert torch.equal(run(loaded), got)
+    loading = transformers.DbrxForCausalLM.from_pretrained(
+        tmp_path / "plain", quantization_config=iqtorch.IQConfig(recipe=Recipe.pure("q8_0"))
+    )
+    assert torch.equal(run(loading), got)
+    assert loaded.generate(IDS, max_new_tokens=2, min_new_tokens=2, do_sample=False).shape == (2, 8)
 
 
 def test_a_model_that_is_not_packed_is_a_loud_warning() -> None:

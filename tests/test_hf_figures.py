@@ -1,0 +1,158 @@
+"""What importing, loading and quantizing cost, each in a process of its own: processor time and private memory."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import iqtorch
+from iqtorch import Recipe
+
+transformers = pytest.importorskip("transformers")
+
+ROOT = Path(__file__).parent.parent
+PREFIX = """
+import os, sys, threading, time
+import torch
+
+class Peak:
+    '''Largest private memory (not the pages of mapped files) above that at the start, in bytes.'''
+
+    def now(self):
+        with open("/proc/self/status") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon"))
+
+    def __enter__(self):
+        self.start, self.bytes, self.done = self.now(), 0, threading.Event()
+        self.thread = threading.Thread(target=self.watch)
+        self.thread.start()
+        return self
+
+    def watch(self):
+        while not self.done.wait(0.001):
+            self.bytes = max(self.bytes, self.now() - self.start)
+
+    def __exit__(self, *error):
+        self.bytes = max(self.bytes, self.now() - self.start)
+        self.done.set()
+        self.thread.join()
+"""
+
+#: Loads, quantizes and runs something small: the code that is loaded for this takes memory, too.
+WARM_UP = """
+import tempfile
+with tempfile.TemporaryDirectory() as folder:
+    small = transformers.LlamaConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=1, vocab_size=64)
+    transformers.LlamaForCausalLM(small).to(torch.bfloat16).save_pretrained(folder)
+    with torch.no_grad():
+        quick = iqtorch.IQConfig(recipe=iqtorch.Recipe.pure("q4_0"))
+        transformers.AutoModelForCausalLM.from_pretrained(folder, quantization_config=quick)(torch.arange(8)[None])
+"""
+
+
+def run(code: str, *arguments: object) -> list[float]:
+    """The numbers that a script prints."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    command = [sys.executable, "-W", "ignore", "-c", PREFIX + code.replace("WARM_UP", WARM_UP), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [float(word) for word in done.stdout.split()]
+
+
+def test_importing_takes_a_fifth_of_a_second_beyond_torch() -> None:
+    code = "start = time.process_time(); import iqtorch; print(time.process_time() - start)"
+    assert min(run(code)[0] for _ in range(3)) <= 0.2
+
+
+#: Bytes of the largest matrix, in bfloat16.
+LARGEST = 16384 * 1024 * 2
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of 177 MB in bfloat16: 4 layers, and a table and a head of 34 MB each."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=1024, intermediate_size=4096, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4, vocab_size=16384,
+        max_position_embeddings=64, dtype="bfloat16",
+    )  # fmt: skip
+    path = tmp_path_factory.mktemp("plain")
+    transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def packed(plain: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("packed")
+    model = transformers.AutoModelForCausalLM.from_pretrained(plain)
+    iqtorch.quantize_model(model, Recipe.pure("q8_0"), progress=False).save_pretrained(path)
+    return path
+
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+
+
+@needs_proc
+@pytest.mark.parametrize("device_map", ["None", "'cpu'"])
+def test_quantizing_while_loading_needs_the_packed_model_and_two_of_its_largest_tensors(device_map: str, plain: Path) -> None:
+    code = f"""
+import iqtorch, transformers
+transformers.utils.logging.disable_progress_bar()
+config = iqtorch.IQConfig(recipe=iqtorch.Recipe.pure("q4_0"))
+WARM_UP
+with Peak() as peak:
+    model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], quantization_config=config, device_map={device_map})
+print(peak.bytes, sum(p.nbytes for p in model.parameters()), sum(p.numel() * 2 for p in model.parameters()))
+"""
+    peak, model, original = run(code, plain)
+    assert model < 0.3 * original  # packed
+    assert model < peak <= model + 2 * LARGEST
+
+
+@needs_proc
+def test_running_needs_the_packed_model_and_its_activations(packed: Path) -> None:
+    code = """
+import iqtorch, transformers
+transformers.utils.logging.disable_progress_bar()
+WARM_UP
+model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])
+ids = torch.arange(64)[None]
+with torch.no_grad(), Peak() as peak:
+    for _ in range(2):
+        model(ids)
+print(peak.bytes, sum(p.nbytes for p in model.parameters()))
+"""
+    peak, model = run(code, packed)
+    activations = 64 * 4 * (16384 + 4 * 4096 + 8 * 1024)  # logits and what a layer has at once, in float32
+    assert 0.9 * model < peak <= 1.03 * model + activations + 2**22  # 4 MiB for the rest
+
+
+@needs_proc
+def test_loading_reads_no_weights_and_costs_less_than_reading_them(packed: Path) -> None:
+    code = """
+import iqtorch, transformers
+from safetensors.torch import load_file
+from transformers import LlamaForCausalLM
+transformers.utils.logging.disable_progress_bar()
+LlamaForCausalLM.from_pretrained(sys.argv[1])
+file, times = os.path.join(sys.argv[1], "model.safetensors"), []
+for _ in range(5):
+    start = time.process_time()
+    whole = {name: tensor.clone() for name, tensor in load_file(file).items()}
+    read = time.process_time() - start
+    del whole
+    with Peak() as peak:
+        start = time.process_time()
+        model = LlamaForCausalLM.from_pretrained(sys.argv[1])
+        times.append((time.process_time() - start) / read)
+deferred = all(p._deferred() is not None for p in model.parameters() if isinstance(p, iqtorch.IQTensor))
+print(peak.bytes, os.path.getsize(file), min(times), int(deferred))
+"""
+    peak, size, ratio, deferred = run(code, packed)
+    assert peak < 0.1 * size and deferred == 1
+    assert ratio <= 1.3
