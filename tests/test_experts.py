@@ -233,7 +233,7 @@ def expert_classes() -> set[str]:
     for file in (Path(transformers.__file__).parent / "models").glob("*/modeling_*.py"):
         for name, body in re.findall(r"^class (\w+)\(.*?\):\n(.*?)(?=^\S)", file.read_text() + "\nend", re.DOTALL | re.MULTILINE):
             sizes = re.findall(r"nn\.Parameter\(\s*torch\.\w+\(((?:[^()]|\([^()]*\))*)\)", body)
-            if any("expert" in size and size.count(",") >= 2 for size in sizes):
+            if any("expert" in size and re.sub(r"dtype=.*", "", size).strip(" ,()").count(",") >= 2 for size in sizes):
                 found.add(name)
     return found
 

@@ -111,7 +111,7 @@ print(peak.bytes, sum(p.nbytes for p in model.parameters()), sum(p.numel() * 2 f
 """
     peak, model, original = run(code, plain)
     assert model < 0.3 * original  # packed
-    assert model < peak <= model + 2 * LARGEST
+    assert model < peak <= model + 2 * LARGEST + 2**24  # 16 MiB, whatever the model: the pieces of rows that the encoder works on
 
 
 @needs_proc
