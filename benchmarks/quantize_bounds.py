@@ -8,11 +8,11 @@ encoding of the format can be better, since its scales are rounded and share a `
 
 scale    single values: exact. The error is made of pieces between the scales at which a code changes; all pieces are visited.
 affine   two dimensions: a grid of ranges, each followed by alternating fits; `--grid` sets its density.
-vectors  `iq2_kl` and `iq4_kt`: a dense grid of scales with an exhaustive search of the codebook, refitted.
+vectors  `iq2_kl`: a dense grid of scales with an exhaustive search of the codebook, refitted.
 row      `iq2_kl`: as the format stores it, every scale of a fan of `d` for the whole row: not a bound, but an encoding.
 
 `needed` is the lowest error that a target asks for: 5 % below the reference without importance (`ones`), and with importance 8 and 9 %
-for iq2_kl, 2 and 3 % for iq4_kt, below it.
+below it for iq2_kl.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from iqtorch.formats import Format
 
 FORMATS = (
     "q4_0", "q5_0", "q6_0", "q8_0", "iq4_nl", "q4_1", "q5_1", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_xs",
-    "iq2_ks", "iq2_k", "iq3_ks", "iq3_k", "iq4_ks", "iq4_k", "iq5_ks", "iq5_k", "iq6_k", "iq2_kl", "iq4_kt",
+    "iq2_ks", "iq2_k", "iq3_ks", "iq3_k", "iq4_ks", "iq4_k", "iq5_ks", "iq5_k", "iq6_k", "iq2_kl",
 )  # fmt: skip
-WEIGHTED_TARGETS = {"iq2_kl": (0.92, 0.91), "iq4_kt": (0.98, 0.97)}
+WEIGHTED_TARGETS = {"iq2_kl": (0.92, 0.91)}
 COLUMNS = ("format", "matrix", "weights", "rows", "bound", "best", "default", "reference", "plain_reference", "needed", "verdict")
 
 
@@ -137,7 +137,7 @@ def bound(fmt: Format, x: Tensor, w: Tensor, grid: int) -> float:
             for sign in (1, -1):
                 each = np.minimum(each, scale_bound(sign * x.double().numpy(), w.double().numpy(), np.unique(variant)))
         return float(each.sum())
-    ratios = np.linspace(0.35, 2.5, 8 * grid) if fmt.name == "iq2_kl" else np.linspace(0.7, 1.6, 2 * grid)
+    ratios = np.linspace(0.35, 2.5, 8 * grid)
     least = torch.full((len(x),), float("inf"))
     for variant in book:
         entries = torch.from_numpy(variant).float()
@@ -165,8 +165,7 @@ def main() -> None:
     for name in options.formats:
         fmt = iqtorch.get_format(name).for_encoding
         theirs = beside.measure(fmt, {m: [(w, importance)] for m, w in weights.items()}) if beside else published.get(name, {})
-        for i, (matrix, weight) in enumerate(weights.items()):
-            rows = weight[:1] if name == "iq4_kt" else weight
+        for i, (matrix, rows) in enumerate(weights.items()):
             for kind, columns in (("ones", torch.ones_like(importance)), ("w", importance)):
                 n, w = fmt.group_size, columns / columns.mean()
                 whole = float((w * rows.square()).sum())
