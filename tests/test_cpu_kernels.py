@@ -499,6 +499,35 @@ def test_forcing_an_instruction_set() -> None:
         assert f"IQTORCH_ISA={forced}" in messages[0]
 
 
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        ("torch.ops.load_library = lambda path: (_ for _ in ()).throw(OSError('undefined symbol: x'))", "do not load with torch"),
+        ("sys.modules['iqtorch.cpu_ext.layout'].INTERFACE -= 1", "different versions"),
+    ],
+)
+def test_an_unusable_module_warns_and_is_shown(damage: str, reason: str) -> None:
+    code = (
+        "import sys, warnings, torch\n"
+        "import importlib.util as u\n"
+        "find = u.find_spec\n"
+        "u.find_spec = lambda name, *a: None if name.endswith('cpu_ext._C') else find(name, *a)\n"
+        "import iqtorch\n"
+        "from iqtorch import cpu_ext\n"
+        "u.find_spec = find\n"
+        f"{damage}\n"
+        "cpu_ext.layout.cache_clear()\n"
+        "with warnings.catch_warnings(record=True) as seen:\n"
+        "    cpu_ext._unavailable = cpu_ext._load()\n"
+        "print(len(seen), seen[0].message, '|', iqtorch.kernel_info()['backends']['cpu'])\n"
+    )
+    warning, shown = run_python(code).split("|")
+    assert warning.startswith("1 ")
+    assert "reinstall" in warning
+    assert reason in warning
+    assert reason in shown
+
+
 def test_without_the_compiled_module_everything_runs_on_plain_torch() -> None:
     code = (
         "import importlib.util as u\n"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import warnings
 from functools import lru_cache
 
 import torch
@@ -21,33 +22,55 @@ from .layout import layout
 
 name = "cpu"
 
+_OPERATORS = ("linear", "linear_many", "linear_transposed", "dequantize", "embedding", "grouped_linear", "pack", "unpack")
+_OPERATORS += ("register_format", "isa_list", "isa_select")
+
+
+_REINSTALL = "reinstall it with a C++17 compiler present: pip install --force-reinstall --no-deps iqtorch (from source: pip install -e .)"
+
 
 def _load() -> str | None:
-    """Loads the extension module; returns why it cannot be used, or None."""
+    """Loads the extension module; returns why it cannot be used, or None. One that is there and unusable warns."""
     spec = importlib.util.find_spec(f"{__name__}._C")
     if spec is None or spec.origin is None:
         return "iqtorch was installed without its compiled kernels (reinstall with a C++17 compiler and torch >= 2.10 present)"
     try:
         torch.ops.load_library(spec.origin)
     except OSError as error:
-        return f"the compiled kernels do not load with torch {torch.__version__}: {error}"
+        return _unusable(f"the compiled kernels do not load with torch {torch.__version__}: {_first_line(error)}")
+    missing = [name for name in _OPERATORS if not hasattr(torch.ops.iqtorch_cpu, name)]
+    if missing:
+        return _unusable(f"the compiled kernels are of another version than the Python package: no {', '.join(missing)}")
     try:
         torch.ops.iqtorch_cpu.isa_select("")
     except RuntimeError as error:
         return _first_line(error)
+    try:
+        _register_format(get_format("iq4_nl"))
+    except RuntimeError as error:
+        return _unusable(_first_line(error))
     return None
+
+
+def _unusable(reason: str) -> str:
+    warnings.warn(f"{reason}; matrix products run on plain torch, many times slower. Remedy: {_REINSTALL}", RuntimeWarning, stacklevel=2)
+    return reason
 
 
 def _first_line(error: Exception) -> str:
     return str(error).partition("\n")[0]
 
 
+def _register_format(fmt: Format) -> None:
+    made = layout(fmt)
+    torch.ops.iqtorch_cpu.register_format(*map(torch.from_numpy, (made.ints, made.floats, made.table, made.units, made.terms)))
+
+
 @lru_cache(maxsize=256)
 def _register(fmt: Format) -> str | None:
     """Tells the kernels about a format; returns why they cannot run it, or None."""
     try:
-        made = layout(fmt)
-        torch.ops.iqtorch_cpu.register_format(*map(torch.from_numpy, (made.ints, made.floats, made.table, made.units, made.terms)))
+        _register_format(fmt)
     except (KernelUnavailableError, RuntimeError) as error:
         return _first_line(error)
     return None

@@ -30,6 +30,9 @@ from ..errors import KernelUnavailableError
 from ..formats import Format, ik_trellis
 from ..formats.base import Field, bits
 
+#: Changes with what the numbers of `Layout` mean; `kInterface` of csrc/format.h.
+INTERFACE = 2
+
 ROWS = 16
 CELL = 32
 VECTOR = 4 * ROWS
@@ -325,7 +328,7 @@ def layout(fmt: Format) -> Layout:
         raise KernelUnavailableError(f"{fmt.name} has minima that are not their stored numbers")
     group = min(fmt.group_size, fmt.variant_size, CELL)
     ints = [
-        fmt.ggml_type, fmt.block_size, fmt.block_bytes, fmt.row_header_bytes, fmt.d_bytes, ROWS * fmt.block_bytes,
+        INTERFACE, fmt.ggml_type, fmt.block_size, fmt.block_bytes, fmt.row_header_bytes, fmt.d_bytes, ROWS * fmt.block_bytes,
         decoder, sign, code.width, fmt.vec, largest, bias, delta, variant_flip, variant_in_code, flip,
         CELL // group, fmt.group_size, fmt.variant_size, int(fmt.affine),
         scale_flip, scale_linear, *_scale_table(None if scale_linear else fmt.scale_values),

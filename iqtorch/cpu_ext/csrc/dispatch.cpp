@@ -174,8 +174,8 @@ const Kernels& kernels() {
 
 void register_format(const int32_t* ints, size_t int_count, const float* floats, size_t float_count, const uint8_t* table, size_t table_bytes,
                      const int32_t* units, size_t unit_count, const int32_t* terms, size_t term_count) {
-  if (int_count * sizeof(int32_t) != sizeof(Ints) || float_count * sizeof(float) != sizeof(Floats))
-    throw std::runtime_error("the compiled kernels and the Python package are of different versions; reinstall iqtorch");
+  if (int_count * sizeof(int32_t) != sizeof(Ints) || float_count * sizeof(float) != sizeof(Floats) || ints[0] != kInterface)
+    throw std::runtime_error("the compiled kernels and the Python package are of different versions");
   auto entry = std::make_unique<Entry>();
   std::memcpy(&entry->format.i, ints, sizeof(Ints));
   std::memcpy(&entry->format.f, floats, sizeof(Floats));

@@ -7,6 +7,7 @@
 
 namespace iqtorch {
 
+constexpr int kInterface = 2;  // `INTERFACE` of layout.py: a build that is older than the Python package must not run
 constexpr int kRows = 16;      // rows interleaved in a tile
 constexpr int kCell = 32;      // weights of a row that share an activation scale
 constexpr int kVector = 64;    // bytes: four neighbouring weights of each of 16 rows
@@ -30,6 +31,7 @@ struct Field {
 
 // Same order as `Layout.ints` and `Layout.floats` in iqtorch/cpu_ext/layout.py.
 struct Ints {
+  int32_t interface;  // kInterface
   int32_t type, block, block_bytes, header_bytes, d_bytes, tile_bytes;
   int32_t decoder, sign, code_width, vec, largest, bias;
   int32_t delta, variant_flip;  // added to the operands of a group whose variant bit, flipped or not, is set

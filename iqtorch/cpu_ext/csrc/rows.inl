@@ -140,45 +140,44 @@ static void transposed(const Matrix& w, const float* g, int64_t m, float* out, i
 
 // -- activations -----------------------------------------------------------------------------------------------------------
 
-// int8 with a scale per 32, rounded to nearest; a cell with NaN or Inf gets a NaN scale, so that its products are NaN.
-// A panel of all rows lies together: rows at a distance of K would share few sets of the first-level cache.
-static void quantize(const float* x, int64_t k, Sums kind, int64_t row, int64_t rows, int8_t* all_q, float* all_scales, int32_t* all_sums) {
-  const int groups = kind.groups, fine = kCell / groups;
-  constexpr int64_t panel = kMaxBlock / kCell;
-  for (int64_t c = 0; c < k / kCell; ++c, x += kCell) {
-    const int64_t first = c / panel * panel, cells = k / kCell - first < panel ? k / kCell - first : panel;
-    const int64_t at = first * rows + row * cells + c - first;
-    int8_t* q = all_q + at * kCell;
-    int32_t* sums = all_sums + at * groups;
-    IQ_ALIGNED int32_t whole[kCell];
-    IQ_ALIGNED float copy[kCell];
-    int32_t largest = 0;
-    __builtin_memcpy(whole, x, sizeof whole);
-    __builtin_memcpy(copy, x, sizeof copy);
-    for (int i = 0; i < kCell; ++i) {
-      const int32_t a = whole[i] & 0x7fffffff;
-      largest = a > largest ? a : largest;
-    }
+// Cells of a row of activations: int8 with a scale per 32, rounded to nearest; a cell with NaN or Inf gets a NaN scale, so that its
+// products are NaN.
+template <int Groups>
+static void quantize_cells(const float* x, int cells, Sums kind, int8_t* q, float* scale, int32_t* sums) {
+  for (int c = 0; c < cells; ++c, x += kCell, q += kCell, sums += Groups) {
+    const I32 magnitude = set(0x7fffffff), low = load32((const uint8_t*)x), high = load32((const uint8_t*)(x + kRows));
+    const int32_t largest = largest_of(max(low & magnitude, high & magnitude));
     float top;
     __builtin_memcpy(&top, &largest, 4);
     const bool bad = largest >= 0x7f800000, tiny = top < 1e-30f;
-    const float inverse = bad || tiny ? 0.0f : 127.0f / top;
     const float step = bad ? __builtin_nanf("") : tiny ? 0.0f : top / 127.0f;
-    // adding 1.5 * 2^23 rounds to an integer, which then is the low bits; a NaN would leave its own there
-    for (int i = 0; i < kCell; ++i) copy[i] = (bad ? 0.0f : copy[i] * inverse) + 12582912.0f;
-    __builtin_memcpy(whole, copy, sizeof whole);
-    for (int i = 0; i < kCell; ++i) {
-      whole[i] -= 0x4b400000;
-      q[i] = (int8_t)whole[i];
-    }
-    for (int g = 0; g < groups; ++g) {
+    const F32 inverse = setf(bad || tiny ? 0.0f : 127.0f / top), shift = setf(12582912.0f);
+    const I32 keep = set(bad ? 0 : -1), back = set(-0x4b400000);
+    // adding 1.5 * 2^23 rounds to an integer, which then is the low bits
+    const I32 a = as_int(as_float(low & keep) * inverse + shift) + back, b = as_int(as_float(high & keep) * inverse + shift) + back;
+    store_bytes(q, a);
+    store_bytes(q + kRows, b);
+    int32_t part[4];
+    half_sums(a, part);
+    half_sums(b, part + 2);
+    for (int g = 0; g < Groups; ++g) {
       int32_t sum = 0;
-      for (int i = 0; i < fine; ++i) sum += whole[g * fine + i];
+      for (int i = 0; i < 4 / Groups; ++i) sum += part[g * 4 / Groups + i];
       const float product = -step * (float)sum;
       sum *= kind.start;
       __builtin_memcpy(sums + g, kind.affine ? (const void*)&product : &sum, 4);
     }
-    all_scales[at] = step;
+    scale[c] = step;
+  }
+}
+
+// A panel of all rows lies together: rows at a distance of K would share few sets of the first-level cache.
+static void quantize(const float* x, int64_t k, Sums kind, int64_t row, int64_t rows, int8_t* q, float* scale, int32_t* sums) {
+  const auto run = kind.groups == 1 ? quantize_cells<1> : kind.groups == 2 ? quantize_cells<2> : quantize_cells<4>;
+  constexpr int64_t panel = kMaxBlock / kCell;
+  for (int64_t first = 0; first < k / kCell; first += panel) {
+    const int64_t cells = k / kCell - first < panel ? k / kCell - first : panel, at = first * rows + row * cells;
+    run(x + first * kCell, (int)cells, kind, q + at * kCell, scale + at, sums + at * kind.groups);
   }
 }
 
