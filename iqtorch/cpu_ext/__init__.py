@@ -22,8 +22,10 @@ from .layout import layout
 
 name = "cpu"
 
-_OPERATORS = ("linear", "linear_many", "linear_transposed", "dequantize", "embedding", "grouped_linear", "pack", "unpack")
-_OPERATORS += ("register_format", "isa_list", "isa_select")
+_OPERATORS = (
+    *("linear", "linear_many", "linear_transposed", "dequantize", "embedding", "grouped_linear", "pack", "unpack"),
+    *("register_format", "isa_list", "isa_select"),
+)
 
 
 _REINSTALL = "reinstall it with a C++17 compiler present: pip install --force-reinstall --no-deps iqtorch (from source: pip install -e .)"
