@@ -151,7 +151,7 @@ int main(int argc, char** argv) {
     register_format(ints.data(), ints.size(), floats.data(), floats.size(), table.data(), table.size(), units.data(), units.size(),
                     terms.data(), sizes[2]);
     for (const Isa& isa : instruction_sets())
-      if (isa.kernels && isa.missing.empty()) run(find_format(ints[0]), c, *isa.kernels(), isa.name), ++runs;
+      if (isa.kernels && isa.missing.empty()) run(find_format(ints[1]), c, *isa.kernels(), isa.name), ++runs;
   }
   for (const Isa& isa : instruction_sets())
     if (isa.kernels) printf("%s: %s\n", isa.name, isa.missing.empty() ? "checked" : isa.missing.c_str());
