@@ -42,12 +42,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(TINY_LLAMA), help="folder or hub name")
     parser.add_argument("--format", default="iq4_ks")
+    parser.add_argument("--dtype", default="auto", help="of activations; float32 shows that compiled code computes the same")
     parser.add_argument("--backend", default="inductor", help="of torch.compile; aot_eager needs no compiler")
     parser.add_argument("--aot", action="store_true", help="also make a package with AOTInductor")
     arguments = parser.parse_args()
 
     model = AutoModelForCausalLM.from_pretrained(
-        arguments.model, quantization_config=iqtorch.IQConfig(arguments.format), dtype="auto"
+        arguments.model, quantization_config=iqtorch.IQConfig(arguments.format), dtype=arguments.dtype
     ).eval()
     ids = AutoTokenizer.from_pretrained(arguments.model)("The old man looked at", return_tensors="pt").input_ids
 

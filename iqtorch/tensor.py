@@ -228,9 +228,10 @@ class IQTensor(torch.Tensor):
         return cls(inner["packed"], meta["format"], meta["backend"], outer_size, meta["dtype"], meta["transposed"])
 
     def _stable_hash_for_caching(self) -> str:
-        # compiled code is kept on disk: the size of the packed bytes tells layouts of different versions apart
-        packed = tuple(self.packed.shape)
-        return f"IQTensor-{self.format.name}-{self.backend}-{packed}-{tuple(self.shape)}-{self.dtype}-{self.transposed}"
+        # compiled code is kept on disk: the size of the packed bytes tells layouts of different versions apart, and the precision of
+        # activations is a constant of the code
+        parts = (self.format.name, self.backend, tuple(self.packed.shape), tuple(self.shape), self.dtype, self.transposed)
+        return "-".join(map(str, ("IQTensor", *parts, ops.activation_precision())))
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # Pickles hold canonical bytes, never a layout of this machine.
