@@ -12,7 +12,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 #: Sizes that make a model tiny while every row still has 256 weights; whatever of it a config class knows is set.
 SIZES: dict[str, Any] = {
-    "vocab_size": 128, "hidden_size": 256, "d_model": 256, "n_embd": 256, "dim": 256, "embed_dim": 256,
+    "vocab_size": 128, "unpadded_vocab_size": 128,
+    "hidden_size": 256, "d_model": 256, "n_embd": 256, "dim": 256, "embed_dim": 256,
     "intermediate_size": 256, "moe_intermediate_size": 256, "shared_expert_intermediate_size": 256, "shared_intermediate_size": 256,
     "moe_shared_expert_intermediate_size": 256, "intermediate_size_mlp": 256, "ffn_hidden_size": 256, "mlp_intermediate_size": 256,
     "dense_intermediate_size": 256, "expert_ffn_hidden_size": 256,
