@@ -46,6 +46,19 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
+def train(model: nn.Module, ids: Tensor, steps: int, lr: float) -> list[float]:
+    """Losses of some steps of AdamW on what is not frozen."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
+    losses = []
+    for _ in range(steps):
+        loss = model(input_ids=ids, labels=ids).loss
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return losses
+
+
 @pytest.fixture
 def plain_torch() -> object:
     """Float32 arithmetic: kernels may round activations of large batches to bfloat16."""
@@ -100,14 +113,7 @@ def test_lora_on_the_embedded_model_trains_saves_loads_and_turns_off(tmp_path: P
     torch.manual_seed(0)
     model = peft.get_peft_model(base(), peft.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
     blocks = {name: p.to_blocks() for name, p in model.named_parameters() if isinstance(p, IQTensor)}
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
-    losses = []
-    for _ in range(6):
-        loss = model(input_ids=ids, labels=ids).loss
-        losses.append(loss.item())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    losses = train(model, ids, steps=6, lr=3e-3)
     assert losses[-1] < 0.8 * losses[0], losses
     assert blocks and all(torch.equal(blocks[name], p.to_blocks()) for name, p in model.named_parameters() if name in blocks)
 
@@ -169,14 +175,7 @@ def test_other_adapters_train_save_load_and_merge(make: Callable[[], object], tm
     kind = "qwen3_moe" if getattr(config, "target_parameters", None) else "llama"
     torch.manual_seed(0)
     model = peft.get_peft_model(packed(kind), config)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    losses = []
-    for _ in range(3):
-        loss = model(input_ids=IDS, labels=IDS).loss
-        losses.append(loss.item())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    losses = train(model, IDS, steps=3, lr=1e-2)
     assert losses[-1] < losses[0]
     with torch.no_grad():
         want = model.eval()(IDS).logits
