@@ -236,7 +236,7 @@ def main() -> None:
                 )
             )
     for row in rows:
-        print("  ".join(f"{key} {value}" for key, value in zip(COLUMNS, row)))
+        results_file.show(COLUMNS, row)
     if args.csv:
         results_file.write(args.csv, header, COLUMNS, rows)
 

@@ -156,7 +156,7 @@ def main() -> None:
         for name, median in medians.items()
     ]
     for row in rows:
-        print("  ".join(f"{key} {value}" for key, value in zip(COLUMNS, row)))
+        results_file.show(COLUMNS, row)
     if args.csv:
         results_file.write(args.csv, header, COLUMNS, rows)
 

@@ -100,7 +100,7 @@ def main() -> None:
             one, other = (statistics.median(column) for column in zip(*times))
             extra = statistics.median(b - a for a, b in times)
             found.append((name, args.dtype, round(one, 2), round(other, 2), round(extra, 2)))
-            print("  ".join(f"{key} {value}" for key, value in zip(COLUMNS, found[-1])), flush=True)
+            results_file.show(COLUMNS, found[-1])
     if args.csv:
         results_file.write(args.csv, header, COLUMNS, found)
 

@@ -59,7 +59,7 @@ def main() -> None:
         speeds = [round(blocks.nbytes / statistics.median(column) / 1e9, 2) for column in zip(*times)]
         extra = round(100 * (packed.nbytes / blocks.nbytes - 1), 3)
         rows.append((name, args.n, args.k, args.threads, round(blocks.nbytes / 1e6, 1), extra, *speeds))
-        print("  ".join(f"{key} {value}" for key, value in zip(COLUMNS, rows[-1])), flush=True)
+        results_file.show(COLUMNS, rows[-1])
     if args.csv:
         results_file.write(args.csv, header, COLUMNS, rows)
 

@@ -31,6 +31,11 @@ def machine(threads: int) -> list[str]:
     ]
 
 
+def show(columns: Sequence[str], row: Sequence[object]) -> None:
+    """Prints one row as a line of names and values, at once."""
+    print("  ".join(f"{key} {value}" for key, value in zip(columns, row)), flush=True)
+
+
 def write(path: Path, header: Sequence[str], columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Writes `rows` under `columns`, after the lines of `header` as comments; makes the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
