@@ -33,6 +33,8 @@ logger = logging.getLogger("iqtorch")
 CANDIDATES = ("iq2_ks", "iq2_k", "iq2_kl", "iq3_ks", "iq3_k", "iq4_ks", "iq4_k", "iq5_ks", "iq5_k", "iq6_k", "q8_0")
 #: Experts of an array that the sample of rows is taken from.
 SAMPLED_EXPERTS = 4
+#: Tokens of the text inside the package that are taken where no batches are given, those of a window, and characters that hold as many.
+OWN_TOKENS, WINDOW, BEGINNING = 2048, 512, 20_000
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class _Option:
 def fit(
     model: nn.Module,
     target_bpw: float,
-    batches: Iterable[Tensor],
+    batches: Iterable[Tensor] | None = None,
     importance: Mapping[str, Tensor] | str | None = None,
     *,
     formats: Sequence[str] = CANDIDATES,
@@ -92,7 +94,8 @@ def fit(
     Args:
         model: with floating-point weights, on any device.
         target_bpw: bits per weight, row headers included, over all weights that are packed.
-        batches: int64 `[B, T]` token ids.
+        batches: int64 `[B, T]` token ids. Default: 2,048 tokens of the text inside the package, cut by the tokenizer in the folder that
+            the model was loaded from.
         importance: as in `quantize_model`.
         formats: names to choose from.
         probe: format of the measurement; default: the candidate nearest to the target.
@@ -104,7 +107,7 @@ def fit(
         measure: measure what the recipe achieves, too: every weight is quantized once more, and a copy of all is held meanwhile.
 
     Raises:
-        RecipeError: no batches, or not even the smallest formats reach the target.
+        RecipeError: no batches, or no tokenizer to make them with; not even the smallest formats reach the target.
         UnknownFormatError, ImportanceError, CalibrationError: as in `quantize_model`.
     """
     candidates = sorted({get_format(name) for name in formats}, key=lambda f: f.bits_per_weight())
@@ -113,7 +116,7 @@ def fit(
     kept = [re.compile(pattern) for pattern in skip]
     sites = [s for s in find_sites(model)[0] if s.matrix.shape[-1] % 32 == 0 and not any(pattern.search(s.name) for pattern in kept)]
     check_coverage(table, sites, sites)
-    reference = _Reference(model, list(batches))
+    reference = _Reference(model, _own_text(model) if batches is None else list(batches))
     options: dict[str, list[_Option]] = {}
     sensitivity: dict[str, float] = {}
     for site in sites:
@@ -154,6 +157,23 @@ def _rounded(
     packed, _ = quantize_calibrated(site.matrix, fmt, moments, objective, calibration.curvature(site.name))
     own = [m.importance.to(site.matrix.device) for m in moments]
     return packed.dequantize(), torch.stack(own) if site.matrix.ndim == 3 else own[0]
+
+
+def _own_text(model: nn.Module) -> list[Tensor]:
+    """Windows of the text inside the package, as the model's own tokenizer cuts it."""
+    from . import data, evaluate, hf
+
+    config = getattr(model, "config", None)
+    source = getattr(config, "_name_or_path", "")
+    if not source:
+        raise RecipeError(f"{type(model).__name__} was not loaded from a folder, and has no tokenizer to cut a text with; pass batches=")
+    try:
+        tokenizer = hf.transformers().AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"{source} has no tokenizer to cut a text with; pass batches=") from error
+    text = hf.encode(tokenizer, data.calibration_text()[:BEGINNING])
+    window = min(WINDOW, getattr(config, "max_position_embeddings", WINDOW), len(text))
+    return list(evaluate.windows(model, text, window)[: OWN_TOKENS // window].split(1))
 
 
 class _Reference:

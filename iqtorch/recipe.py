@@ -224,14 +224,16 @@ class Recipe:
     def fit(
         cls,
         model: nn.Module,
-        target_bpw: float,
-        batches: Iterable[Tensor],
         importance: Mapping[str, Tensor] | str | None = None,
         *,
+        target_bpw: float,
+        batches: Iterable[Tensor] | None = None,
         calibration: Calibration | None = None,
         progress: bool = True,
     ) -> Recipe:
         """The best formats for a model of at most `target_bpw` bits per packed weight, by measured sensitivities.
+
+            recipe = iqtorch.Recipe.fit(model, "imatrix.dat", target_bpw=2.7)
 
         The size, and the predicted and achieved divergence are printed on standard error if `progress`. `iqtorch.fit.fit` has
         more choices, and returns all that it measured; arguments and errors as there.

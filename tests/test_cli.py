@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from iqtorch import Recipe, bench, cli, data, evaluate, get_format, hf, list_formats, quantize_checkpoint
 from iqtorch.errors import EvaluationError
-from iqtorch.importance import Importance, collect_importance
+from iqtorch.importance import Importance, ImportanceEntry, collect_importance
 
 runner = CliRunner()
 
@@ -112,6 +112,35 @@ def test_importance_of_the_embedded_model(tmp_path: Path) -> None:
     ids = evaluate.windows(model, hf.encode(tokenizer, data.calibration_text()))[:1]
     name = "model.layers.1.mlp.down_proj.weight"
     torch.testing.assert_close(Importance.load(tmp_path / "imatrix.dat")[name], collect_importance(model, [ids])[name])
+
+
+def test_importance_files_are_merged(tmp_path: Path) -> None:
+    files = [tmp_path / name for name in ("a.dat", "b.gguf", "c.dat")]
+    parts = [
+        Importance({"blk.0.attn_q.weight": ImportanceEntry(torch.full((32,), mean), torch.tensor([512 * chunks]))}, chunks=chunks)
+        for mean, chunks in ((1.0, 1), (4.0, 2), (10.0, 3))
+    ]
+    for part, file in zip(parts, files, strict=True):
+        part.save(file)
+    for output in (tmp_path / "all.gguf", tmp_path / "all.dat"):
+        assert run_json("importance", "--merge", *files, output) == {"output": str(output), "weights": 1, "files": 3}
+        merged = Importance.load(output)
+        torch.testing.assert_close(merged["model.layers.0.self_attn.q_proj.weight"], torch.full((32,), 39 / 6))
+        assert merged.entry("blk.0.attn_q.weight").count.tolist() == [6 * 512] and merged.chunks == 6
+    assert "Importance(1 weights, 6 chunks" in run("importance", *files, tmp_path / "again.gguf", "--merge")
+
+    def refused(*arguments: object) -> str:
+        done = process("importance", *arguments)
+        assert done.returncode and not done.stdout
+        return " ".join(done.stderr.replace("│", " ").split())
+
+    assert "several files are for --merge" in refused(*files, tmp_path / "x.dat")
+    assert "are for collecting" in refused("--merge", *files, tmp_path / "x.dat", "--windows", 3)
+    Importance({"blk.0.attn_q.weight": torch.ones(64)}).save(tmp_path / "other.dat")
+    assert "shapes (32,) and (64,): not of one model" in refused("--merge", files[0], tmp_path / "other.dat", tmp_path / "x.dat")
+    (tmp_path / "bad.dat").write_bytes(b"nonsense")
+    assert "no importance file or damaged" in refused("--merge", files[0], tmp_path / "bad.dat", tmp_path / "x.dat")
+    assert not (tmp_path / "x.dat").exists()
 
 
 def test_quantize_to_gguf_and_back_to_a_folder(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -79,10 +80,28 @@ def test_fitted_recipe() -> None:
 
 
 def test_recipe_fit_shows_what_it_found(capsys: pytest.CaptureFixture[str]) -> None:
-    recipe = iqtorch.Recipe.fit(Tiny(), 5.5, batches())
+    recipe = iqtorch.Recipe.fit(Tiny(), target_bpw=5.5, batches=batches())
     assert "bits per weight, KL divergence in nats: predicted 0." in (shown := capsys.readouterr().err) and ", achieved 0." in shown
-    assert iqtorch.Recipe.fit(Tiny(), 5.5, batches(), progress=False) == recipe
+    assert iqtorch.Recipe.fit(Tiny(), None, target_bpw=5.5, batches=batches(), progress=False) == recipe
     assert not capsys.readouterr().err
+
+
+def test_text_of_its_own(tmp_path: Path) -> None:
+    """Without batches the text inside the package is taken, if the model has a tokenizer."""
+    pytest.importorskip("transformers")
+    from iqtorch import data, evaluate, hf
+
+    model, tokenizer = data.load_tiny_llama()
+    ids = hf.encode(tokenizer, data.calibration_text()[:20_000])
+    batches = list(evaluate.windows(model, ids)[:4].split(1))
+    keep = r"layers\.[1-3]|embed"
+    found = fit(model, 4.5, formats=("iq4_nl", "q5_0"), skip=(keep,), measure=False)
+    assert found == fit(model, 4.5, batches, formats=("iq4_nl", "q5_0"), skip=(keep,), measure=False)
+    with pytest.raises(RecipeError, match="Tiny was not loaded from a folder.*batches="):
+        iqtorch.Recipe.fit(Tiny(), target_bpw=5)
+    model.config._name_or_path = str(tmp_path)
+    with pytest.raises(RecipeError, match="has no tokenizer.*batches="):
+        iqtorch.Recipe.fit(model, target_bpw=5)
 
 
 def test_more_bits_cost_less() -> None:
@@ -119,7 +138,7 @@ def test_calibration_is_used() -> None:
     plain = fit(base, 4.6, batches(), formats=FORMATS)
     found = fit(base, 4.6, batches(), formats=FORMATS, calibration=calibration)
     assert found.sensitivity["strong.weight"] < plain.sensitivity["strong.weight"]
-    assert iqtorch.Recipe.fit(base, 6.0, batches(), calibration=calibration) != iqtorch.Recipe.default("iq4_nl")
+    assert iqtorch.Recipe.fit(base, target_bpw=6.0, batches=batches(), calibration=calibration) != iqtorch.Recipe.default("iq4_nl")
 
 
 def test_refusals() -> None:

@@ -183,6 +183,10 @@ def test_metadata(tmp_path: Path) -> None:
     }  # fmt: skip
     assert {key: meta[key] for key in expected} == expected
     assert meta["qwen3moe.attention.layer_norm_rms_epsilon"] == pytest.approx(1e-6)
+    for lap in range(2):  # the name survives, also by way of a folder
+        load_gguf(path).save_pretrained(tmp_path / "folder")
+        save_gguf(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "folder"), path := tmp_path / f"{lap}.gguf")
+        assert GGUFFile(path).metadata == meta
     reader = gguf.GGUFReader(path)  # q8_0 is a standard type: the gguf package reads the file too
     assert {t.name for t in reader.tensors} == set(GGUFFile(path).tensors)
 

@@ -128,21 +128,36 @@ def convert(model: Model, output: Output, how: Quantization, files: Streaming, a
 @command(
     "iqtorch importance ./my-model imatrix.dat --text calibration.txt",
     "iqtorch importance tiny-llama imatrix.gguf --windows 20",
+    "iqtorch importance --merge english.dat code.gguf imatrix.dat",
 )
 def importance(
-    model: Model,
+    model: Annotated[
+        list[str], typer.Argument(metavar="MODEL", help="Hugging Face folder or hub name, GGUF file, or tiny-llama. With --merge: files.")
+    ],
     output: Annotated[Path, typer.Argument(help="File to write: .dat (read by ik_llama.cpp), or any other ending for a GGUF file.")],
     text: Annotated[Path | None, typer.Option("--text", help="UTF-8 text. Default: the calibration text inside the package.")] = None,
     window: Annotated[int, typer.Option(help="Tokens per sequence.")] = 512,
     windows: Limit = None,
     device: Device = "cpu",
+    merge: Annotated[bool, typer.Option("--merge", help="Put importance files of one model together, each weighted by its tokens.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Collect the importance of a model's weights from a text."""
+    """Collect the importance of a model's weights from a text, or put together what was collected from several."""
     from .. import data, evaluate, hf
-    from ..importance import collect_importance
+    from ..importance import Importance, collect_importance
 
-    loaded, tokenizer = open_model(model)
+    if merge:
+        if text or windows:
+            raise typer.BadParameter("--text and --windows are for collecting", param_hint="--merge")
+        first, *others = map(Importance.load, model)
+        found = first.merge(*others)
+        found.save(output)
+        if as_json:
+            return print_json({"output": str(output), "weights": len(found), "files": len(model)})
+        return out.print(f"{found} in {output}", highlight=False, soft_wrap=True)
+    if len(model) > 1:
+        raise typer.BadParameter(f"{len(model)} models; several files are for --merge", param_hint="MODEL")
+    loaded, tokenizer = open_model(model[0])
     ids = hf.encode(tokenizer, text.read_text(encoding="utf-8") if text else data.calibration_text())
     batches = evaluate.windows(loaded, ids, window)[:windows]
     with bar("collecting") as advance:

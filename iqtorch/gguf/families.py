@@ -38,6 +38,8 @@ _DENSE = (*_COMMON, *_HEADS)
 _EXPERTS: Keys = (("expert_used_count", "num_experts_per_tok"), ("expert_feed_forward_length", "moe_intermediate_size"))
 #: Keys whose values are float32 in files, also where a configuration has a whole number.
 _FLOATS = ("scale", "epsilon", "softcapping", "clamp_kqv")
+#: Attribute of a configuration: `general.name` of the file that the model came from.
+FILE_NAME = "gguf_name"
 _TOKENS: Keys = (
     ("tokenizer.ggml.bos_token_id", "bos_token_id"),
     ("tokenizer.ggml.eos_token_id", "eos_token_id"),

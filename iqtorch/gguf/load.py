@@ -19,7 +19,7 @@ from ..linear import packed_parameter, set_weight
 from ..recipe import Recipe
 from ..tensor import IQTensor, repack_rows
 from .errors import GGUFArchitectureError, GGUFError, GGUFTensorError
-from .families import config_from_gguf, family_of_file
+from .families import FILE_NAME, config_from_gguf, family_of_file
 from .reader import GGUFFile, TensorInfo
 from .tensors import Binding, bind, check_names, merge_heads, merged_halves, parameter_names, use_halves
 
@@ -92,6 +92,8 @@ def model_of(file: GGUFFile, config: Any, dtype: torch.dtype, device: torch.devi
             _install(module, name, value)
         file.release(binding.tensors)
     _set_special_tokens(model)
+    if isinstance(name := file.metadata.get("general.name"), str):
+        setattr(model.config, FILE_NAME, name)
     adopt(model.eval(), Recipe())
     return model
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..formats import Format
 from ..tensor import IQTensor
 from .errors import GGUFArchitectureError, GGUFTensorError
-from .families import family_of_config, metadata_from_config, metadata_of_halves
+from .families import FILE_NAME, family_of_config, metadata_from_config, metadata_of_halves
 from .family import Family
 from .rope import rope_tensors
 from .tensors import Binding, bind, parameter_names
@@ -41,7 +41,7 @@ def save_gguf(model: nn.Module, path: str | Path, tokenizer: Any = None, *, name
         model: a transformers model of a known architecture, packed or not.
         path: of the file.
         tokenizer: the model's fast tokenizer; without one the file holds weights only, and programs cannot make text with it.
-        name: `general.name`; default the model's own.
+        name: `general.name`; default: that of the file it came from, or its folder's.
 
     Raises:
         GGUFArchitectureError: the architecture, or a setting of its configuration, has no GGUF form.
@@ -78,11 +78,12 @@ def _general(family: Family, config: Any, parameters: dict[str, Tensor], name: s
         if value.ndim > 1:
             sizes[value.format.name if isinstance(value, IQTensor) else value.dtype] += value.numel()
     most = sizes.most_common(1)[0][0]
+    name = name or getattr(config, FILE_NAME, None) or Path(str(getattr(config, "_name_or_path", "") or config.model_type)).name
     file_type = _FILE_TYPES.get(most) if isinstance(most, str) else _PLAIN_FILE_TYPES.get(most)
     out: dict[str, Any] = {
         "general.architecture": family.arch,
         "general.type": "model",
-        "general.name": name or Path(str(getattr(config, "_name_or_path", "") or config.model_type)).name,
+        "general.name": name,
         "general.quantization_version": _QUANTIZATION_VERSION,
     }
     return out if file_type is None else out | {"general.file_type": file_type}
