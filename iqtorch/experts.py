@@ -7,11 +7,31 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import ops
 from .tensor import IQTensor
 from .tensor_ops import grouped_linear
+
+#: Parameters in the place of `gate_up_proj` where the formats of the two differ.
+SPLIT = ("gate_proj", "up_proj")
+
+
+def is_split(module: Any) -> bool:
+    """Whether gate and up projections are parameters of their own."""
+    return SPLIT[0] in module._parameters
+
+
+def split_experts(module: nn.Module) -> None:
+    """Gives experts of transformers the parameters `SPLIT` in the place of `gate_up_proj`, in place; nothing to do if they have no such."""
+    merged = module._parameters.get("gate_up_proj")
+    if merged is None or not getattr(module, "has_gate", False):
+        return
+    rows = -1 if module.is_transposed else -2
+    for name, half in zip(SPLIT, merged.detach().chunk(2, rows), strict=True):
+        module.register_parameter(name, nn.Parameter(torch.empty_like(half), requires_grad=False))
+    del module.gate_up_proj
+    module.gate_up_proj = merged.new_empty(0)  # no parameter: `_init_weights` of its model asks for it
 
 
 def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -21,8 +41,9 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
     and no shape depends on the routing, so it compiles and can be captured in a graph.
 
     Args:
-        module: holds `gate_up_proj` (or `up_proj`) and `down_proj`, `[E, N, K]` or transposed, packed or plain, their biases,
-            and the flags that transformers sets (`has_gate`, `has_bias`, `is_transposed`, `has_post_expert_norm`).
+        module: holds `gate_up_proj` (or `up_proj`, or after `split_experts` both of `SPLIT`) and `down_proj`, `[E, N, K]` or
+            transposed, packed or plain, their biases, and the flags that transformers sets (`has_gate`, `has_bias`,
+            `is_transposed`, `has_post_expert_norm`).
         hidden_states: `[T, H]`.
         top_k_index: `[T, k]`, experts of each token; an index of `num_experts` or more is no expert and adds nothing.
         top_k_weights: `[T, k]`.
@@ -38,13 +59,14 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
     offsets = torch.searchsorted(experts, torch.arange(module.num_experts, device=experts.device, dtype=experts.dtype), right=True)
     of_bias = experts.clamp(max=module.num_experts - 1)
 
-    def project(x: Tensor, name: str) -> Tensor:
-        y = _grouped(x, getattr(module, name), offsets, module.is_transposed)
+    def project(x: Tensor, name: str, *parts: str) -> Tensor:
+        ys = [_grouped(x, getattr(module, part), offsets, module.is_transposed) for part in parts or [name]]
+        y = torch.cat(ys, -1) if getattr(module, "is_concatenated", not module.is_transposed) else torch.stack(ys, -1).flatten(-2)
         return y + getattr(module, f"{name}_bias")[of_bias].to(y.dtype) if module.has_bias else y
 
     x = hidden_states[order // k]
     if module.has_gate:
-        x = module._apply_gate(project(x, "gate_up_proj"))
+        x = module._apply_gate(project(x, "gate_up_proj", *(SPLIT if is_split(module) else ())))
     else:
         x = module.act_fn(project(x, "up_proj"))
     x = project(x, "down_proj")

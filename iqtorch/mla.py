@@ -7,20 +7,13 @@ it is stored, and its product is the one that this takes.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .tensor import IQTensor
 
-__all__ = ["HeadLinear", "SplitKV", "split_kv"]
-
-#: Parameters of a `SplitKV`.
-_HALVES = re.compile(r"(?P<layer>.*(?:^|\.)kv_b_proj)\.[kv]_b_proj\.weight$")
+__all__ = ["HeadLinear", "SplitKV"]
 
 
 class HeadLinear(nn.Module):
@@ -70,26 +63,3 @@ class SplitKV(nn.Module):
         weights = (self.k_b_proj.weight, self.v_b_proj.weight)
         k, v = (w.dequantize(dtype) if isinstance(w, IQTensor) else w.to(dtype or w.dtype) for w in weights)
         return torch.cat([k, v.unflatten(0, (k.shape[0], -1))], dim=1).flatten(0, 1)
-
-
-def split_kv(model: nn.Module, names: Iterable[str]) -> None:
-    """Replaces the `kv_b_proj` layers that parameters of these names are halves of.
-
-    Args:
-        model: a model of transformers; layers that it lacks are passed over.
-        names: such as `model.layers.0.self_attn.kv_b_proj.k_b_proj.weight`; others are ignored.
-    """
-    layers = {match["layer"] for match in map(_HALVES.match, names) if match}
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    for layer in sorted(layers):
-        # a model without its head lacks the prefix of the checkpoint, and the reverse
-        for path in (layer, prefix + layer, layer.removeprefix(prefix)):
-            parent, _, name = path.rpartition(".")
-            try:
-                attention: Any = model.get_submodule(parent)
-            except AttributeError:
-                continue
-            whole = getattr(attention, name, None)
-            if type(whole) is nn.Linear:
-                setattr(attention, name, SplitKV(whole, attention.num_heads, attention.qk_nope_head_dim))
-            break

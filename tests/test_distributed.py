@@ -21,6 +21,7 @@ pytest.importorskip("peft")
 
 from tiny_models import tiny_model
 
+from iqtorch.experts import SPLIT, split_experts
 from iqtorch.sharding import join_blocks, split_blocks
 
 TESTS = Path(__file__).parent
@@ -47,10 +48,23 @@ def spawn() -> Iterator[Spawn]:
         server.stdin.close()
 
 
-def save(kind: str, path: Path, **changes: object) -> Path:
+def save(kind: str, path: Path, split: bool = False, **changes: object) -> Path:
+    """A packed model; `split`: with gate and up experts of different formats."""
     model = tiny_model(kind, **{"num_hidden_layers": 1, "hidden_size": 1024, "head_dim": 256, "intermediate_size": 1024, **changes})
-    iqtorch.quantize_model(model, Recipe.pure("iq4_ks"), progress=False).save_pretrained(path)  # a format with row headers
+    experts = [module for name, module in model.named_modules() if split and name.endswith(".experts")]
+    for module in experts:
+        halves = module.gate_up_proj.chunk(2, 1)
+        split_experts(module)
+        for name, half in zip(SPLIT, halves, strict=True):
+            module._parameters[name] = torch.nn.Parameter(half.clone())
+    recipe = Recipe.pure("iq4_ks").with_rules([("experts.up_proj", "q8_0")])  # a format with row headers
+    iqtorch.quantize_model(model, recipe, progress=False).save_pretrained(path)
     return path
+
+
+@pytest.mark.parametrize("mode", ["tensor_parallel", "ep_size=2"])
+def test_experts_in_halves(spawn: Spawn, mode: str, tmp_path: Path) -> None:
+    spawn(2, mode, save("mixtral", tmp_path, split=True, num_key_value_heads=4))
 
 
 def test_tensor_parallel_on_two_processes(spawn: Spawn, tmp_path: Path) -> None:

@@ -193,20 +193,6 @@ def test_device_map(tmp_path: Path) -> None:
         assert_same_weights(load_gguf(tmp_path / "a.gguf", device_map=device_map), model)
 
 
-def test_experts_of_two_types_are_refused(tmp_path: Path) -> None:
-    save_gguf(pack(tiny("qwen3-moe"), "q8_0"), tmp_path / "a.gguf")
-
-    def other(name: str, info: Any, source: TensorSource) -> TensorSource:
-        if name != "blk.1.ffn_up_exps.weight":
-            return source
-        blocks = iqtorch.quantize(torch.randn(info.shape), "q4_0").to_blocks()
-        return TensorSource(name, info.shape, get_format("q4_0"), lambda: blocks)
-
-    path = rewrite(tmp_path / "a.gguf", tmp_path / "b.gguf", other)
-    with pytest.raises(GGUFTensorError, match=r"gate_up_proj.*different types \(blk\.1\.ffn_gate_exps\.weight q8_0, .*q4_0\)"):
-        load_gguf(path)
-
-
 def test_loading_owns_its_memory(tmp_path: Path) -> None:
     """No weight lives in the mapped file: it may change or vanish afterwards."""
     model = pack(tiny("llama"))

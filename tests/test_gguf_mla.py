@@ -160,6 +160,17 @@ def test_halves_in_hugging_face_folders(tmp_path: Path, original: Any, types: An
     assert torch.equal(headless(ids())[0], model.model(ids())[0])
 
 
+def test_halves_are_not_split_over_processes(tmp_path: Path, original: Any) -> None:
+    pytest.importorskip("transformers.distributed.parallel_utils")
+    from iqtorch.hf.parallel import use_packed_styles
+
+    model = load_gguf(halved(tmp_path / "a.gguf", tmp_path / "b.gguf", ("q8_0", "q8_0")))
+    with pytest.raises(iqtorch.errors.UnsupportedOperationError, match=r"layers\.0\.self_attn\.kv_b_proj' is kept in two halves.*tp_plan"):
+        use_packed_styles(model, [], {"model.layers.*.self_attn.kv_b_proj": "colwise"})
+    use_packed_styles(model, [], plan := {"model.layers.*.mlp.experts.down_proj": "rowwise"})
+    assert len(plan) == 1
+
+
 def test_halves_that_do_not_fit(tmp_path: Path, original: Any) -> None:
     path = halved(tmp_path / "a.gguf", tmp_path / "b.gguf", ("q8_0", "q8_0"), key_length_mla=KEYS, value_length_mla=VALUES + 8)
     with pytest.raises(GGUFTensorError, match=r"shapes differ.*kv_b_proj\.k_b_proj\.weight is \(4, 64, 24\), blk\.0\.attn_k_b\.weight"):

@@ -139,7 +139,7 @@ def importance(
     window: Annotated[int, typer.Option(help="Tokens per sequence.")] = 512,
     windows: Limit = None,
     device: Device = "cpu",
-    merge: Annotated[bool, typer.Option("--merge", help="Put importance files of one model together, each weighted by its tokens.")] = False,
+    merge: Annotated[bool, typer.Option("--merge", help="Put importance files of one model together, weighted by tokens.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Collect the importance of a model's weights from a text, or put together what was collected from several."""

@@ -92,8 +92,8 @@ def model_of(file: GGUFFile, config: Any, dtype: torch.dtype, device: torch.devi
             _install(module, name, value)
         file.release(binding.tensors)
     _set_special_tokens(model)
-    if isinstance(name := file.metadata.get("general.name"), str):
-        setattr(model.config, FILE_NAME, name)
+    if isinstance(file.metadata.get("general.name"), str):
+        setattr(model.config, FILE_NAME, file.metadata["general.name"])
     adopt(model.eval(), Recipe())
     return model
 

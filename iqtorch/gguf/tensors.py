@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..mla import split_kv
+from ..halves import split_halves
 from .errors import GGUFNameError
 from .family import Family
 from .names import gguf_package, table_spelling
@@ -26,8 +26,8 @@ __all__ = ["Binding", "bind", "check_names", "merge_heads", "merged_halves", "pa
 _SUFFIXES = (".weight", ".bias")
 #: The halves of `attn_kv_b`.
 KEYS, VALUES = "attn_k_b", "attn_v_b"
-#: Parameters of experts that the package's tables lack: merged ones, and biases.
-_EXPERTS = re.compile(r"^(?:.*\.)?layers\.(?P<layer>\d+)\..*experts\.(?P<part>gate_up_proj|gate_up_proj_bias|down_proj_bias)$")
+#: Parameters of experts that the package's tables lack, or have only for some architectures: merged ones, their halves, and biases.
+_EXPERTS = re.compile(r"^(?:.*\.)?layers\.(?P<layer>\d+)\..*experts\.(?P<part>(?:gate_up|gate|up)_proj|(?:gate_up|down)_proj_bias)$")
 _KV = re.compile(r"(?:^|.*\.)layers\.(?P<layer>\d+)\..*kv_b_proj$")
 _CORRECTION = re.compile(r"^.*layers\.(?P<layer>\d+)\.mlp\.(gate\.)?(moe_statics\.)?e_score_correction_bias$")
 
@@ -140,7 +140,7 @@ def _tensor_names(name: str, table: Any) -> tuple[str, ...]:
         return (f"blk.{match['layer']}.exp_probs_b.bias",)
     if match := _EXPERTS.match(name):
         kind = "bias" if match["part"].endswith("_bias") else "weight"
-        parts = ("gate", "up") if match["part"].startswith("gate_up") else ("down",)
+        parts = match["part"].partition("_proj")[0].split("_")
         return tuple(f"blk.{match['layer']}.ffn_{part}_exps.{kind}" for part in parts)
     suffix = next((s for s in _SUFFIXES if name.endswith(s)), "")
     found = table.get_name(name.removesuffix(suffix))
@@ -150,7 +150,7 @@ def _tensor_names(name: str, table: Any) -> tuple[str, ...]:
 
 
 def use_halves(model: torch.nn.Module, file: GGUFFile) -> None:
-    """Makes room in a model for packed halves of MLA's `kv_b_proj`, where a file has no whole one."""
+    """Makes room in a model for packed halves, where a file has no whole `attn_kv_b`, or gate and up experts of different types."""
     names = []
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and (match := _KV.match(name)):
@@ -158,7 +158,11 @@ def use_halves(model: torch.nn.Module, file: GGUFFile) -> None:
             whole = f"blk.{match['layer']}.attn_kv_b.weight" in file.tensors
             if not whole and any(half is not None and half.format is not None for half in halves):
                 names.append(f"{name}.k_b_proj.weight")
-    split_kv(model, names)
+        elif getattr(module, "has_gate", False) and (match := _EXPERTS.match(f"{name}.gate_up_proj")):
+            parts = [file.tensors.get(f"blk.{match['layer']}.ffn_{part}_exps.weight") for part in ("gate", "up")]
+            if len({part.format and (part.format.plain or part.format.name) for part in parts if part is not None}) > 1:
+                names.append(f"{name}.gate_proj")
+    split_halves(model, names)
 
 
 def merged_halves(bindings: Iterable[Binding], present: Mapping[str, Any], config: Any) -> list[Binding]:

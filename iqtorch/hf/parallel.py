@@ -13,8 +13,10 @@ from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES, replace
 from transformers.distributed.tensor_parallel import TensorParallelLayer
 
 from ..errors import ShapeError, UnsupportedOperationError
+from ..experts import SPLIT, is_split
 from ..formats import Format
 from ..linear import packed_parameter
+from ..mla import SplitKV
 from ..sharding import SHARDS, split_blocks, stored_dim
 from ..tensor import IQTensor
 from .config import StoredTensor
@@ -57,7 +59,11 @@ def use_packed_styles(model: Any, names: Iterable[str], plan: dict[str, str]) ->
 
     Packed embeddings, and a head that is tied to one, stay whole in every process: a lookup costs nothing, and a table of a
     part of the vocabulary would need its ids masked.
+
+    Raises:
+        UnsupportedOperationError: the plan splits a `kv_b_proj` that is kept in two halves.
     """
+    _plan_halves(model, plan)
     tied = set(model.all_tied_weights_keys) | set(model.all_tied_weights_keys.values())
     split: set[str] = set()
     whole: set[str] = set()
@@ -75,6 +81,19 @@ def use_packed_styles(model: Any, names: Iterable[str], plan: dict[str, str]) ->
         elif key in split and not style.startswith("iqtorch_"):
             ALL_PARALLEL_STYLES.register(f"iqtorch_{style}", PackedStyle(ALL_PARALLEL_STYLES[style]))
             plan[key] = f"iqtorch_{style}"
+
+
+def _plan_halves(model: Any, plan: dict[str, str]) -> None:
+    """Adds the halves of split experts to a plan for whole ones: each is cut as its part of the whole would be."""
+    for name, module in model.named_modules():
+        key = replace_layer_number_by_wildcard(name)
+        if isinstance(module, SplitKV) and key in plan:
+            raise UnsupportedOperationError(
+                f"{name!r} is kept in two halves, as its GGUF file had it, and cannot be split over processes: take a file with a whole "
+                f"attn_kv_b, or a tp_plan without {key!r}"
+            )
+        if is_split(module) and (style := plan.get(f"{key}.gate_up_proj")) is not None:
+            plan |= {f"{key}.{half}": "colwise" if style == "packed_colwise" else style for half in SPLIT}
 
 
 def local_part(module: nn.Module, attribute: str, blocks: Tensor, fmt: Format, transposed: bool, name: str) -> Tensor:

@@ -22,8 +22,8 @@ from transformers.quantizers.base import HfQuantizer
 from ..calibration import Calibration, quantize_calibrated
 from ..errors import CheckpointError, IQTorchError, MissingDependencyError, UnsupportedOperationError
 from ..formats import Format, get_format
+from ..halves import split_halves
 from ..linear import PACKED_CLASS, matrix_of, packable, packed_parameter
-from ..mla import split_kv
 from ..model import NOTES, check_coverage, importance_table, lookup_importance, plan_formats, replace_module
 from ..quantize import check_finite, check_weight, quantize
 from ..report import warn_if_kept
@@ -135,7 +135,7 @@ class IQQuantizer(HfQuantizer):
         ]
 
     def _plan_reading(self, model: Any) -> None:
-        split_kv(model, self.quantization_config.tensors)
+        split_halves(model, self.quantization_config.tensors)
         weights = model.state_dict()
         prefix = f"{model.base_model_prefix}."
         for name, stored in self.quantization_config.tensors.items():
