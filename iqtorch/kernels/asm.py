@@ -14,7 +14,6 @@ import triton.language as tl
 LOW_BYTES = tl.constexpr(0x01010101)
 TOP_BITS = tl.constexpr(-0x7F7F7F80)  # 0x80808080
 NIBBLE_BYTES = tl.constexpr(0x0F0F0F0F)
-TRELLIS_MASK = tl.constexpr(0x3F3F3F3F)
 
 
 @triton.jit
@@ -197,41 +196,31 @@ def byte_mask(bits, ASM: tl.constexpr):
 
 
 @triton.jit
-def negate_bytes(v, mask):
-    """Two's complement of the bytes of v (0 .. 127) that `mask` selects."""
-    return (v & (mask ^ -1)) | ((TOP_BITS - v) ^ TOP_BITS) & mask
-
-
-@triton.jit
 def negate_positive_bytes(v, mask):
-    """`negate_bytes` for bytes 1 .. 127: 256 - v in every byte, and no borrow between them."""
+    """Two's complement of the bytes of v (1 .. 127) that `mask` selects: 256 - v, and no borrow between them."""
     return (v & (mask ^ -1)) | (0x01010100 - v) & mask
 
 
 @triton.jit
 def negate_small_bytes(v):
-    """`negate_bytes` of every byte, for bytes -127 .. 127."""
+    """Two's complement of every byte, for bytes -127 .. 127."""
     return (0x01010100 - (v ^ TOP_BITS)) ^ TOP_BITS
 
 
-@triton.jit
-def byte_sum(v, ASM: tl.constexpr):
-    """Sum of four bytes whose sum is below 256, minus 126 (the values of the trellis generator)."""
-    if ASM:
-        text: tl.constexpr = "dp4a.u32.s32 $0, $1, 0x01010101, -126;"
-        total = tl.inline_asm_elementwise(text, "=r,r", [v], dtype=tl.int32, is_pure=True, pack=1)
-    else:
-        total = shift_right(v * LOW_BYTES, 24) - 126
-    return total
+@triton.constexpr_function
+def two_sums_text(start):
+    """PTX of `two_byte_sums`."""
+    return "{.reg .b32 t; dp4a.u32.u32 t, $1, 0x01010101, " + str(0x0101 * start) + "; dp4a.u32.u32 $0, $2, 0x40404040, t;}"
 
 
 @triton.jit
-def magnitude(v, ASM: tl.constexpr):
-    """Absolute value of int32."""
+def two_byte_sums(a, b, START: tl.constexpr, ASM: tl.constexpr):
+    """START + the sum of the bytes of a, and in the next byte START + a quarter of that of b: two sums in place by two instructions."""
     if ASM:
-        v = tl.inline_asm_elementwise("abs.s32 $0, $1;", "=r,r", [v], dtype=tl.int32, is_pure=True, pack=1)
+        text: tl.constexpr = two_sums_text(START)
+        v = tl.inline_asm_elementwise(text, "=r,r,r", [a, b], dtype=tl.int32, is_pure=True, pack=1)
     else:
-        v = tl.abs(v)
+        v = shift_right(a * LOW_BYTES, 24) + (shift_right(shift_right(b, 2) * LOW_BYTES, 24) << 8) + 0x0101 * START
     return v
 
 

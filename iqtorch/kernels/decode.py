@@ -18,22 +18,20 @@ import triton.language as tl
 from .asm import (
     LOW_BYTES,
     NIBBLE_BYTES,
-    TRELLIS_MASK,
+    TOP_BITS,
     byte_mask,
-    byte_sum,
     bytes_of,
     choose,
     cubic,
     fetch,
     from_lane,
     lane,
-    magnitude,
-    negate_bytes,
     negate_positive_bytes,
     pack4,
     permute,
     select,
     shift_right,
+    two_byte_sums,
 )
 
 
@@ -182,9 +180,8 @@ def unleave4(v):
 def shifted(words, WIDTH: tl.constexpr, EACH: tl.constexpr):
     """`[n, A, B]` -> `[n * EACH, A, B]`: each word and its shifts by multiples of WIDTH."""
     if EACH > 1:
-        even = shifted(words, 2 * WIDTH, halving(EACH))
-        odd = shifted(words >> WIDTH, 2 * WIDTH, halving(EACH))
-        words = interleave(even, odd)
+        by = WIDTH * tl.arange(0, EACH)[None, :, None, None]
+        words = tl.reshape(words[:, None, :, :] >> by, (words.shape[0] * EACH, words.shape[1], words.shape[2]))
     return words
 
 
@@ -350,7 +347,7 @@ def pairs_quads(planes, held, S: tl.constexpr, ASM: tl.constexpr):
     """Five-bit codes index a table of pairs: one word per lane of a warp."""
     n: tl.constexpr = halving(S.quads)
     low = spread(plane(planes, S, S.code[0][0]), 4, n)
-    high = five(plane(planes, S, S.code[1][0]), 0, 1, n)
+    high = five(plane(planes, S, S.code[1][0]))
     code = select(low, high, NIBBLE_BYTES)
     if ASM:
         a = permute(from_lane(code, held[0]), from_lane(code >> 8, held[0]), "0x5410")
@@ -364,17 +361,11 @@ def pairs_quads(planes, held, S: tl.constexpr, ASM: tl.constexpr):
 
 
 @triton.jit
-def five(word, FIRST: tl.constexpr, STEP: tl.constexpr, COUNT: tl.constexpr):
-    """Bits FIRST, FIRST + STEP, .. of the bytes of a word `[1, A, B]`, each moved to bit 4 of every byte: `[COUNT, A, B]`."""
-    if COUNT > 1:
-        even = five(word, FIRST, 2 * STEP, halving(COUNT))
-        odd = five(word, FIRST + STEP, 2 * STEP, halving(COUNT))
-        v = interleave(even, odd)
-    elif FIRST < 4:
-        v = word << (4 - FIRST)
-    else:
-        v = word >> (FIRST - 4)
-    return v
+def five(word):
+    """Bit i of every byte of a word `[1, A, B]`, moved to bit 4: `[8, A, B]` (other bits are left over)."""
+    i = tl.arange(0, 4)[None, :, None, None]
+    low, high = word[:, None, :, :] << (4 - i), word[:, None, :, :] >> i
+    return tl.reshape(tl.permute(tl.join(low, high), (0, 4, 1, 2, 3)), (8, word.shape[1], word.shape[2]))
 
 
 @triton.jit
@@ -448,62 +439,71 @@ def trellis_states(planes, S: tl.constexpr, ASM: tl.constexpr):
 
 
 @triton.constexpr_function
-def first_term(s, i):
-    """`start * steps[i]` modulo 2^32."""
-    value = (s.start * s.steps[i]) & 0xFFFFFFFF
-    return value - (1 << 32) if value >> 31 else value
+def wrapped(value):
+    """An integer modulo 2^32 as int32."""
+    return (value & 0xFFFFFFFF) - ((value & 0x80000000) << 1)
 
 
 @triton.jit
-def trellis_word(state, i: tl.constexpr, S: tl.constexpr):
-    """Four numbers below 64 in bytes: their sum less 126 is the i-th value of a code. States are powers, not a chain."""
-    return (state * S.steps[i] + first_term(S, i)) & TRELLIS_MASK
+def trellis_word(state, i: tl.constexpr, SCALE: tl.constexpr, S: tl.constexpr):
+    """Four numbers below 64 in bytes, times SCALE (1 or 4): their sum less 126 is the i-th value of a code. States are powers, no chain."""
+    step: tl.constexpr = wrapped(S.steps[i] * SCALE)
+    first: tl.constexpr = wrapped(S.start * S.steps[i] * SCALE)
+    return (state * step + first) & wrapped(0x3F3F3F3F * SCALE)
 
 
 @triton.jit
-def trellis_value(state, i: tl.constexpr, ABSOLUTE: tl.constexpr, S: tl.constexpr, ASM: tl.constexpr):
-    """The i-th value of a code."""
-    v = byte_sum(trellis_word(state, i, S), ASM)
-    if ABSOLUTE:
-        v = magnitude(v, ASM)
-    return v
+def trellis_two(state, i: tl.constexpr, S: tl.constexpr, ASM: tl.constexpr):
+    """Values i and i + 1 of a code less `S.base`, in two bytes."""
+    return two_byte_sums(trellis_word(state, i, 1, S), trellis_word(state, i + 1, 4, S), -126 - S.base, ASM)
 
 
 @triton.jit
-def trellis_four(state, i: tl.constexpr, ABSOLUTE: tl.constexpr, S: tl.constexpr, ASM: tl.constexpr):
-    return pack4(
-        trellis_value(state, i, ABSOLUTE, S, ASM),
-        trellis_value(state, i + 1, ABSOLUTE, S, ASM),
-        trellis_value(state, i + 2, ABSOLUTE, S, ASM),
-        trellis_value(state, i + 3, ABSOLUTE, S, ASM),
-        ASM,
-    )
-
-
-@triton.jit
-def trellis_sums(state, ABSOLUTE: tl.constexpr, S: tl.constexpr, ASM: tl.constexpr):
-    """What the generator makes of its states, without signs; or its magnitudes."""
-    q = trellis_four(state, 0, ABSOLUTE, S, ASM)
-    if S.vec == 8:
-        q = interleave(q, trellis_four(state, 4, ABSOLUTE, S, ASM))
+def trellis_four(state, i: tl.constexpr, S: tl.constexpr, ASM: tl.constexpr):
+    a, b = trellis_two(state, i, S, ASM), trellis_two(state, i + 2, S, ASM)
+    if ASM:
+        q = permute(a, b, "0x5410")
+    else:
+        q = a | b << 16
     return q
 
 
 @triton.jit
+def trellis_sums(state, S: tl.constexpr, ASM: tl.constexpr):
+    """What the generator makes of its states, less `S.base`, as bytes."""
+    q = trellis_four(state, 0, S, ASM)
+    if S.vec == 8:
+        q = interleave(q, trellis_four(state, 4, S, ASM))
+    return q
+
+
+@triton.jit
+def flips(q, planes, S: tl.constexpr, ASM: tl.constexpr):
+    """Byte masks of the values, in bytes with 128 added, whose sign is not the stored one."""
+    signs = plane(planes, S, S.sign_plane)[:, None, :, :] << (7 - tl.arange(0, S.quads)[None, :, None, None])
+    wrong = q ^ tl.reshape(signs, q.shape) ^ TOP_BITS
+    if ASM:
+        mask = permute(wrong, wrong, "0xBA98")
+    else:
+        mask = byte_mask(shift_right(wrong, 7), ASM)
+    return mask
+
+
+@triton.jit
 def flipped(planes, S: tl.constexpr):
-    """Magnitudes of the generator with signs, otherwise: its own values, and byte masks of those with the wrong sign."""
-    q = trellis_sums(trellis_states(planes, S, True), False, S, True)
-    wrong = q ^ (spread(plane(planes, S, S.sign_plane), 1, S.quads) << 7)
-    return q, permute(wrong, wrong, "0xBA98")
+    """Magnitudes of the generator with signs, otherwise: its own values, two's complement, and byte masks of those with the wrong sign."""
+    q = trellis_sums(trellis_states(planes, S, True), S, True)
+    return q ^ TOP_BITS, flips(q, planes, S, True)
 
 
 @triton.jit
 def trellis_quads(planes, held, S: tl.constexpr, ASM: tl.constexpr):
     """Codes start a generator of four or eight values."""
-    state = trellis_states(planes, S, ASM)
-    q = trellis_sums(state, S.absolute, S, ASM)
-    if S.sign != "":
-        q = negate_bytes(q, sign_masks(state, planes, held, S, ASM))
+    q = trellis_sums(trellis_states(planes, S, ASM), S, ASM)
+    if S.absolute:
+        mask = flips(q, planes, S, ASM)
+        # 256 - q in every byte, for bytes 2 .. 254
+        q = (q ^ mask) + (mask & LOW_BYTES)
     return q
 
 

@@ -62,7 +62,7 @@ class Scheme:
         d_kind: `f16`, `f32`, `e8m0`.
         d_size: weights per `d`; 0 = one per row.
         unit, factor: power of two on `d`; the format's runtime scale.
-        base: constant added to every value.
+        base: constant added to every value (trellis: 126 less than a sum of four bytes; with signs, 128, so that bit 7 is the sign).
         signed: values are two's complement bytes.
         shift: added to values whose variant bit is set.
         variant_entries: added to codes whose variant bit is set.
@@ -71,7 +71,7 @@ class Scheme:
         start: first state of the trellis generator.
         cubic: coefficients of the polynomial that the table is (`CUBIC`), or ().
         steps: its multiplier to the powers 1 .. vec.
-        absolute: trellis values are magnitudes.
+        absolute: trellis values are magnitudes, with signs apart.
         parity: the lowest bit of weights 2i (i < 8) of each 32 holds bit i of the scale; the bit itself follows from the even
             parity of the codes 2i, 2i + 1, 2i + 16, 2i + 17 (IQ4_KSS).
         spare: bit 15 of the eight codes of a group holds one bit each of its scale and variant (IQ4_KT: 15-bit codes).
@@ -125,11 +125,6 @@ class Scheme:
     @property
     def affine(self) -> bool:
         return self.dmin_plane >= 0
-
-    @property
-    def needs_sum(self) -> bool:
-        """The sum of the activations enters the product."""
-        return self.affine or self.base != 0 or self.shift != 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,6 +180,7 @@ class Layout:
         difference = np.unique(values[1] - values[0]) if book.variants == 2 else np.zeros(1, np.int32)
         shift = int(difference[0]) if len(difference) == 1 and not self._variant_in_code else 0
         trellis = fmt.name.endswith("_kt")
+        absolute = trellis and bool((values >= 0).all())
         code_bits = fields["code"].width + (1 if self._variant_in_code else 0)
         line = values[0, :, 0] - np.arange(book.entries)
         self._wrap = vec == 1 and book.entries == 256 and bool(((line == 0) | (line == -256)).all())
@@ -254,8 +250,8 @@ class Layout:
             d_size=d_size,
             unit=fmt.unit,
             factor=fmt.runtime_scale,
-            base=int(line[0]) if family == "direct" and not self._wrap else 0,
-            signed=family != "direct" or self._wrap,
+            base=(-128 if absolute else -126) if trellis else int(line[0]) if family == "direct" and not self._wrap else 0,
+            signed=self._wrap or family not in ("direct", "trellis"),
             shift=shift,
             variant_entries=book.entries if variant and not shift and not self._variant_in_code else 0,
             code_bits=code_bits,
@@ -263,7 +259,7 @@ class Layout:
             start=OFFSET if trellis else 0,
             cubic=CUBIC if family == "cubic" else (),
             steps=tuple(_int32(pow(MULTIPLIER, i + 1, 1 << 32)) for i in range(vec)) if trellis else (),
-            absolute=trellis and bool((values >= 0).all()),
+            absolute=absolute,
             parity=bool(fmt.code_parity),
             spare=spare,
         )

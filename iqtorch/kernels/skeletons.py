@@ -140,15 +140,15 @@ def chain(w0, w1, w2, w3, x0, x1, x2, x3, W_SIGNED: tl.constexpr, X_SIGNED: tl.c
 
 
 @triton.jit
-def dot_digit(w, x, S: tl.constexpr, X_SIGNED: tl.constexpr, ASM: tl.constexpr):
+def dot_digit(w, x, S: tl.constexpr, W_SIGNED: tl.constexpr, X_SIGNED: tl.constexpr, ASM: tl.constexpr):
     """`w [quads, R, B]`, `x [quads, M, B]` -> int32 `[groups, M, R, B]`."""
     w, x = w[:, None, :, :], x[:, :, None, :]
     if ASM:
         w0, w1, w2, w3 = unleave4(w)
         x0, x1, x2, x3 = unleave4(x)
-        total = chain(w0, w1, w2, w3, x0, x1, x2, x3, S.signed, X_SIGNED)
+        total = chain(w0, w1, w2, w3, x0, x1, x2, x3, W_SIGNED, X_SIGNED)
     else:
-        total = tl.sum(bytes_of(w, S.signed) * bytes_of(x, X_SIGNED), axis=4)
+        total = tl.sum(bytes_of(w, W_SIGNED) * bytes_of(x, X_SIGNED), axis=4)
     return per_scale(total, S)
 
 
@@ -177,7 +177,7 @@ def by_splat(s, digits, asm):
 @triton.constexpr_function
 def by_flip(s, asm):
     """Trellis magnitudes with signs: the product changes signs, of activations or of partial sums (`flipped_dot`)."""
-    return bool(asm) and s.absolute and s.sign == "bits"
+    return bool(asm) and s.absolute
 
 
 @triton.jit
@@ -191,14 +191,14 @@ def flipped_dot(w, flip, x, S: tl.constexpr, X_SIGNED: tl.constexpr, DIGITS: tl.
         total = per_scale(chain(w0, w1, w2, w3, x0, x1, x2, x3, True, True), S)
     else:
         # -w = (w ^ -1) - (-1), byte by byte
-        total = dot_digit(w ^ flip, x, S, X_SIGNED, True) - dot_digit(flip, x, S, X_SIGNED, True)
+        total = dot_digit(w ^ flip, x, S, True, X_SIGNED, True) - dot_digit(flip, x, S, True, X_SIGNED, True)
     return total
 
 
 @triton.constexpr_function
-def value_base(s, digits, asm):
+def value_base(s, asm):
     """Constant that the integer product leaves out of every value."""
-    return -126 if by_splat(s, digits, asm) else s.base
+    return 0 if by_flip(s, asm) else s.base
 
 
 @triton.jit
@@ -207,14 +207,16 @@ def splat_dot(state, x, S: tl.constexpr, X_SIGNED: tl.constexpr):
 
     A value is a sum of four bytes minus 126, so four equal bytes of x decode and multiply it in one dp4a.
     """
+    # dimensions are added once, outside the loop: each costs the compiler a conversion of layouts to think about
+    state, x = state[:, None, :, :], x[:, :, None, :]
     lo, hi = x, x
     if S.vec == 8:
         lo, hi = unleave(x)
     total = 0
     for i in tl.static_range(tl.constexpr(S.vec)):
         word = lo if i < 4 else hi
-        same = permute(word, word, ("0x0000", "0x1111", "0x2222", "0x3333")[i % 4])[:, :, None, :]
-        v = trellis_word(state, i, S)[:, None, :, :]
+        same = permute(word, word, ("0x0000", "0x1111", "0x2222", "0x3333")[i % 4])
+        v = trellis_word(state, i, 1, S)
         if i == 0:
             total = dot4_first(v, same, False, X_SIGNED)
         else:
@@ -229,7 +231,7 @@ def run_products(parts, sums, planes, held, lut, S: tl.constexpr, DIGITS: tl.con
     `parts` are the digits of x as quads, highest first, and `sums` their sums per scale (used if a constant is added to values).
     """
     splat: tl.constexpr = by_splat(S, DIGITS, ASM)
-    base: tl.constexpr = value_base(S, DIGITS, ASM)
+    base: tl.constexpr = value_base(S, ASM)
     scale, shift, low = scales(planes, lut, S, ASM)
     flip: tl.constexpr = by_flip(S, ASM)
     if splat:
@@ -251,7 +253,7 @@ def run_products(parts, sums, planes, held, lut, S: tl.constexpr, DIGITS: tl.con
         elif flip:
             part = flipped_dot(w, wrong, parts[i], S, i == 0, DIGITS)
         else:
-            part = dot_digit(w, parts[i], S, i == 0, ASM)
+            part = dot_digit(w, parts[i], S, S.signed, i == 0, ASM)
         if DIGITS == 3:
             # 24 bits times 8 bits: beyond int32, so digits meet in float32
             if base != 0 or S.shift != 0:
@@ -291,7 +293,7 @@ def all_digits(q, DIGITS: tl.constexpr, ASM: tl.constexpr):
 def all_sums(parts, S: tl.constexpr, DIGITS: tl.constexpr, ASM: tl.constexpr):
     """Sums per scale of every digit, as a tuple like `parts` (unused ones are the quads themselves)."""
     sums = parts
-    if value_base(S, DIGITS, ASM) != 0 or S.needs_sum:
+    if value_base(S, ASM) != 0 or S.shift != 0 or S.affine:
         if DIGITS == 1:
             sums = (sum_digit(parts[0], S, True, ASM),)
         elif DIGITS == 2:
