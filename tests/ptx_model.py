@@ -179,10 +179,10 @@ def install(monkeypatch: Any) -> None:
     import triton
     from triton.runtime.interpreter import InterpreterBuilder
 
-    from iqtorch.kernels import routed, skeletons
+    from iqtorch.kernels import matrix, routed, scales, vector
 
     monkeypatch.setattr(InterpreterBuilder, "create_inline_asm", create_inline_asm)
-    for module in (decode, skeletons, routed):
+    for module in (decode, scales, vector, matrix, routed):
         for name, function in (("from_lane", _from_lane), ("prepare_scales", _prepare_scales), ("prepare", _prepare)):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, triton.jit(function))

@@ -15,7 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from iqtorch.formats import get_format
-from iqtorch.kernels import routed, skeletons
+from iqtorch.kernels import matrix, routed, vector
 from iqtorch.kernels.choices import all_registers
 from iqtorch.kernels.layout import layout
 
@@ -55,7 +55,7 @@ def gemv(
         "bias": None, "ids": None, "per_token": 1,
     }  # fmt: skip
     pointers = {"x": dtype, "data": "*u8", "book": "*i32", "lut": "*fp32", "y": dtype}
-    return compile_kernel(skeletons.gemv, constants, pointers, arch, 4, **all_registers(asm)), rows * passes * s.run
+    return compile_kernel(vector.gemv, constants, pointers, arch, 4, **all_registers(asm)), rows * passes * s.run
 
 
 def gemm(name: str, arch: int | str = 90, tokens: int = 16, asm: bool = True, grouped: bool = False) -> tuple[Any, float]:
@@ -67,7 +67,7 @@ def gemm(name: str, arch: int | str = 90, tokens: int = 16, asm: bool = True, gr
     if not grouped:
         constants["offsets"] = None
     pointers = {"xs": "*fp16", "steps": "*fp32", "data": "*u8", "book": "*i32", "lut": "*fp32", "y": "*bf16", "offsets": "*i32"}
-    return compile_kernel(skeletons.gemm, constants, pointers, arch, warps, **all_registers(asm)), rows * 4 * s.run / (32 * warps)
+    return compile_kernel(matrix.gemm, constants, pointers, arch, warps, **all_registers(asm)), rows * 4 * s.run / (32 * warps)
 
 
 def experts(name: str, arch: int | str = 90, asm: bool = True) -> list[Any]:
@@ -81,7 +81,7 @@ def experts(name: str, arch: int | str = 90, asm: bool = True) -> list[Any]:
 def dequantize(name: str, arch: int | str = 90, asm: bool = True) -> Any:
     constants = {"S": layout(get_format(name)).scheme, "ROWS": 4, "RUNS": 32, "ASM": asm, "ids": None}
     pointers = {"data": "*u8", "book": "*i32", "lut": "*fp32", "out": "*bf16"}
-    return compile_kernel(skeletons.dequantize, constants, pointers, arch, 4, enable_fp_fusion=False)
+    return compile_kernel(matrix.dequantize, constants, pointers, arch, 4, enable_fp_fusion=False)
 
 
 def _cuobjdump(kernel: Any, *options: str) -> str:

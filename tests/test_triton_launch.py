@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from iqtorch.errors import KernelUnavailableError
 from iqtorch.formats import get_format
-from iqtorch.kernels import choices, launch, routed, skeletons, tuning
+from iqtorch.kernels import choices, launch, matrix, routed, tuning, vector
 from iqtorch.kernels.layout import layout
 
 H200 = choices.Device(132, True)
@@ -57,7 +57,7 @@ class Recorder:
 @pytest.fixture
 def recorded(monkeypatch: pytest.MonkeyPatch) -> dict[str, Recorder]:
     made = {}
-    for module, names in ((skeletons, ("gemv", "stage", "gemm", "combine", "dequantize")), (routed, ("gated", "weighted"))):
+    for module, names in ((vector, ("gemv",)), (matrix, ("stage", "gemm", "combine", "dequantize")), (routed, ("gated", "weighted"))):
         for name in names:
             made[name] = Recorder(getattr(module, name))
             monkeypatch.setattr(module, name, made[name])

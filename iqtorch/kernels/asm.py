@@ -66,7 +66,7 @@ def dot4_first(w, x, W_SIGNED: tl.constexpr, X_SIGNED: tl.constexpr):
 
 @triton.jit
 def dot4(w, x, acc, W_SIGNED: tl.constexpr, X_SIGNED: tl.constexpr):
-    """acc + sum over four bytes of w * x (int32): dp4a. The twin is `bytes_of` and a sum, in the skeletons."""
+    """acc + sum over four bytes of w * x (int32): dp4a. The twin is `bytes_of` and a sum, in vector.py."""
     text: tl.constexpr = dot_text(W_SIGNED, X_SIGNED, False)
     return tl.inline_asm_elementwise(text, "=r,r,r,r", [w, x, acc], dtype=tl.int32, is_pure=True, pack=1)
 

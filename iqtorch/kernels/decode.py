@@ -1,10 +1,7 @@
-"""Decoding in registers: one small function per family, from planes to quads of int8, and one for the scales of all.
+"""Decoding in registers: one small function per family, from planes to quads of int8.
 
 A *quad* is an int32 with the values of four neighbouring weights as bytes, before any scale. Every family returns quads
-`[S.quads, A, B]` for rows `row` (`[A, 1]`) and runs `run` (`[1, B]`); the skeletons know nothing else. Loads of weights
-are not masked: rows and runs must be clamped to the matrix.
-What belongs to one run comes first in every shape: Triton spreads the last dimensions over the threads, so a thread keeps whole
-runs in its registers, and regrouping them moves nothing between threads.
+`[S.quads, A, B]` for rows `row` (`[A, 1]`) and runs `run` (`[1, B]`); the kernels know nothing else of codes.
 `S` is the format's `Scheme`; branches on it are resolved at compile time.
 """
 
@@ -33,170 +30,13 @@ from .asm import (
     shift_right,
     two_byte_sums,
 )
-
-
-@triton.constexpr_function
-def run_bits(s, plane):
-    """Bits of a plane that belong to one run."""
-    return s.planes[plane] * s.run // 256
-
-
-@triton.constexpr_function
-def splat_mask(width, slot):
-    """`width` low bits set in every `slot` bits of a 32-bit word."""
-    mask = sum(((1 << width) - 1) << i for i in range(0, 32, slot))
-    return mask - (1 << 32) if mask >> 31 else mask
-
-
-@triton.constexpr_function
-def low_mask(width):
-    return (1 << width) - 1
-
-
-@triton.constexpr_function
-def halving(n):
-    return n // 2
-
-
-@triton.jit
-def plane_start(rows, runs, S: tl.constexpr, P: tl.constexpr):
-    """First byte of plane P of a matrix."""
-    at = rows.to(tl.int64) * 0
-    for i in tl.static_range(tl.constexpr(P)):
-        if S.planes[i] == 0:
-            size = rows.to(tl.int64) * S.row_items[i]
-        else:
-            # the rows of a plane are whole bytes, the runs of a row need not be
-            size = rows.to(tl.int64) * ((runs * run_bits(S, i)) // 8)
-        at += (size + 15) // 16 * 16
-    return at
-
-
-@triton.constexpr_function
-def place(s, plane):
-    """Position of a plane among those that `load_planes` loads."""
-    return sum(1 for bits in s.planes[:plane] if bits)
-
-
-@triton.constexpr_function
-def loaded(s):
-    """The planes that `load_planes` loads."""
-    return tuple(i for i, bits in enumerate(s.planes) if bits)
-
-
-@triton.constexpr_function
-def runs_per_item(s, plane):
-    """Runs that share one item of a plane: more than one for a `d` per block."""
-    return s.d_size // s.run if plane in (s.d_plane, s.dmin_plane) else 1
-
-
-@triton.constexpr_function
-def item_bits(s, plane):
-    """Bits of one item: of the run, or of the `d` that it shares."""
-    return run_bits(s, plane) * runs_per_item(s, plane)
-
-
-@triton.jit
-def load_plane(start, row, run, runs, BITS: tl.constexpr, PER: tl.constexpr, ASM: tl.constexpr):
-    """Items of BITS bits, one for PER runs, of rows `[A, 1]` and runs `[1, B]` as int32 `[words, A, B]`.
-
-    With fewer than 8 bits the lowest ones are the item's; what lies above is left over.
-    """
-    if BITS < 8:
-        per: tl.constexpr = 8 // BITS
-        at = row * ((runs * BITS) // 8) + run // per
-    else:
-        at = row * (runs // PER) + run // PER
-    if ASM:
-        v = tl.permute(fetch(start, at, tl.constexpr(max(BITS, 8))), (2, 0, 1))
-    elif BITS >= 32:
-        n: tl.constexpr = BITS // 32
-        words = start.to(tl.pointer_type(tl.int32), bitcast=True)
-        v = tl.load(words + ((at * n)[None, :, :] + tl.arange(0, n)[:, None, None]))
-    elif BITS == 16:
-        v = tl.load(start.to(tl.pointer_type(tl.uint16), bitcast=True) + at).to(tl.int32)[None, :, :]
-    else:
-        v = tl.load(start + at).to(tl.int32)[None, :, :]
-    if BITS < 8:
-        v = v >> (run % per * BITS)[None, :, :]
-    return v
-
-
-@triton.jit
-def load_planes(data, row, run, rows, runs, S: tl.constexpr, ASM: tl.constexpr):
-    """The stored bits of runs, everything that `quads` and `scales` read: a tuple of int32 `[words, A, B]`, one per plane."""
-    return planes_from(data, row, run, rows, runs, 0, S, ASM)
-
-
-@triton.jit
-def planes_from(data, row, run, rows, runs, I: tl.constexpr, S: tl.constexpr, ASM: tl.constexpr):  # noqa: E741
-    which: tl.constexpr = loaded(S)
-    P: tl.constexpr = which[I]
-    start = data + plane_start(rows, runs, S, P)
-    planes = (load_plane(start, row, run, runs, item_bits(S, P), runs_per_item(S, P), ASM),)
-    if len(which) > I + 1:
-        planes = planes + planes_from(data, row, run, rows, runs, I + 1, S, ASM)
-    return planes
-
-
-@triton.jit
-def plane(planes, S: tl.constexpr, P: tl.constexpr):
-    """Plane P of what `load_planes` loaded."""
-    return planes[place(S, P)]
-
-
-@triton.jit
-def flatten_last(v):
-    """`[n, A, B, m]` -> `[n * m, A, B]`."""
-    return tl.reshape(tl.permute(v, (0, 3, 1, 2)), (v.shape[0] * v.shape[3], v.shape[1], v.shape[2]))
-
-
-@triton.jit
-def interleave(a, b):
-    """Two `[n, A, B]` -> `[2n, A, B]`, alternating."""
-    return flatten_last(tl.join(a, b))
-
-
-@triton.jit
-def unleave(v):
-    """Inverse of `interleave`, also for `[2n, M, R, B]`."""
-    if len(v.shape) == 3:
-        v = tl.permute(tl.reshape(v, (v.shape[0] // 2, 2, v.shape[1], v.shape[2])), (0, 2, 3, 1))
-    else:
-        v = tl.permute(tl.reshape(v, (v.shape[0] // 2, 2, v.shape[1], v.shape[2], v.shape[3])), (0, 2, 3, 4, 1))
-    return tl.split(v)
-
-
-@triton.jit
-def unleave4(v):
-    """`[4n, ...]` -> four `[n, ...]`."""
-    even, odd = unleave(v)
-    v0, v2 = unleave(even)
-    v1, v3 = unleave(odd)
-    return v0, v1, v2, v3
-
-
-@triton.jit
-def shifted(words, WIDTH: tl.constexpr, EACH: tl.constexpr):
-    """`[n, A, B]` -> `[n * EACH, A, B]`: each word and its shifts by multiples of WIDTH."""
-    if EACH > 1:
-        by = WIDTH * tl.arange(0, EACH)[None, :, None, None]
-        words = tl.reshape(words[:, None, :, :] >> by, (words.shape[0] * EACH, words.shape[1], words.shape[2]))
-    return words
-
-
-@triton.jit
-def spread(words, WIDTH: tl.constexpr, COUNT: tl.constexpr):
-    """`[n, A, B]` -> `[COUNT, A, B]`: each word and its shifts by multiples of WIDTH (upper bits are left over)."""
-    return shifted(words, WIDTH, tl.constexpr(COUNT // words.shape[0]))
-
-
-# -- families ------------------------------------------------------------------------------------------------
+from .planes import flatten_last, halving, interleave, low_mask, plane, splat_mask, spread, unleave4, word_halves
+from .scales import raw_scale
 
 
 @triton.jit
 def direct_quads(planes, held, S: tl.constexpr, ASM: tl.constexpr):
-    """Codes are the values (the constant `S.base` is added by the skeletons)."""
+    """Codes are the values (the constant `S.base` is added by the products)."""
     q = plane(planes, S, S.code[0][0])
     if S.code[0][1] < 8:
         q = spread(q, S.code[0][1], S.quads) & splat_mask(S.code[0][1], 8)
@@ -231,12 +71,6 @@ def restore_parity(w):
     return tl.reshape(tl.permute(tl.join(lo, hi), (3, 0, 1, 2)), w.shape)
 
 
-@triton.jit
-def word_halves(w):
-    """`[4, A, B]` -> its first and second two words, `[2, A, B]` each."""
-    return tl.split(tl.permute(tl.reshape(w, (2, 2, w.shape[1], w.shape[2])), (1, 2, 3, 0)))
-
-
 @triton.constexpr_function
 def table_words(s):
     """Words of four table entries that stay in registers."""
@@ -260,14 +94,6 @@ def prepare(book, S: tl.constexpr, ASM: tl.constexpr):
     else:
         held = (book,)
     return held
-
-
-@triton.jit
-def prepare_scales(lut, S: tl.constexpr, ASM: tl.constexpr):
-    """What `scales` needs of the table of scales: one value per lane for PTX look-ups, else its address."""
-    if ASM and S.scale_map is None:
-        lut = tl.load(lut + lane()).to(tl.int32, bitcast=True)
-    return lut
 
 
 @triton.jit
@@ -522,135 +348,3 @@ def quads(planes, held, S: tl.constexpr, ASM: tl.constexpr):
         return grid_quads(planes, held, S, ASM)
     else:
         return trellis_quads(planes, held, S, ASM)
-
-
-# -- scales --------------------------------------------------------------------------------------------------
-
-
-@triton.constexpr_function
-def plane_count(s, field):
-    return len(getattr(s, field))
-
-
-@triton.constexpr_function
-def plane_index(s, field, i):
-    return getattr(s, field)[i][0]
-
-
-@triton.constexpr_function
-def plane_width(s, field, i):
-    return getattr(s, field)[i][1]
-
-
-@triton.jit
-def raw_scale(planes, S: tl.constexpr, FIELD: tl.constexpr, ASM: tl.constexpr):
-    """Stored scales or minima (and variant bits above them) `[S.groups, A, B]`."""
-    n: tl.constexpr = S.groups
-    if S.parity:
-        w = plane(planes, S, S.code[0][0])
-        lo, _hi = word_halves(w)
-        # the multiplication gathers bits 0, 8, 16, 24 in bits 24 .. 27
-        low, high = unleave(shift_right((lo & LOW_BYTES) * 0x01020408, 24) & 15)
-        raw = low | high << 4
-    elif S.spare:
-        w = plane(planes, S, S.code[0][0])
-        w0, w1, w2, w3 = unleave4(shift_right(w, 15) & 0x00010001)
-        bits = w0 | w1 << 2 | w2 << 4 | w3 << 6
-        raw = (bits | bits >> 15) & 255
-    elif S.sign == "word":
-        raw = shift_right(plane(planes, S, S.sign_plane), 28)
-    else:
-        width: tl.constexpr = plane_width(S, FIELD, 0)
-        words = plane(planes, S, plane_index(S, FIELD, 0))
-        raw = spread(words, width, n) & low_mask(width)
-        if plane_count(S, FIELD) == 2:
-            more: tl.constexpr = plane_width(S, FIELD, 1)
-            words = plane(planes, S, plane_index(S, FIELD, 1))
-            raw |= (spread(words, more, n) & low_mask(more)) << width
-    return raw
-
-
-@triton.jit
-def as_float(bits, S: tl.constexpr):
-    """Bit patterns of stored floats (int32) as float32."""
-    if S.d_kind == "f16":
-        v = bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-    elif S.d_kind == "f32":
-        v = bits.to(tl.float32, bitcast=True)
-    else:
-        # 2^(bits - 128), subnormal below 2
-        v = tl.where(bits < 2, 0x00200000 << bits, (bits - 1) << 23).to(tl.float32, bitcast=True)
-    return v
-
-
-@triton.jit
-def row_scale(data, row, rows, runs, S: tl.constexpr):
-    """`d` of rows `[A, 1]` whose format has one per row, times `unit`."""
-    start = data + plane_start(rows, runs, S, S.d_plane)
-    if S.d_kind == "f16":
-        d = tl.load(start.to(tl.pointer_type(tl.uint16), bitcast=True) + row).to(tl.int32)
-    else:
-        d = tl.load(start.to(tl.pointer_type(tl.int32), bitcast=True) + row)
-    return as_float(d, S) * S.unit
-
-
-@triton.jit
-def row_exponent(data, row, rows, runs, S: tl.constexpr, ASM: tl.constexpr):
-    """Exponent e of rows: `|scale| <= 2^e`; int32 like `row`."""
-    start = data + plane_start(rows, runs, S, S.exponent_plane)
-    if ASM:
-        e = tl.reshape(fetch(start, row, 8), row.shape)
-    else:
-        e = tl.load(start + row).to(tl.int32)
-    return (e << 24) >> 24
-
-
-@triton.jit
-def power_of_two(e):
-    """2^e as float32, for -126 <= e <= 127."""
-    return ((e + 127) << 23).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def integer_scale(planes, lut, S: tl.constexpr, ASM: tl.constexpr):
-    """What the stored scale stands for, float32 `[groups, A, B]`, and `shift` of the chosen variant, int32."""
-    if S.scale_bits == 0:
-        scale = tl.full((1, planes[0].shape[1], planes[0].shape[2]), 1.0, tl.float32)
-        shift = scale.to(tl.int32)
-    else:
-        raw = raw_scale(planes, S, "scale", ASM)
-        shift = raw
-        if S.shift != 0:
-            shift = ((raw >> S.scale_bits) & 1) * S.shift
-        if S.shift != 0 or S.variant_entries != 0:
-            raw &= low_mask(S.scale_bits)
-        if S.scale_wraps:
-            raw = (raw << 24) >> 24
-        if S.scale_map is None:
-            if ASM:
-                scale = from_lane(raw, lut).to(tl.float32, bitcast=True)
-            else:
-                scale = tl.load(lut + raw)
-        else:
-            scale = (raw * S.scale_map[1] + S.scale_map[0]).to(tl.float32)
-    return scale, shift
-
-
-@triton.jit
-def scales(planes, lut, S: tl.constexpr, ASM: tl.constexpr):
-    """`(scale, shift, low)`, each `[groups, A, B]`: weight = scale * (value + base + shift) - low.
-
-    A `d` per row is left out (`row_scale`). `shift` and `low` only mean something if `S.shift`, `S.affine`.
-    """
-    scale, shift = integer_scale(planes, lut, S, ASM)
-    if S.d_size > 0:
-        scale *= as_float(plane(planes, S, S.d_plane), S) * S.unit
-    low = scale
-    if S.affine:
-        low = as_float(plane(planes, S, S.dmin_plane), S)
-        if len(S.minimum) == 0:
-            low *= S.min_map[0]
-        else:
-            m = raw_scale(planes, S, "minimum", ASM)
-            low = low * (m * S.min_map[1] + S.min_map[0]).to(tl.float32)
-    return scale, shift, low

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from ..errors import BlockSizeError, UnsupportedOperationError
 from ..formats import Format, format_by_ggml_type
-from . import skeletons
+from . import matrix, vector
 from .choices import Device, GemmTile, GemvTile, all_registers, device_facts, gemm_tile, gemv_tile, key, power_of_two, tuned
 from .layout import ALIGN, Layout, layout
 from .tuning import Choices
@@ -134,7 +134,7 @@ def _digits(dtype: torch.dtype, precision: int) -> int:
 def _gemv(
     x: Tensor, data: Tensor, plan: Layout, rows: int, bias: Tensor | None, precision: int, ids: Tensor | None = None, mode: str = "one"
 ) -> Tensor:
-    """Vector products: all tokens with one matrix, or each with the matrix that `ids` names (see `skeletons.gemv`)."""
+    """Vector products: all tokens with one matrix, or each with the matrix that `ids` names (see `vector.gemv`)."""
     s, facts = plan.scheme, _facts(x.device)
     runs = x.shape[1] // s.run
     tokens, per_token = x.shape[0], 1
@@ -148,7 +148,7 @@ def _gemv(
     book, lut = plan.tables(x.device)
     experts = data.shape[0] if data.ndim > 1 else 1
     out = torch.empty((tokens, rows), dtype=x.dtype, device=x.device)
-    skeletons.gemv[(triton.cdiv(rows, tile.rows * tile.passes), triton.cdiv(tokens, group))](
+    vector.gemv[(triton.cdiv(rows, tile.rows * tile.passes), triton.cdiv(tokens, group))](
         x, data, book, lut, bias, ids, out, tokens, rows, runs, x.stride(0), data.shape[-1], experts, per_token,
         S=s, MODE=mode, DIGITS=digits, TOKENS=group, ROWS=tile.rows, PASSES=tile.passes, RUNS=tile.runs,
         EP=power_of_two(experts), ASM=facts.asm, num_warps=tile.warps,
@@ -172,15 +172,13 @@ def _gemm(x: Tensor, data: Tensor, plan: Layout, rows: int, bias: Tensor | None,
     xs = torch.empty((tokens, k_padded), dtype=torch.float16, device=x.device)
     scale = torch.empty((tokens,), dtype=torch.float32, device=x.device)
     block = min(power_of_two(k_padded), 4096)
-    skeletons.stage[(tokens,)](
-        x, xs, scale, tokens, k, x.stride(0), k_padded, RUN=s.run, BLOCK=block, FRAGMENT=facts.fragments, num_warps=4
-    )
+    matrix.stage[(tokens,)](x, xs, scale, tokens, k, x.stride(0), k_padded, RUN=s.run, BLOCK=block, FRAGMENT=facts.fragments, num_warps=4)
     out = (torch.zeros if offsets is not None else torch.empty)((tokens, rows), dtype=x.dtype, device=x.device)
     parts = out if split == 1 else torch.empty((split, tokens, rows), dtype=torch.float32, device=x.device)
     # Without the ends on the host: every expert may end with one tile that is not full.
     token_tiles = triton.cdiv(tokens, tile.tokens) + (experts if offsets is not None else 0)
     book, lut = plan.tables(x.device)
-    skeletons.gemm[(triton.cdiv(rows, tile.rows), token_tiles, split)](
+    matrix.gemm[(triton.cdiv(rows, tile.rows), token_tiles, split)](
         xs, scale, data, book, lut, bias if split == 1 else None, offsets, parts, tokens, rows, runs, k_padded, data.shape[-1], experts,
         split, S=s, GROUPED=offsets is not None, BN=tile.rows, BM=tile.tokens, EP=power_of_two(experts),
         FRAGMENT=facts.fragments, ASM=facts.asm,
@@ -188,7 +186,7 @@ def _gemm(x: Tensor, data: Tensor, plan: Layout, rows: int, bias: Tensor | None,
     )  # fmt: skip
     if split > 1:
         count = tokens * rows
-        skeletons.combine[(triton.cdiv(count, 1024),)](parts, bias, out, count, rows, split, BLOCK=1024, num_warps=4)
+        matrix.combine[(triton.cdiv(count, 1024),)](parts, bias, out, count, rows, split, BLOCK=1024, num_warps=4)
     return out
 
 
@@ -251,7 +249,7 @@ def _decode(data: Tensor, plan: Layout, rows: int, k: int, dtype: torch.dtype, c
         tile_runs = min(power_of_two(runs), 32)
         tile_rows = 4 if tile_runs == 32 else 8
         book, lut = plan.tables(data.device)
-        skeletons.dequantize[(triton.cdiv(runs, tile_runs), triton.cdiv(count, tile_rows), matrices)](
+        matrix.dequantize[(triton.cdiv(runs, tile_runs), triton.cdiv(count, tile_rows), matrices)](
             data, book, lut, ids, out, count, rows, runs, data.shape[-1],
             S=s, ROWS=tile_rows, RUNS=tile_runs, ASM=facts.asm, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip

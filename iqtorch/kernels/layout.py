@@ -4,7 +4,7 @@ The bits of a row keep their order along K, but are sorted by meaning into plane
 slice of one field (a 5-bit code is a plane of 4 bits and a plane of 1 bit), row after row. A thread that owns a *run* of
 32 or 64 neighbouring weights of a row then finds its part of every plane in one aligned load, in a vector kernel and in a
 matrix kernel alike. Tensor cores want another order along K; the kernels give that order to the activations instead
-(`kernels.skeletons.stage`), once per product, and no shuffled copy of the weights exists.
+(`kernels.matrix.stage`), once per product, and no shuffled copy of the weights exists.
 
 Inside a plane, 32-bit words are sliced so that one shift and one mask bring four codes into four bytes (`slice` 8) or eight
 codes into eight nibbles (`slice` 4), the operands of byte permutes and byte dot products.

@@ -3,7 +3,7 @@
     gated      gate and up projection of each (token, expert), and the activation between them
     weighted   down projection, and the sum over a token's experts with their routing weights
 
-Both are the vector kernel of skeletons.py around other rows. Nothing is sorted, no shape depends on the routing, sums have a fixed order.
+Both are the vector kernel of vector.py around other rows. Nothing is sorted, no shape depends on the routing, sums have a fixed order.
 """
 
 # mypy: ignore-errors
@@ -18,10 +18,11 @@ from torch import Tensor
 from ..errors import ShapeError, UnsupportedOperationError
 from . import launch
 from .choices import all_registers, gemv_tile
-from .decode import prepare, prepare_scales
+from .decode import prepare
 from .layout import Layout
 from .library import ACTIVATIONS
-from .skeletons import row_sums, row_totals
+from .scales import prepare_scales
+from .vector import row_sums, row_totals
 
 
 @triton.jit
