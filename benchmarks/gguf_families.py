@@ -55,6 +55,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "glm4": {"head_dim": 16},
     "dots1": {"num_key_value_heads": 4},
     "cohere2": {"head_dim": 16},
+    # its product of linear attention wants heads of 64 or 128
+    **{name: {"linear_key_head_dim": 64, "linear_value_head_dim": 64} for name in MODELS if name.startswith(("qwen3.5", "qwen3-next"))},
 }  # fmt: skip
 OPTIONS = {"deepseek-v2": "-mla 0"}  # with its other kinds of attention it ends with a segmentation fault
 

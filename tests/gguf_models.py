@@ -34,6 +34,16 @@ _GPT_OSS = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 150000.0},
 }  # fmt: skip
 
+#: Of models whose width follows from others; `...` leaves a setting out.
+_OLD: dict[str, Any] = {"intermediate_size": ..., "num_key_value_heads": ...}
+_DELTA = {
+    "num_hidden_layers": 5, "head_dim": 32, "linear_key_head_dim": 32, "linear_value_head_dim": 32, "linear_num_key_heads": 2,
+    "linear_num_value_heads": 6,
+    "rope_parameters": {
+        "rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5, "mrope_section": [4, 2, 2], "mrope_interleaved": True,
+    },
+}  # fmt: skip
+
 #: name -> (configuration class, settings)
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {}),
@@ -108,6 +118,39 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "cohere2": ("Cohere2Config", {"head_dim": 32, "sliding_window": 16, "num_hidden_layers": 5, "pad_token_id": 0}),
     "olmoe": ("OlmoeConfig", {"num_experts": 4, "num_experts_per_tok": 2, "clip_qkv": 3.0}),
     "olmo2": ("Olmo2Config", {}),
+    "gpt2": ("GPT2Config", {**_OLD}),
+    "falcon": ("FalconConfig", {**_OLD, "tie_word_embeddings": True}),
+    "falcon-new": (
+        "FalconConfig", {**_OLD, "new_decoder_architecture": True, "num_kv_heads": 2, "ffn_hidden_size": 96, "tie_word_embeddings": False},
+    ),
+    "bloom": ("BloomConfig", {**_OLD, "max_position_embeddings": ...}),
+    "stablelm": (
+        "StableLmConfig",
+        {"use_qkv_bias": True, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25}},
+    ),
+    "stablelm-parallel": (
+        "StableLmConfig",
+        {
+            "use_parallel_residual": True,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25},
+        },
+    ),
+    "nemotron": (
+        "NemotronConfig",
+        {"head_dim": 32, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}},
+    ),
+    "mamba": ("MambaConfig", {**_OLD, "num_attention_heads": ..., "max_position_embeddings": ..., "time_step_rank": 8}),
+    "lfm2": ("Lfm2Config", {"layer_types": ["conv", "full_attention", "conv"], "block_auto_adjust_ff_dim": False, "pad_token_id": 0}),
+    "qwen3.5": ("Qwen3_5TextConfig", {**_DELTA, "tie_word_embeddings": True}),
+    "qwen3.5-equal": ("Qwen3_5TextConfig", {**_DELTA, "linear_num_value_heads": 2}),
+    "qwen3-next": (
+        "Qwen3NextConfig",
+        {
+            **_DELTA, **_MOE, "shared_expert_intermediate_size": 64,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+        },
+    ),
+    "qwen3.5-moe": ("Qwen3_5MoeTextConfig", {**_DELTA, **_MOE, "shared_expert_intermediate_size": 64, "intermediate_size": ...}),
 }  # fmt: skip
 
 
@@ -115,7 +158,8 @@ def tiny(name: str, dtype: torch.dtype = torch.bfloat16, seed: int = 0, **settin
     """A random model; its norms, biases and routers are random too, so that mixing them up shows."""
     torch.manual_seed(seed)
     cls, own = MODELS[name]
-    model: nn.Module = transformers.AutoModelForCausalLM.from_config(getattr(transformers, cls)(**(_BASE | own | settings)), dtype=dtype)
+    chosen = {key: value for key, value in (_BASE | own | settings).items() if value is not ...}
+    model: nn.Module = transformers.AutoModelForCausalLM.from_config(getattr(transformers, cls)(**chosen), dtype=dtype)
     with torch.no_grad():
         for tensor in [*model.parameters(), *(b for n, b in model.named_buffers() if "correction_bias" in n)]:
             if tensor.ndim == 1:

@@ -165,10 +165,12 @@ def test_halves_are_not_split_over_processes(tmp_path: Path, original: Any) -> N
     from iqtorch.hf.parallel import use_packed_styles
 
     model = load_gguf(halved(tmp_path / "a.gguf", tmp_path / "b.gguf", ("q8_0", "q8_0")))
-    with pytest.raises(iqtorch.errors.UnsupportedOperationError, match=r"layers\.0\.self_attn\.kv_b_proj' is kept in two halves.*tp_plan"):
-        use_packed_styles(model, [], {"model.layers.*.self_attn.kv_b_proj": "colwise"})
-    use_packed_styles(model, [], plan := {"model.layers.*.mlp.experts.down_proj": "rowwise"})
-    assert len(plan) == 1
+    key = "model.layers.*.self_attn.kv_b_proj"
+    use_packed_styles(model, [], plan := {key: "colwise", "model.layers.*.mlp.experts.down_proj": "rowwise"})
+    assert len(plan) == 2 and plan["model.layers.*.mlp.experts.down_proj"] == "rowwise"
+    style = transformers.distributed.parallel_utils.ALL_PARALLEL_STYLES[plan[key]]
+    with pytest.raises(iqtorch.errors.UnsupportedOperationError, match=r"kv_b_proj' \(SplitKV\) is kept as its GGUF file had it.*tp_plan"):
+        style.install_forward(model.model.layers[0].self_attn.kv_b_proj, None)
 
 
 def test_halves_that_do_not_fit(tmp_path: Path, original: Any) -> None:

@@ -21,6 +21,7 @@ from .names import gguf_name
 from .reader import GGUFFile, TensorInfo
 from .rules import custom_q
 from .save import save_gguf
+from .tensors import use_file_order
 from .tokenizer import load_tokenizer
 from .writer import TensorSource, write_gguf
 
@@ -45,5 +46,6 @@ __all__ = [
     "load_gguf",
     "load_tokenizer",
     "save_gguf",
+    "use_file_order",
     "write_gguf",
 ]

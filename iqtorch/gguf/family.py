@@ -8,12 +8,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from .errors import GGUFArchitectureError, GGUFMetadataError
 from .reader import GGUFFile
 
 #: (metadata key after the architecture, configuration attribute)
 Keys = tuple[tuple[str, str], ...]
+#: From a configuration and the number of rows: for each row of the file, its place in the model.
+Order = Callable[[Any, int], Tensor]
 
 
 @dataclass(frozen=True)
@@ -27,12 +30,16 @@ class Family:
         implied: attributes without a key, with the value that readers of such files assume; saving another value is refused.
         detected: attributes that follow from the presence of a tensor.
         aliases: other model types that are saved as this family (the same computation under another name).
-        rotated: rows of q and k are in the order of llama.cpp's interleaved rotary embedding: a permutation within each head.
-        norm_shift: files store norm weights plus this (Gemma: transformers adds 1 itself).
+        rows: tensors (`attn_q`) whose rows have another order in files, with a function of the configuration and the number of rows:
+            for each row of the file, its place in the model.
+        columns: the same of columns.
+        norm_shift: files store norm weights plus this (Gemma: transformers adds 1 itself), those of state spaces excepted.
+        rope: whether positions are rotary embeddings.
         rope_dims: dimensions that are rotated, from the configuration; None = the whole head.
         yarn: settings of YaRN without a key, as readers of such files have them where they differ from transformers' defaults.
         period: of the layers' attention: the last of so many sees everything, the others a sliding window; 0 = all see the same.
-        columns: experts are stored transposed in the model, and rows of gate and up alternate (gpt-oss).
+        turned: experts are stored transposed in the model, and rows of gate and up alternate (gpt-oss).
+        repeats: readers want an output layer of its own also where it is tied to the embedding.
         dropped: attributes that files have no place for and programs ignore; a value other than this is dropped with a warning.
         read: more attributes from a file, given those found so far.
         write: more metadata from a configuration.
@@ -45,12 +52,15 @@ class Family:
     implied: Mapping[str, Any] = field(default_factory=dict)
     detected: Mapping[str, str] = field(default_factory=dict)
     aliases: tuple[str, ...] = ()
-    rotated: bool = False
+    rows: Mapping[str, Order] = field(default_factory=dict)
+    columns: Mapping[str, Order] = field(default_factory=dict)
     norm_shift: float = 0.0
+    rope: bool = True
     rope_dims: Callable[[Any], int] | None = None
     yarn: Mapping[str, Any] = field(default_factory=dict)
     period: int = 0
-    columns: bool = False
+    turned: bool = False
+    repeats: bool = False
     dropped: Mapping[str, Any] = field(default_factory=dict)
     read: Callable[[GGUFFile, dict[str, Any]], dict[str, Any]] | None = None
     write: Callable[[Any], dict[str, Any]] | None = None
@@ -63,6 +73,10 @@ def layer_types(layers: int, period: int) -> list[str]:
 
 def dims(config: Any) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def attributes(family: Family) -> set[str]:
+    return {attribute for _, attribute in family.keys}
 
 
 def partial_dims(config: Any) -> int:

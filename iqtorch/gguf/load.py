@@ -19,9 +19,10 @@ from ..linear import packed_parameter, set_weight
 from ..recipe import Recipe
 from ..tensor import IQTensor, repack_rows
 from .errors import GGUFArchitectureError, GGUFError, GGUFTensorError
-from .families import FILE_NAME, config_from_gguf, family_of_file
+from .families import FILE_NAME, config_from_gguf, family_of_file, repeats_embedding
+from .family import Family
 from .reader import GGUFFile, TensorInfo
-from .tensors import Binding, bind, check_names, merge_heads, merged_halves, parameter_names, use_halves
+from .tensors import Binding, bind, check_names, conv1d_weights, make_room, merge_heads, merged_halves, parameter_names
 
 __all__ = ["load_gguf"]
 
@@ -76,11 +77,15 @@ def model_of(file: GGUFFile, config: Any, dtype: torch.dtype, device: torch.devi
             raise
         except Exception as error:  # transformers checks settings with many kinds of exceptions
             raise GGUFArchitectureError(f"{path}: its metadata make no valid configuration: {error}; pass config=") from error
-    use_halves(model, file)
-    wanted = parameter_names(model)
     text = model.config.get_text_config()  # type: ignore[union-attr,operator]
-    bindings = merged_halves(bind(wanted, str(file.metadata.get("general.architecture")), family, text), file.tensors, text)
-    check_names(path, bindings, _without_prediction(file, text.num_hidden_layers))
+    wanted, bindings = _bound(model, file, family, text)
+    if make_room(model, file, bindings):
+        wanted, bindings = _bound(model, file, family, text)
+    bindings = merged_halves(bindings, file.tensors, text)
+    present = _without_prediction(file, text.num_hidden_layers)
+    if not any("output.weight" in binding.tensors for binding in bindings) and repeats_embedding(file):
+        present = {name: info for name, info in present.items() if name != "output.weight"}
+    check_names(path, bindings, present)
     _check_shapes(file, bindings, wanted)
     _fill_buffers(model)
     places = _places(model)
@@ -96,6 +101,11 @@ def model_of(file: GGUFFile, config: Any, dtype: torch.dtype, device: torch.devi
         setattr(model.config, FILE_NAME, file.metadata["general.name"])
     adopt(model.eval(), Recipe())
     return model
+
+
+def _bound(model: nn.Module, file: GGUFFile, family: Family | None, config: Any) -> tuple[dict[str, Tensor], list[Binding]]:
+    wanted = parameter_names(model)
+    return wanted, bind(wanted, str(file.metadata.get("general.architecture")), family, config, conv1d_weights(model))
 
 
 def _empty_model(hf: Any, config: Any, dtype: torch.dtype) -> nn.Module:
@@ -146,7 +156,7 @@ def _without_prediction(file: GGUFFile, layers: int) -> dict[str, TensorInfo]:
 
 def _stored_shape(file: GGUFFile, binding: Binding) -> tuple[int, ...]:
     shapes = [file.tensors[name].shape for name in binding.tensors]
-    if binding.merged:
+    if binding.heads:
         k, v = (math.prod(shape) for shape in shapes)
         return ((k + v) // shapes[1][-1], shapes[1][-1])
     if len(shapes) == 1:
@@ -168,13 +178,14 @@ def _check_shapes(file: GGUFFile, bindings: list[Binding], wanted: Mapping[str, 
 
 def _read(file: GGUFFile, binding: Binding, old: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
     infos = [file.tensors[name] for name in binding.tensors]
-    if binding.merged:
+    if binding.heads:
         k, v = (file.data(info.name) for info in infos)
         return merge_heads(k, v, binding.heads).reshape(old.shape).to(device, old.dtype)
     if all(info.format is None for info in infos):
         stored = binding.to_model([file.data(info.name) for info in infos], binding.rows_at(len(infos[0].shape)))
         stored = stored.reshape(binding.stored_shape(old))
-        return (stored.mT.contiguous() if binding.transposed else stored).to(device, old.dtype, copy=True)
+        stored = stored.mT.contiguous() if binding.transposed else stored.reshape(old.shape)
+        return stored.to(device, old.dtype, copy=True)
     if old.ndim < 2:  # vectors are never packed, whatever a file does
         values = [_dequantized(file, info).flatten() for info in infos]
         return binding.to_model(values, rows_at=0).reshape(old.shape).to(device, old.dtype)

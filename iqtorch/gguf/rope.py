@@ -115,7 +115,7 @@ def _check_yarn(family: Family, config: Any, rope: Mapping[str, Any]) -> None:
 
 def rope_tensors(config: Any) -> dict[str, torch.Tensor]:
     """Tensors that files hold for rotary embeddings that are no plain powers."""
-    rope = dict(config.rope_parameters or {})
+    rope = dict(getattr(config, "rope_parameters", None) or {})
     if rope.get("rope_type") == "llama3":
         return {"rope_freqs.weight": llama3_factors(rope["rope_theta"], dims(config), rope)}
     if rope.get("rope_type") == "longrope":

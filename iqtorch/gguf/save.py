@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ from torch import Tensor, nn
 from ..formats import Format
 from ..tensor import IQTensor
 from .errors import GGUFArchitectureError, GGUFTensorError
-from .families import FILE_NAME, family_of_config, metadata_from_config, metadata_of_halves
+from .families import FILE_NAME, family_of_config, metadata_from_config
 from .family import Family
+from .family_table import metadata_of_halves
 from .rope import rope_tensors
-from .tensors import Binding, bind, parameter_names
+from .tensors import Binding, bind, conv1d_weights, parameter_names
 from .tokenizer import metadata_from_tokenizer
 from .writer import TensorSource, write_gguf
 
@@ -27,6 +29,11 @@ _FILE_TYPES = {
     "iq2_xs": 20, "iq3_xxs": 23, "iq1_s": 24, "iq4_nl": 25, "iq3_s": 26, "iq2_s": 28, "iq4_xs": 30, "iq1_m": 31, "iq2_k": 138,
     "iq3_k": 139, "iq4_k": 140, "iq2_ks": 147, "iq2_kt": 151, "iq3_kt": 152, "iq4_kt": 153, "iq2_kl": 155,
 }  # fmt: skip
+#: Ends of tensors that programs want in float32.
+_FLOAT32 = (
+    "ffn_gate_inp.weight", "norm.weight", ".bias", "position_embd.weight", "conv1d.weight", "shortconv.conv.weight", "ssm_x.weight",
+    "ssm_dt.weight", ".ssm_a",
+)  # fmt: skip
 _PLAIN_FILE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 32}
 _QUANTIZATION_VERSION = 2
 
@@ -61,8 +68,11 @@ def contents(model: nn.Module, tokenizer: Any = None, name: str | None = None) -
     config = config.get_text_config()
     family = family_of_config(config)
     parameters = parameter_names(model)
-    bindings = bind(parameters, family.arch, family, config)
-    sources = [source for binding in bindings for source in _sources(binding, parameters[binding.name], config.num_attention_heads)]
+    bindings = bind(parameters, family.arch, family, config, conv1d_weights(model))
+    heads = getattr(config, "num_attention_heads", 0)
+    sources = [source for binding in bindings for source in _sources(binding, parameters[binding.name], heads)]
+    if family.repeats and not any(source.name == "output.weight" for source in sources):
+        sources += [replace(source, name="output.weight") for source in sources if source.name == "token_embd.weight"]
     sources += [TensorSource.of(key, value) for key, value in rope_tensors(config).items()]
     metadata = _general(family, config, parameters, name) | metadata_from_config(family, config)
     if any(binding.per_head for binding in bindings):
@@ -96,9 +106,14 @@ def _sources(binding: Binding, value: Tensor, heads: int) -> list[TensorSource]:
     if isinstance(value, IQTensor):
         if value.transposed != binding.transposed:
             raise GGUFTensorError(f"{binding.name} is stored transposed {tuple(value.shape)}, which files of this architecture cannot hold")
+        if binding.columns is not None:
+            raise GGUFTensorError(
+                f"{binding.name} is packed, and files have its columns in another order: call iqtorch.gguf.use_file_order(model) before "
+                "the model is quantized"
+            )
         kind, rows_at = value.format, value.ndim - 2
     else:
-        kind, rows_at = _plain_dtype(binding, value), binding.rows_at(value.ndim)
+        kind, rows_at = _plain_dtype(binding, value), binding.rows_at(len(shape))
         if len(shape) == 2 and shape[0] == 1:
             shape = shape[1:]  # files hold the gate of a shared expert as a vector
     if binding.per_head and len(shape) == 2:
@@ -110,7 +125,8 @@ def _sources(binding: Binding, value: Tensor, heads: int) -> list[TensorSource]:
         if isinstance(value, IQTensor):
             rows = value.to_blocks()
         else:
-            rows = (value.mT if binding.transposed else value).detach().to(_plain_dtype(binding, value))
+            rows = (value.mT if binding.transposed else value.reshape(binding.stored_shape(value))).detach()
+            rows = rows.to(_plain_dtype(binding, value))
         return binding.to_file(rows, rows_at)[part]
 
     return [TensorSource(name, shape, kind, lambda part=part: load(part)) for part, name in enumerate(binding.tensors)]  # type: ignore[misc]
@@ -118,5 +134,5 @@ def _sources(binding: Binding, value: Tensor, heads: int) -> list[TensorSource]:
 
 def _plain_dtype(binding: Binding, value: Tensor) -> torch.dtype:
     """Vectors and routers are float32 in files: their kernels know nothing else."""
-    small = value.ndim < 2 or value.shape[0] == 1 or binding.tensors[0].endswith(("ffn_gate_inp.weight", "norm.weight", ".bias"))
+    small = value.ndim < 2 or value.shape[0] == 1 or binding.tensors[0].endswith(_FLOAT32)
     return torch.float32 if small else value.dtype

@@ -7,23 +7,40 @@ follow each other (experts' gate and up). The bytes of a row are never touched.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..halves import split_halves
+from ..as_stored import keep_as_stored
+from ..linear import is_conv1d, packable
+from ..model import replace_module
+from ..tensor import IQTensor
 from .errors import GGUFNameError
 from .family import Family
+from .family_table import qkvz_rows
 from .names import gguf_package, table_spelling
 from .reader import GGUFFile
 from .rope import ROPE_TENSORS
 
-__all__ = ["Binding", "bind", "check_names", "merge_heads", "merged_halves", "parameter_names", "use_halves"]
+__all__ = [
+    "Binding",
+    "bind",
+    "check_names",
+    "conv1d_weights",
+    "make_room",
+    "merge_heads",
+    "merged_halves",
+    "parameter_names",
+    "use_file_order",
+]
 
 _SUFFIXES = (".weight", ".bias")
+#: Tensors without a suffix, and convolutions whose dimension of 1 files leave out.
+_BARE, _CONVOLUTIONS = (".ssm_a", ".ssm_d"), ("ssm_conv1d.weight", "shortconv.conv.weight")
 #: The halves of `attn_kv_b`.
 KEYS, VALUES = "attn_k_b", "attn_v_b"
 #: Parameters of experts that the package's tables lack, or have only for some architectures: merged ones, their halves, and biases.
@@ -39,19 +56,23 @@ class Binding:
     Attributes:
         name: parameter (or buffer) of the model.
         tensors: of the file; several are parts of its rows, one after the other.
-        heads: rows are permuted within this many heads; 0 = not at all.
+        order: rows of the file have another order: for each, its place in the model, given their number.
+        columns: for each column of the file its place in the model, if not the same.
         shift: the file's values are larger by this.
+        decay: the file's values are minus the exponentials of the model's.
         alternating: rows of the tensors alternate instead.
-        merged: the tensors are `attn_k_b`, transposed within each head, and `attn_v_b`, both not quantized: one `kv_b_proj`.
+        heads: the tensors are `attn_k_b`, transposed within each of so many heads, and `attn_v_b`, both not quantized: one `kv_b_proj`.
         transposed: the tensor is the parameter with its last two dimensions exchanged (`attn_k_b`).
     """
 
     name: str
     tensors: tuple[str, ...]
-    heads: int = 0
+    order: Callable[[int], Tensor] | None = None
+    columns: Tensor | None = None
     shift: float = 0.0
+    decay: bool = False
     alternating: bool = False
-    merged: bool = False
+    heads: int = 0
     transposed: bool = False
 
     @property
@@ -62,6 +83,8 @@ class Binding:
     def stored_shape(self, value: Tensor) -> tuple[int, ...]:
         """The shape that the parameter's values have in a file."""
         shape = tuple(value.shape)
+        if self.tensors[0].endswith(_CONVOLUTIONS):
+            return (shape[0], shape[-1])
         return (*shape[:-2], shape[-1], shape[-2]) if self.transposed else shape
 
     def rows_at(self, ndim: int) -> int:
@@ -76,14 +99,22 @@ class Binding:
             rows = torch.stack(parts, rows_at + 1).flatten(rows_at, rows_at + 1)
         else:
             rows = torch.cat(parts, rows_at)
-        if self.heads:
-            rows = rows.index_select(rows_at, torch.argsort(_interleaved(rows.shape[rows_at], self.heads)))
+        if self.order is not None:
+            rows = rows.index_select(rows_at, torch.argsort(self.order(rows.shape[rows_at])))
+        if self.columns is not None:
+            rows = rows.index_select(rows.ndim - 1, torch.argsort(self.columns))
+        if self.decay:
+            rows = (-rows).log()
         return rows - self.shift if self.shift else rows
 
     def to_file(self, rows: Tensor, rows_at: int) -> list[Tensor]:
         """Rows of each tensor, from those of the model; inverse of `to_model`."""
-        if self.heads:
-            rows = rows.index_select(rows_at, _interleaved(rows.shape[rows_at], self.heads).to(rows.device))
+        if self.order is not None:
+            rows = rows.index_select(rows_at, self.order(rows.shape[rows_at]).to(rows.device))
+        if self.columns is not None:
+            rows = rows.index_select(rows.ndim - 1, self.columns.to(rows.device))
+        if self.decay:
+            rows = -rows.exp()
         if self.shift:
             rows = rows + self.shift
         n = len(self.tensors)
@@ -93,11 +124,6 @@ class Binding:
         return [part.contiguous() for part in rows.chunk(n, rows_at)]
 
 
-def _interleaved(rows: int, heads: int) -> Tensor:
-    """Position in transformers' order (two halves per head) of each row in llama.cpp's order (pairs side by side)."""
-    return torch.arange(rows).view(heads, 2, -1).transpose(1, 2).flatten()
-
-
 def parameter_names(model: torch.nn.Module) -> dict[str, Tensor]:
     """Parameters and saved buffers of a model, each once: the tied output layer is left out."""
     saved = model.state_dict(keep_vars=True)
@@ -105,8 +131,13 @@ def parameter_names(model: torch.nn.Module) -> dict[str, Tensor]:
     return {name: value for name, value in saved.items() if id(value) not in seen and not seen.add(id(value))}  # type: ignore[func-returns-value]
 
 
-def bind(names: Iterable[str], arch: str, family: Family | None, config: Any) -> list[Binding]:
-    """Bindings of parameter names.
+def conv1d_weights(model: torch.nn.Module) -> set[str]:
+    """Names of weights that lie transposed in a model: those of GPT-2's `Conv1D`."""
+    return {f"{name}.weight" for name, module in model.named_modules() if is_conv1d(module)}
+
+
+def bind(parameters: Mapping[str, Tensor], arch: str, family: Family | None, config: Any, transposed: Container[str] = ()) -> list[Binding]:
+    """Bindings of parameters; `transposed`: those of matrices that lie so in the model.
 
     Raises:
         GGUFNameError: parameters that have no name in files of this architecture, all listed.
@@ -117,21 +148,37 @@ def bind(names: Iterable[str], arch: str, family: Family | None, config: Any) ->
         raise GGUFNameError(f"architecture {arch!r} is unknown to the installed gguf package; update it: pip install -U gguf")
     table = gguf.get_tensor_name_map(archs[arch], config.num_hidden_layers)
     bindings, unknown = [], []
-    for name in names:
+    for name, value in parameters.items():
         tensors = _tensor_names(name, table)
         if not tensors:
             unknown.append(name)
             continue
-        heads = 0
-        if family is not None and family.rotated and (match := re.search(r"\.attn_([qk])\.", tensors[0])):
-            heads = config.num_attention_heads if match[1] == "q" else config.num_key_value_heads
-        shift = family.norm_shift if family is not None and tensors[0].endswith("norm.weight") else 0.0
-        columns = family is not None and family.columns and "_exps." in tensors[0]
-        transposed = tensors[0].endswith(f"{KEYS}.weight") or (columns and tensors[0].endswith(".weight"))
-        bindings.append(Binding(name, tensors, heads, shift, alternating=columns and len(tensors) > 1, transposed=transposed))
+        stem = tensors[0].split(".")[2] if tensors[0].startswith("blk.") else ""
+        binding = Binding(
+            name, tensors, decay=stem == "ssm_a", transposed=tensors[0].endswith(f"{KEYS}.weight") or name in transposed
+        )  # fmt: skip
+        if family is not None:
+            turned = family.turned and "_exps." in tensors[0]
+            binding = replace(
+                binding,
+                order=partial(family.rows[stem], config) if stem in family.rows else None,
+                columns=_columns(family, stem, name, config, value),
+                shift=family.norm_shift if tensors[0].endswith("norm.weight") and stem != "ssm_norm" else 0.0,
+                alternating=turned and len(tensors) > 1,
+                transposed=binding.transposed or (turned and tensors[0].endswith(".weight")),
+            )
+        bindings.append(binding)
     if unknown:
         raise GGUFNameError(f"{len(unknown)} parameters have no name in {arch!r} files: {_listed(unknown)}")
     return bindings
+
+
+def _columns(family: Family, stem: str, name: str, config: Any, value: Tensor) -> Tensor | None:
+    """Where the columns of a matrix lie in the model; None if there, or if the layer takes them as files have them."""
+    if stem not in family.columns or name.endswith((".bias", ".tiled.weight")):
+        return None
+    order = family.columns[stem](config, value.shape[-1])
+    return None if torch.equal(order, torch.arange(len(order))) else order
 
 
 def _tensor_names(name: str, table: Any) -> tuple[str, ...]:
@@ -143,36 +190,71 @@ def _tensor_names(name: str, table: Any) -> tuple[str, ...]:
         parts = match["part"].partition("_proj")[0].split("_")
         return tuple(f"blk.{match['layer']}.ffn_{part}_exps.{kind}" for part in parts)
     suffix = next((s for s in _SUFFIXES if name.endswith(s)), "")
-    found = table.get_name(name.removesuffix(suffix))
+    stem = name.removesuffix(suffix)
+    found = table.get_name(stem) or table.get_name(stem.removeprefix("transformer."))
     if found is None:
         return ()
-    return (found + (suffix or ".weight"),)
+    return (found if found.endswith(_BARE) else found + (suffix or ".weight"),)
 
 
-def use_halves(model: torch.nn.Module, file: GGUFFile) -> None:
-    """Makes room in a model for packed halves, where a file has no whole `attn_kv_b`, or gate and up experts of different types."""
+def use_file_order(model: torch.nn.Module) -> None:
+    """Puts the columns of a model's weights in the order that GGUF files have them in, in place, where that is another one.
+
+    So it is with the linear attention of Qwen3.5 (`out_proj`). Weights that are not quantized are reordered when they are written; packed
+    ones cannot be, so a model that is to be saved as a GGUF file is quantized after this. Its results stay the same.
+
+    Raises:
+        GGUFArchitectureError: the architecture has no GGUF form.
+    """
+    from .families import family_of_config
+
+    config = model.config.get_text_config()  # type: ignore[union-attr,operator]
+    family = family_of_config(config)
+    parameters = parameter_names(model)
+    moved = [b for b in bind(parameters, family.arch, family, config, conv1d_weights(model)) if b.columns is not None]
+    moved = [b for b in moved if not isinstance(parameters[b.name], IQTensor)]
+    keep_as_stored(model, [f"{b.name.removesuffix('.weight')}.tiled.weight" for b in moved])
+    for binding in moved:
+        layer: Any = model.get_submodule(binding.name.removesuffix(".weight"))
+        value = parameters[binding.name]
+        layer.tiled.weight = torch.nn.Parameter(binding.to_file(value.detach(), 0)[0], requires_grad=value.requires_grad)
+
+
+def make_room(model: torch.nn.Module, file: GGUFFile, bindings: Iterable[Binding]) -> bool:
+    """Gives a model layers for packed tensors that it would hold in another way (`as_stored`); whether there are any."""
     names = []
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and (match := _KV.match(name)):
+    for binding in bindings:
+        infos = [info for info in map(file.tensors.get, binding.tensors) if info is not None]
+        packed = {info.format.plain or info.format.name for info in infos if info.format is not None}
+        path, _, attribute = binding.name.rpartition(".")
+        module = model.get_submodule(path)
+        if packed and is_conv1d(module) and attribute == "weight":
+            replace_module(model, module, packable(module))
+            names.append(binding.name)
+        elif packed and binding.columns is not None:
+            names.append(f"{path}.tiled.weight")
+        elif attribute == "gate_up_proj" and len(packed | {"" for info in infos if info.format is None}) > 1:
+            if getattr(module, "has_gate", False):
+                names.append(f"{path}.gate_proj")
+        elif match := _KV.match(path):
             halves = [file.tensors.get(f"blk.{match['layer']}.{half}.weight") for half in (KEYS, VALUES)]
-            whole = f"blk.{match['layer']}.attn_kv_b.weight" in file.tensors
-            if not whole and any(half is not None and half.format is not None for half in halves):
-                names.append(f"{name}.k_b_proj.weight")
-        elif getattr(module, "has_gate", False) and (match := _EXPERTS.match(f"{name}.gate_up_proj")):
-            parts = [file.tensors.get(f"blk.{match['layer']}.ffn_{part}_exps.weight") for part in ("gate", "up")]
-            if len({part.format and (part.format.plain or part.format.name) for part in parts if part is not None}) > 1:
-                names.append(f"{name}.gate_proj")
-    split_halves(model, names)
+            if not infos and any(half is not None and half.format is not None for half in halves):
+                names.append(f"{path}.k_b_proj.weight")
+    keep_as_stored(model, names)
+    return bool(names)
 
 
 def merged_halves(bindings: Iterable[Binding], present: Mapping[str, Any], config: Any) -> list[Binding]:
-    """Bindings for files that hold MLA's `attn_kv_b` only as two halves that are not quantized."""
+    """Bindings for files that hold MLA's `attn_kv_b` only as two halves that are not quantized, or `ssm_in` of Qwen3-Next in two."""
     out = []
     for binding in bindings:
         whole = binding.tensors[0]
         halves = tuple(whole.replace("attn_kv_b", half) for half in (KEYS, VALUES))
         if whole.endswith("attn_kv_b.weight") and whole not in present and all(half in present for half in halves):
-            binding = Binding(binding.name, halves, heads=config.num_attention_heads, merged=True)
+            binding = Binding(binding.name, halves, heads=config.num_attention_heads)
+        parts = tuple(whole.replace(".ssm_in.", f".{part}.") for part in ("attn_qkv", "attn_gate"))
+        if whole.endswith(".ssm_in.weight") and whole not in present and all(part in present for part in parts):
+            binding = Binding(binding.name, parts, order=partial(qkvz_rows, config))
         out.append(binding)
     return out
 

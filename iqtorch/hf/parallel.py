@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES, replace_layer_number_by_wildcard
 from transformers.distributed.tensor_parallel import TensorParallelLayer
 
+from ..as_stored import TiledInputs
 from ..errors import ShapeError, UnsupportedOperationError
 from ..experts import SPLIT, is_split
 from ..formats import Format
@@ -54,16 +55,26 @@ class PackedStyle(TensorParallelLayer):
         return self.inner.install_forward(module, mesh)
 
 
+class Whole(TensorParallelLayer):
+    """The style of a layer that cannot be split; `key`: of the plan."""
+
+    def __init__(self, key: str) -> None:
+        self.key = key
+
+    def install_forward(self, module: nn.Module, mesh: Any) -> Any:
+        raise UnsupportedOperationError(
+            f"{self.key!r} ({type(module).__name__}) is kept as its GGUF file had it, and cannot be split over processes: take a tp_plan "
+            "without it, or quantize the original model"
+        )
+
+
 def use_packed_styles(model: Any, names: Iterable[str], plan: dict[str, str]) -> None:
     """Changes, in a plan with wildcards, the style of every weight among `names` to its `PackedStyle`.
 
     Packed embeddings, and a head that is tied to one, stay whole in every process: a lookup costs nothing, and a table of a
     part of the vocabulary would need its ids masked.
-
-    Raises:
-        UnsupportedOperationError: the plan splits a `kv_b_proj` that is kept in two halves.
     """
-    _plan_halves(model, plan)
+    _plan_as_stored(model, plan)
     tied = set(model.all_tied_weights_keys) | set(model.all_tied_weights_keys.values())
     split: set[str] = set()
     whole: set[str] = set()
@@ -83,15 +94,16 @@ def use_packed_styles(model: Any, names: Iterable[str], plan: dict[str, str]) ->
             plan[key] = f"iqtorch_{style}"
 
 
-def _plan_halves(model: Any, plan: dict[str, str]) -> None:
-    """Adds the halves of split experts to a plan for whole ones: each is cut as its part of the whole would be."""
+def _plan_as_stored(model: Any, plan: dict[str, str]) -> None:
+    """Changes a plan for layers that are kept as a GGUF file had them.
+
+    Halves of experts are cut as their parts of the whole would be. Other such layers cannot be split, which is said when it is tried.
+    """
     for name, module in model.named_modules():
         key = replace_layer_number_by_wildcard(name)
-        if isinstance(module, SplitKV) and key in plan:
-            raise UnsupportedOperationError(
-                f"{name!r} is kept in two halves, as its GGUF file had it, and cannot be split over processes: take a file with a whole "
-                f"attn_kv_b, or a tp_plan without {key!r}"
-            )
+        if isinstance(module, SplitKV | TiledInputs) and key in plan:
+            ALL_PARALLEL_STYLES.register(f"iqtorch_whole.{key}", Whole(key))
+            plan[key] = f"iqtorch_whole.{key}"
         if is_split(module) and (style := plan.get(f"{key}.gate_up_proj")) is not None:
             plan |= {f"{key}.{half}": "colwise" if style == "packed_colwise" else style for half in SPLIT}
 

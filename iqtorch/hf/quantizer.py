@@ -19,10 +19,10 @@ from transformers.integrations.accelerate import get_device, load_offloaded_para
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 
+from ..as_stored import keep_as_stored
 from ..calibration import Calibration, quantize_calibrated
 from ..errors import CheckpointError, IQTorchError, MissingDependencyError, UnsupportedOperationError
 from ..formats import Format, get_format
-from ..halves import split_halves
 from ..linear import PACKED_CLASS, matrix_of, packable, packed_parameter
 from ..model import NOTES, check_coverage, importance_table, lookup_importance, plan_formats, replace_module
 from ..quantize import check_finite, check_weight, quantize
@@ -135,7 +135,7 @@ class IQQuantizer(HfQuantizer):
         ]
 
     def _plan_reading(self, model: Any) -> None:
-        split_halves(model, self.quantization_config.tensors)
+        keep_as_stored(model, self.quantization_config.tensors)
         weights = model.state_dict()
         prefix = f"{model.base_model_prefix}."
         for name, stored in self.quantization_config.tensors.items():
