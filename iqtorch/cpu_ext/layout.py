@@ -31,7 +31,7 @@ from ..formats import Format, ik_trellis
 from ..formats.base import Field, bits
 
 #: Changes with what the numbers of `Layout` mean; `kInterface` of csrc/format.h.
-INTERFACE = 2
+INTERFACE = 3
 
 ROWS = 16
 CELL = 32
@@ -261,8 +261,8 @@ def layout(fmt: Format) -> Layout:
     """
     if fmt.interleave != 1:
         raise KernelUnavailableError(f"{fmt.name} interleaves {fmt.interleave} rows; the kernels run its plain form {fmt.plain}")
-    if fmt.block_size % CELL or fmt.variant_size % 8 or fmt.group_size % 8:
-        raise KernelUnavailableError(f"{fmt.name} has groups that are no multiple of 8 weights, or blocks of no multiple of {CELL}")
+    if fmt.block_size % CELL or fmt.variant_size % 8 or fmt.group_size % 16:
+        raise KernelUnavailableError(f"{fmt.name} has variants of no multiple of 8 weights, groups of no multiple of 16, or blocks of no multiple of {CELL}")
     code, decoder = _codes(fmt)
     fields = {"code": code} if decoder == WORDS else {**fmt.fields, "code": code}
     sign = NO_SIGN if "sign" not in fields else SIGN_PARITY if fmt.sign_parity else SIGN_BITS
@@ -289,7 +289,7 @@ def layout(fmt: Format) -> Layout:
 
     values = fmt.codebook.values.astype(np.int64)
     identity = _identity(fmt) if decoder == PLAIN else None
-    delta, variant_in_code, variant_flip = 0, 0, 0
+    delta, variant_in_code = 0, 0
     if fmt.codebook.variants == 2:
         shift = values[1] - values[0]
         if decoder == TRELLIS:
@@ -301,10 +301,8 @@ def layout(fmt: Format) -> Layout:
     elif fmt.codebook.variants != 1:
         raise KernelUnavailableError(f"{fmt.name} has {fmt.codebook.variants} codebooks; the CPU kernels know one or two")
     # Operands are unsigned bytes, value + bias. Below 128 they fit instructions that sum pairs in 16 bits without saturating.
-    # The table has the lower codebook, and `delta` is added for the other.
-    lower = values[0] + min(delta, 0)
-    delta, variant_flip = abs(delta), int(delta < 0)
-    low, high = int(lower.min()), int(lower.max()) + delta
+    # The table has the first codebook, and `delta` is added for the other, modulo 256; if the variant fits the look-up, the table has both.
+    low, high = int(values[0].min()) + min(delta, 0), int(values[0].max()) + max(delta, 0)
     flip = 0
     if identity is not None:
         flip, bias = identity
@@ -316,21 +314,21 @@ def layout(fmt: Format) -> Layout:
     else:
         bias = -low if high - low < 128 else 128
     largest = bias + high if bias + low >= 0 else 255
-    table = np.zeros(0, np.uint8) if decoder in (PLAIN, TRELLIS) else (lower + bias).astype(np.uint8).reshape(-1)
+    books = values if decoder == LOOKUP and code.width <= 3 else values[:1]
+    table = np.zeros(0, np.uint8) if decoder in (PLAIN, TRELLIS) else (books + bias).astype(np.uint8).reshape(-1)
     if decoder in (LOOKUP, WORDS) and table.size < 16:
         table = np.resize(table, 16)
     if decoder == GRID:
-        table = np.concatenate((table, _grid_bytes(lower, bias), _parity_signs()))
+        table = np.concatenate((table, _grid_bytes(values[0], bias), _parity_signs()))
 
     scale_flip, scale_a, scale_b, scale_linear = _linear(fmt.scale_values)
     min_flip, min_a, min_b, min_linear = _linear(fmt.min_values)
     if not min_linear or min_flip or (min_a, min_b) not in ((0.0, min_b), (1.0, 0.0)):
         raise KernelUnavailableError(f"{fmt.name} has minima that are not their stored numbers")
-    group = min(fmt.group_size, fmt.variant_size, CELL)
     ints = [
         INTERFACE, fmt.ggml_type, fmt.block_size, fmt.block_bytes, fmt.row_header_bytes, fmt.d_bytes, ROWS * fmt.block_bytes,
-        decoder, sign, code.width, fmt.vec, largest, bias, delta, variant_flip, variant_in_code, flip,
-        CELL // group, fmt.group_size, fmt.variant_size, int(fmt.affine),
+        decoder, sign, code.width, fmt.vec, largest, bias, delta, variant_in_code, flip,
+        CELL // min(fmt.group_size, CELL), int(fmt.affine),
         scale_flip, scale_linear, *_scale_table(None if scale_linear else fmt.scale_values),
         np.int64(ik_trellis.MULTIPLIER).astype(np.int32), ik_trellis.OFFSET,
     ]  # fmt: skip

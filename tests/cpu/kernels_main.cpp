@@ -70,12 +70,12 @@ void run(const Format& f, const Case& c, const Kernels& kern, const char* isa) {
     // random bytes: only that nothing is read or written out of bounds, and no undefined arithmetic
     const Matrix w{&f, headers.data(), tiles.data(), c.rows, c.k, n};
     std::vector<float> dequant(c.rows * c.k, NAN), y(c.m * c.rows, NAN), bias(c.rows, 0.0f);
-    kern.dequantize(w, kFloat32, dequant.data(), 0, groups);
+    kern.dequantize(w, kFloat32, dequant.data(), 0, n, 0, groups);
     if (source == &c.blocks) check(same(dequant.data(), c.dequant, dequant.size()), isa, f.i.type, "dequantize");
 
     std::vector<uint16_t> half(c.rows * c.k);
     for (DType dtype : {kBFloat16, kFloat16}) {
-      kern.dequantize(w, dtype, half.data(), 0, groups);
+      kern.dequantize(w, dtype, half.data(), 0, n, 0, groups);
       std::vector<float> wide(half.size());
       kern.to_float(half.data(), dtype, wide.data(), half.size());
       if (source == &c.blocks) check(error(wide, c.dequant) < 4e-3, isa, f.i.type, "16-bit weights", error(wide, c.dequant));
@@ -106,7 +106,7 @@ void run(const Format& f, const Case& c, const Kernels& kern, const char* isa) {
     }
 
     std::vector<float> back_product(c.m * c.k, NAN);
-    kern.transposed(w, c.g.data(), c.m, back_product.data(), 0, n);
+    kern.transposed(w, c.g.data(), c.rows, c.m, false, back_product.data(), 0, n);
     if (source == &c.blocks) check(error(back_product, c.transposed) < 2e-6, isa, f.i.type, "transposed product", error(back_product, c.transposed));
 
     if (kern.linear_tiled) {

@@ -6,6 +6,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -23,6 +24,9 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int64_t kSmall = 1 << 17;  // weights times rows below which threads cost more than they bring
+
+// Gradients in bfloat16: rows from which a dense copy of some columns at a time pays, and its bytes, which a cache holds.
+constexpr int64_t kDenseRows = 32, kDenseBytes = 4 << 20;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -209,46 +213,58 @@ Tensor linear(const Tensor& x, const Tensor& data, int64_t format, int64_t rows,
   return linear_many(x, {data}, {format}, {rows}, {bias}, precision)[0];
 }
 
-// out [m, k] = g [m, rows] W for contiguous float32 g.
-void multiply_transposed(const Matrix& w, const float* g, int64_t m, float* out) {
-  parallel(w.blocks, m * w.rows * w.k, [&](int64_t a, int64_t b) { kernels().transposed(w, g, m, out, a, b); });
+// Weights of blocks b0 .. b1 of all rows.
+void dequantize_columns(const Packed& w, DType dtype, char* out, int64_t b0, int64_t b1) {
+  const int64_t columns = (b1 - b0) * w.full.format->i.block;
+  parallel(w.full.rows / kRows, w.full.rows * columns, [&](int64_t a, int64_t b) { kernels().dequantize(w.full, dtype, out, b0, b1, a, b); });
+  if (w.tail_rows) kernels().dequantize(tail_of(w), dtype, out + w.full.rows * columns * element_size(dtype), b0, b1, 0, 1);
+}
+
+// y [m, k] = g [m, rows] W in bfloat16 by PyTorch's product with some columns of W at a time.
+void multiply_transposed_bfloat16(const Packed& w, const Tensor& g, Tensor y) {
+  const int64_t rows = g.size(1), block = w.full.format->i.block, blocks = w.full.blocks;
+  const int64_t step = std::min(blocks, std::max<int64_t>(1, kDenseBytes / (2 * rows * block)));
+  Tensor dense = empty({rows, step * block}, ScalarType::BFloat16);
+  for (int64_t b0 = 0; b0 < blocks; b0 += step) {
+    const int64_t b1 = std::min(blocks, b0 + step);
+    if (b1 - b0 < step) dense = empty({rows, (b1 - b0) * block}, ScalarType::BFloat16);
+    dequantize_columns(w, kBFloat16, static_cast<char*>(dense.mutable_data_ptr()), b0, b1);
+    Tensor part = torch::stable::narrow(y, 1, b0 * block, (b1 - b0) * block);
+    std::array<StableIValue, 3> stack{torch::stable::detail::from(g), torch::stable::detail::from(dense), torch::stable::detail::from(part)};
+    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+    torch::stable::detail::to<Tensor>(stack[0]);
+  }
 }
 
 Tensor linear_transposed(const Tensor& g, const Tensor& data, int64_t format, int64_t k) {
   STD_TORCH_CHECK(g.dim() >= 1, "gradients need at least one dimension");
   const Format& f = format_of(format, data);
   const DType dtype = dtype_of(g.scalar_type(), "gradients");
+  const Kernels& kern = kernels();
   const int64_t rows = g.size(-1);
   const Packed w = packed_of(f, data.const_data_ptr<uint8_t>(), data.numel(), rows, k);
   Tensor y = empty(with_last(g, k), g.scalar_type());
   const int64_t m = g.numel() / rows;
   if (m == 0) return y;
   const Tensor flat = torch::stable::contiguous(g);
+  if (dtype == kBFloat16 && m >= kDenseRows && kern.linear_tiled) {  // its bfloat16 products are fast where ours are
+    multiply_transposed_bfloat16(w, torch::stable::view(flat, {m, rows}), torch::stable::view(y, {m, k}));
+    return y;
+  }
   const float* wide = static_cast<const float*>(flat.const_data_ptr());
   float* out = static_cast<float*>(y.mutable_data_ptr());
   if (dtype != kFloat32) {
     float* converted = scratch<float>(0, m * rows);
-    kernels().to_float(flat.const_data_ptr(), dtype, converted, m * rows);
+    kern.to_float(flat.const_data_ptr(), dtype, converted, m * rows);
     wide = converted;
     out = scratch<float>(1, m * k);
   }
-  if (!w.tail_rows) {
-    multiply_transposed(w.full, wide, m, out);
-  } else {  // the kernels read as many columns of g as the matrix has rows
-    const int64_t full = w.full.rows;
-    const auto columns = [&](int slot, int64_t first, int64_t count) {
-      float* own = scratch<float>(slot, m * count);
-      for (int64_t i = 0; i < m; ++i) std::copy_n(wide + i * rows + first, count, own + i * count);
-      return own;
-    };
-    multiply_transposed(tail_of(w), columns(2, full, w.tail_rows), m, out);
-    if (full) {
-      float* rest = scratch<float>(3, m * k);
-      multiply_transposed(w.full, columns(2, 0, full), m, rest);
-      for (int64_t i = 0; i < m * k; ++i) out[i] += rest[i];
-    }
-  }
-  if (dtype != kFloat32) kernels().from_float(out, dtype, y.mutable_data_ptr(), m * k);
+  const auto part = [&](const Matrix& own, const float* columns, bool add) {
+    parallel(own.blocks, m * own.rows * k, [&](int64_t a, int64_t b) { kern.transposed(own, columns, rows, m, add, out, a, b); });
+  };
+  if (w.full.rows) part(w.full, wide, false);
+  if (w.tail_rows) part(tail_of(w), wide + w.full.rows, w.full.rows != 0);
+  if (dtype != kFloat32) kern.from_float(out, dtype, y.mutable_data_ptr(), m * k);
   return y;
 }
 
@@ -264,9 +280,7 @@ Tensor dequantize(const Tensor& data, int64_t format, int64_t rows, int64_t k, S
   char* out = static_cast<char*>(y.mutable_data_ptr());
   for (int64_t e = 0; e < count; ++e) {
     const Packed w = packed_of(f, p + e * bytes, bytes, rows, k);
-    char* own = out + e * rows * k * element_size(dtype);
-    parallel(w.full.rows / kRows, rows * k, [&](int64_t a, int64_t b) { kernels().dequantize(w.full, dtype, own, a, b); });
-    if (w.tail_rows) kernels().dequantize(tail_of(w), dtype, own + w.full.rows * k * element_size(dtype), 0, 1);
+    dequantize_columns(w, dtype, out + e * rows * k * element_size(dtype), 0, w.full.blocks);
   }
   return y;
 }

@@ -1,15 +1,18 @@
 // Decoders: one cell (16 rows x 32 weights) of a tile -> eight vectors of operands, value + bias as unsigned bytes.
-// `decode(tile, cell, sink)` calls sink(q, operands of weights 4 q .. 4 q + 3) for q = 0 .. 7, in order.
-// kNarrow promises operands below 128 (see dot1 in simd_avx2.h); a format may be registered only if it keeps it.
+// `decode(tile, cell, variant, sink)` calls sink(q, operands of weights 4 q .. 4 q + 3) for q = 0 .. 7, in order.
+// The variant of the weights (`Side::Variant`) is added to their operands; it was made from the decoder's `variant`, the byte that
+// it is worth. kNarrow promises operands below 128 (see dot1 in simd_avx2.h); a format may be registered only if it keeps it.
 
 namespace iqtorch { namespace IQTORCH_ISA {
 
-// `Bits` bits of the lanes of vector q, from planes of decreasing width that start at p; the widest plane is lowest.
-template <int Bits> IQ_FN U8 lanes(const uint8_t* p, int q) {
+// `Bits` bits of the lanes of vector q, from planes of decreasing width that start at p, or-ed to `v` from bit `Low` on;
+// the widest plane is lowest.
+template <int Bits, int Low = 0> IQ_FN U8 lanes(const uint8_t* p, int q, U8 v) {
   constexpr int width = Bits & 8 ? 8 : Bits & 4 ? 4 : Bits & 2 ? 2 : 1;
-  U8 v = load(p + kVector * (q * width / 8));
-  if constexpr (width < 8) v = bits(v, q * width % 8, (1 << width) - 1);
-  if constexpr (Bits > width) v = or_shifted(v, lanes<Bits - width>(p + kVector * width, q), width);
+  const U8 plane = load(p + kVector * (q * width / 8));
+  if constexpr (width == 8) return plane;
+  v = or_masked(v, shifted(plane, q * width % 8 - Low), ((1 << width) - 1) << Low);
+  if constexpr (Bits > width) v = lanes<Bits - width, Low + width>(p + kVector * width, q, v);
   return v;
 }
 
@@ -29,28 +32,36 @@ template <int Bits, int Count> IQ_FN I32 rows_element(const uint8_t* p, int e) {
 
 template <int Bits> struct PlainDecoder {
   static constexpr bool kNarrow = Bits < 8;
-  int mask;
-  explicit IQ_FN PlainDecoder(const Format& f) : mask(f.i.flip) {}
-  template <class Sink> IQ_FN void decode(const uint8_t* tile, int cell, Sink sink) const {
+  int mask, variant;
+  explicit IQ_FN PlainDecoder(const Format& f) : mask(f.i.flip), variant(f.i.delta) {}
+  template <class Variant, class Sink> IQ_FN void decode(const uint8_t* tile, int cell, Variant&, Sink sink) const {
     const uint8_t* p = tile + cell * kVector * Bits;
     IQ_UNROLL(8)
     for (int q = 0; q < 8; ++q) {
-      U8 v = lanes<Bits>(p, q);
+      U8 v = lanes<Bits>(p, q, fill(0));
       if constexpr (Bits == 8) v = iqtorch::IQTORCH_ISA::flip(v, mask);
       sink(q, v);
     }
   }
 };
 
+// Of codes of up to three bits the variant is one more bit: the table has both codebooks.
 template <int Bits> struct LookupDecoder {
-  static constexpr bool kNarrow = Bits < 4;
+  static constexpr bool kNarrow = Bits < 4, kBoth = Bits < 4;
   static constexpr int kEntries = Bits <= 4 ? 16 : 1 << Bits;
   Table<kEntries> table;
-  explicit IQ_FN LookupDecoder(const Format& f) : table(load_table<kEntries>(f.table)) {}
-  template <class Sink> IQ_FN void decode(const uint8_t* tile, int cell, Sink sink) const {
+  int variant;
+  explicit IQ_FN LookupDecoder(const Format& f) : table(load_table<kEntries>(f.table)), variant(kBoth ? 1 << Bits : f.i.delta) {}
+  template <class Variant, class Sink> IQ_FN void decode(const uint8_t* tile, int cell, Variant& own, Sink sink) const {
     const uint8_t* p = tile + cell * kVector * Bits;
     IQ_UNROLL(8)
-    for (int q = 0; q < 8; ++q) sink(q, lookup(table, lanes<Bits>(p, q)));
+    for (int q = 0; q < 8; ++q) {
+      if constexpr (kBoth) {
+        sink(q, lookup(table, lanes<Bits>(p, q, own.of(q))));
+      } else {
+        sink(q, own.add(q, lookup(table, lanes<Bits>(p, q, fill(0)))));
+      }
+    }
   }
 };
 
@@ -58,8 +69,9 @@ template <int Bits> struct LookupDecoder {
 struct PairsDecoder {
   static constexpr bool kNarrow = true;
   PairTable table;
+  int variant = 0;
   explicit IQ_FN PairsDecoder(const Format& f) : table(load_pairs(f.table)) {}
-  template <class Sink> IQ_FN void decode(const uint8_t* tile, int cell, Sink sink) const {
+  template <class Variant, class Sink> IQ_FN void decode(const uint8_t* tile, int cell, Variant&, Sink sink) const {
     const uint8_t* p = tile + cell * 160;
     U8 w0 = load(p), w1 = load(p + kVector), b = widen16(p + 2 * kVector);
     sink(0, lookup_pairs(table, w0));
@@ -78,15 +90,16 @@ struct PairsDecoder {
 struct WordsDecoder {
   static constexpr bool kNarrow = false;
   Table<16> table;
-  explicit IQ_FN WordsDecoder(const Format& f) : table(load_table<16>(f.table)) {}
+  int variant;
+  explicit IQ_FN WordsDecoder(const Format& f) : table(load_table<16>(f.table)), variant(f.i.delta) {}
   static IQ_FN U8 codes(const uint8_t* p) {
     I32 w = as_i32(load(p)) & set((int32_t)0xfffefffe);
     return as_bytes(w ^ as_i32(shift16(as_bytes(w), 1)));
   }
-  template <class Sink> IQ_FN void decode(const uint8_t* tile, int cell, Sink sink) const {
+  template <class Variant, class Sink> IQ_FN void decode(const uint8_t* tile, int cell, Variant& own, Sink sink) const {
     const uint8_t* p = tile + cell * kVector * 4;
     IQ_UNROLL(8)
-    for (int q = 0; q < 8; ++q) sink(q, lookup(table, bits(codes(p + kVector * (q % 4)), q / 4 * 4, 15)));
+    for (int q = 0; q < 8; ++q) sink(q, own.add(q, lookup(table, bits(codes(p + kVector * (q % 4)), q / 4 * 4, 15))));
   }
   // The eight bits 0 of a cell's words: the variant, then seven bits of scale.
   static IQ_FN I32 scale_byte(const uint8_t* tile, int cell) {
@@ -123,15 +136,16 @@ template <int Bits, int Vec, int Mode> struct GridDecoder {
   static constexpr bool kNarrow = true;
   const uint8_t* table;
   Signs<Mode> signs;
-  explicit IQ_FN GridDecoder(const Format& f) : table(f.table), signs(f) {}
-  template <class Sink> IQ_FN void decode(const uint8_t* tile, int cell, Sink sink) const {
+  int variant;
+  explicit IQ_FN GridDecoder(const Format& f) : table(f.table), signs(f), variant(f.i.delta) {}
+  template <class Variant, class Sink> IQ_FN void decode(const uint8_t* tile, int cell, Variant& own, Sink sink) const {
     I32 code = set(0), group = set(0);
     IQ_UNROLL(8)
     for (int q = 0; q < 8; ++q) {
       if (Vec == 4 || q % 2 == 0) code = rows_element<Bits, kMaxBlock / Vec>(tile, cell * (kCell / Vec) + (Vec == 4 ? q : q / 2));
       if (Mode == kSignParity && q % 2 == 0) group = signs.of_group(tile, cell * 4 + q / 2);
       U8 v = as_bytes(gather<Vec>(table + (Vec == 8 ? q % 2 * 4 : 0), code));
-      sink(q, signs.apply(tile, cell, q, group, v));
+      sink(q, own.add(q, signs.apply(tile, cell, q, group, v)));
     }
   }
 };
@@ -142,16 +156,14 @@ template <int Bits, int Vec, int Mode> struct TrellisDecoder {
   static constexpr bool kNarrow = false;
   Signs<Mode> signs;
   I32 multiplier, first;
-  int variant_offset, variant_step;
+  int variant_offset, variant_step, variant = 0;
   explicit IQ_FN TrellisDecoder(const Format& f)
       : signs(f), multiplier(set(f.i.multiplier)), first(set(f.i.generator_offset)), variant_offset(f.i.variant.plane[0].offset),
         variant_step(f.i.variant_in_code) {}
-  template <class Sink> IQ_FN void decode(const uint8_t* tile, int cell, Sink sink) const {
+  template <class Variant, class Sink> IQ_FN void decode(const uint8_t* tile, int cell, Variant&, Sink sink) const {
     I32 x = first, start = first;
-    if constexpr (Vec == 4) {  // the variant bit chooses between two first values
-      I32 variant = shift_right(load8(tile + variant_offset), cell) & set(1);
-      start = first + variant * set(variant_step);
-    }
+    // the variant bit chooses between two first values
+    if constexpr (Vec == 4) start = first + where_bit(tile + variant_offset, cell, variant_step);
     IQ_UNROLL(8)
     for (int q = 0; q < 8; ++q) {
       if (Vec == 4 || q % 2 == 0) x = start + rows_element<Bits, kMaxBlock / Vec>(tile, cell * (kCell / Vec) + (Vec == 4 ? q : q / 2));

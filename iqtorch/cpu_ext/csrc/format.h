@@ -7,13 +7,13 @@
 
 namespace iqtorch {
 
-constexpr int kInterface = 2;  // `INTERFACE` of layout.py: a build that is older than the Python package must not run
+constexpr int kInterface = 3;  // `INTERFACE` of layout.py: a build that is older than the Python package must not run
 constexpr int kRows = 16;      // rows interleaved in a tile
 constexpr int kCell = 32;      // weights of a row that share an activation scale
 constexpr int kVector = 64;    // bytes: four neighbouring weights of each of 16 rows
 constexpr int kMaxBlock = 256; // weights per block
 constexpr int kMaxPlanes = 4;
-constexpr int kMaxGroups = kMaxBlock / 8;
+constexpr int kMaxGroups = kMaxBlock / 16;
 
 // The numbers of iqtorch/cpu_ext/layout.py.
 enum Decoder : int32_t { kPlain, kLookup, kPairs, kWords, kGrid, kTrellis };
@@ -34,9 +34,9 @@ struct Ints {
   int32_t interface;  // kInterface
   int32_t type, block, block_bytes, header_bytes, d_bytes, tile_bytes;
   int32_t decoder, sign, code_width, vec, largest, bias;
-  int32_t delta, variant_flip;  // added to the operands of a group whose variant bit, flipped or not, is set
+  int32_t delta;  // added to the operands of weights whose variant bit is set, modulo 256
   int32_t variant_in_code, flip;
-  int32_t groups, scale_group, variant_group, affine;  // `groups` per cell share scale, minimum and variant
+  int32_t groups, affine;  // `groups` per cell (one or two) have a scale, and a minimum, of their own
   int32_t scale_flip, scale_linear;
   uint8_t scale_table[32];  // scales that are no linear function of what is stored, plus 128
   int32_t multiplier, generator_offset;
@@ -96,10 +96,11 @@ struct Kernels {
   // Row `row` of `rows` of the activations of a product.
   void (*quantize)(const float* x, int64_t k, Sums, int64_t row, int64_t rows, int8_t* q, float* scale, int32_t* sums);
   void (*linear)(const Matrix&, const Activations&, const Output&, int64_t g0, int64_t g1);
-  void (*dequantize)(const Matrix&, DType, void* out, int64_t g0, int64_t g1);
+  // Columns of blocks b0 .. b1 alone, in the rows of groups g0 .. g1 of `out`.
+  void (*dequantize)(const Matrix&, DType, void* out, int64_t b0, int64_t b1, int64_t g0, int64_t g1);
   void (*gather)(const Matrix&, DType, const int64_t* ids, void* out, int64_t i0, int64_t i1);
-  // Columns of blocks b0 .. b1 of `g [m, rows] @ W`, float32 out [m, k].
-  void (*transposed)(const Matrix&, const float* g, int64_t m, float* out, int64_t b0, int64_t b1);
+  // Columns of blocks b0 .. b1 of `g [m, rows] @ W`, in or added to float32 out [m, k]; rows of g are `stride` apart.
+  void (*transposed)(const Matrix&, const float* g, int64_t stride, int64_t m, bool add, float* out, int64_t b0, int64_t b1);
   // Products in bfloat16 (tiles.inl), or null: bytes of `tiled` for m rows, floats of scratch of each thread, preparation (rows in
   // steps of 32), product; and how many rows of activations it takes for them to be the fastest way in float and in int8 precision.
   int64_t (*tiled_bytes)(int64_t m, int64_t k);

@@ -7,9 +7,10 @@ namespace iqtorch { namespace IQTORCH_ISA {
 template <int Bits, int Vec, int Mode> class GridDecoder {
  public:
   static constexpr bool kNarrow = true;
+  const int variant;
 
   explicit IQ_FN GridDecoder(const Format& f)
-      : low_(f.table + (Vec << Bits)), sign_(f.i.sign_bits.plane[0].offset), total_(2 * f.i.bias),
+      : variant(f.i.delta), low_(f.table + (Vec << Bits)), sign_(f.i.sign_bits.plane[0].offset), total_(2 * f.i.bias),
         levels_(_mm512_loadu_si512(low_ + (2 << Bits))) {
     if (Mode == kSignParity) {
       even_ = _mm512_loadu_si512(low_ + (2 << Bits) + 64);
@@ -17,7 +18,7 @@ template <int Bits, int Vec, int Mode> class GridDecoder {
     }
   }
 
-  template <class Sink> IQ_FN void decode(const uint8_t* tile, int cell, Sink sink) const {
+  template <class Variant, class Sink> IQ_FN void decode(const uint8_t* tile, int cell, Variant& own, Sink sink) const {
     __m512i signs = {};
     if constexpr (Mode == kSignParity) signs = parity_signs(tile + sign_, cell);
     if constexpr (Mode == kSignBits) signs = _mm512_loadu_si512(tile + sign_ + kVector * cell);
@@ -33,11 +34,14 @@ template <int Bits, int Vec, int Mode> class GridDecoder {
         if constexpr (Vec == 4) {
           const int q = 4 * part + i;
           const __m512i word = _mm512_permutex2var_epi8(low, spread(i, 0x40004000), high);
-          sink(q, finish(_mm512_multishift_epi64_epi8(_mm512_set1_epi64(0x2c2824200c080400), word), signs, q));
+          sink(q, own.add(q, finish(_mm512_multishift_epi64_epi8(_mm512_set1_epi64(0x2c2824200c080400), word), signs, q)));
         } else {
           const __m512i shifts = _mm512_set1_epi64(0x2624222006040200);
-          sink(2 * i, finish(_mm512_multishift_epi64_epi8(shifts, _mm512_permutexvar_epi8(spread(i), low)), signs, 2 * i));
-          sink(2 * i + 1, finish(_mm512_multishift_epi64_epi8(shifts, _mm512_permutexvar_epi8(spread(i), high)), signs, 2 * i + 1));
+          const auto half = [&](int q, __m512i words) IQ_INLINE {
+            sink(q, own.add(q, finish(_mm512_multishift_epi64_epi8(shifts, _mm512_permutexvar_epi8(spread(i), words)), signs, q)));
+          };
+          half(2 * i, low);
+          half(2 * i + 1, high);
         }
       }
     }

@@ -8,8 +8,8 @@
 
 namespace iqtorch { namespace IQTORCH_ISA {
 
-template <int N> struct Size {
-  static constexpr int value = N;
+template <auto N> struct Size {
+  static constexpr auto value = N;
 };
 
 // -- one row of activations against packed weights ----------------------------------------------------------------
@@ -66,9 +66,8 @@ template <class Decoder, class Side> static void gemv(const Matrix& w, const Act
         for (int line = 0; line < cell_bytes; line += 64) __builtin_prefetch(ahead + line);
         const F32 dx = setf(*scale++);
         I32 even = set(0), odd = set(0);
-        typename Side::Variant variant(f, tile, c);
-        decoder.decode(tile, c, [&](int v, U8 operand) IQ_INLINE {
-          operand = variant.add(v, operand);
+        typename Side::Variant variant(f, tile, c, decoder.variant);
+        decoder.decode(tile, c, variant, [&](int v, U8 operand) IQ_INLINE {
           if (!affine && v % per_group == 0) even = set(*sums++);
           if (v % 2) {
             odd = dot<narrow>(odd, operand, q + 4 * v);
@@ -104,8 +103,8 @@ template <class Decoder, class Side> static void expand(const Format& f, const u
   for (int i = 0; i < tiles * f.i.tile_bytes; i += 64) __builtin_prefetch(tile + i + kPrefetch / 2);
   for (int t = 0; t < tiles; ++t, tile += f.i.tile_bytes)
     for (int c = 0; c < cells; ++c, operand += 8 * kVector) {
-      typename Side::Variant variant(f, tile, c);
-      decoder.decode(tile, c, [&](int v, U8 value) IQ_INLINE { store(operand + kVector * v, variant.add(v, value)); });
+      typename Side::Variant variant(f, tile, c, decoder.variant);
+      decoder.decode(tile, c, variant, [&](int v, U8 value) IQ_INLINE { store(operand + kVector * v, value); });
     }
 }
 
@@ -200,9 +199,9 @@ static void multiply(const Panel* panel, int cells, const Activations& x, int64_
   step(Size<1>{});
 }
 
-// Weights of a block as float32, [k][16], from operands and exact sides.
-IQ_FN void float_panel(const Format& f, const Panel& panel, float* out) {
-  const int groups = f.i.groups, per_group = 8 / groups, vectors = f.i.block / 4;
+// Weights of a block as float32, [k][16] with rows of `stride`, from operands and exact sides.
+IQ_FN void float_panel(const Format& f, const Panel& panel, float* out, int stride) {
+  const int per_group = 8 / f.i.groups, vectors = f.i.block / 4;
   const F32 factor = setf(f.f.runtime_scale), o = setf((float)-f.i.bias);
   for (int v = 0; v < vectors; ++v) {
     const int g = v / per_group;
@@ -212,23 +211,48 @@ IQ_FN void float_panel(const Format& f, const Panel& panel, float* out) {
     for (int j = 0; j < 4; ++j) {
       F32 value = s * (to_float(four & set(255)) + o);
       if (f.i.affine) value = value - low;
-      storef(out + kRows * (4 * v + j), value * factor);
+      storef(out + stride * (4 * v + j), value * factor);
       four = shift_right(four, 8);
     }
   }
 }
 
-template <int M> IQ_FN void multiply_float(const float* panel, int count, const float* x, int64_t k, float* acc) {
-  F32 a[M];
+// acc [m][16 N] += x [m][count] times panel [count][16 N]; rows of x and of acc at distances.
+template <int M, int N>
+IQ_FN void multiply_float(const float* panel, int count, const float* x, int64_t x_stride, float* acc, int64_t acc_stride) {
+  F32 a[N][M];
   IQ_UNROLL(8)
-  for (int m = 0; m < M; ++m) a[m] = loadf(acc + kRows * m);
-  for (int i = 0; i < count; ++i) {
-    const F32 w = loadf(panel + kRows * i);
+  for (int m = 0; m < M; ++m)
+    IQ_UNROLL(4)
+    for (int n = 0; n < N; ++n) a[n][m] = loadf(acc + m * acc_stride + kRows * n);
+  for (int i = 0; i < count; ++i, panel += kRows * N) {
+    F32 w[N];
+    IQ_UNROLL(4)
+    for (int n = 0; n < N; ++n) w[n] = loadf(panel + kRows * n);
     IQ_UNROLL(8)
-    for (int m = 0; m < M; ++m) a[m] = fma(w, setf(x[m * k + i]), a[m]);
+    for (int m = 0; m < M; ++m) {
+      const F32 one = setf(x[m * x_stride + i]);
+      IQ_UNROLL(4)
+      for (int n = 0; n < N; ++n) a[n][m] = fma(w[n], one, a[n][m]);
+    }
   }
   IQ_UNROLL(8)
-  for (int m = 0; m < M; ++m) storef(acc + kRows * m, a[m]);
+  for (int m = 0; m < M; ++m)
+    IQ_UNROLL(4)
+    for (int n = 0; n < N; ++n) storef(acc + m * acc_stride + kRows * n, a[n][m]);
+}
+
+template <int N>
+static void multiply_floats(const float* panel, int count, const float* x, int64_t x_stride, int64_t rows, float* acc, int64_t acc_stride) {
+  int64_t m = 0;
+  const auto step = [&](auto size) {
+    constexpr int M = decltype(size)::value;
+    for (; m + M <= rows; m += M) multiply_float<M, N>(panel, count, x + m * x_stride, x_stride, acc + m * acc_stride, acc_stride);
+  };
+  step(Size<kFloatRows>{});
+  if constexpr (kFloatRows > 4) step(Size<4>{});
+  step(Size<2>{});
+  step(Size<1>{});
 }
 
 // -- which code runs a format ------------------------------------------------------------------------------------------
@@ -253,36 +277,36 @@ template <class Decoder, class... SideTypes> static Family family_of(const Ints&
 }
 
 static Family find_family(const Ints& i) {
-  using None = Side<1, 1, 0>;  // d alone
-  using Minimum = Side<1, 1, 0, 0, 0, true>;
+  using None = Side<1, 0>;  // d alone
+  using Minimum = Side<1, 0, 0, 0, true>;
   switch (i.decoder * 100 + i.code_width) {
-    case kPlain * 100 + 2: return family_of<PlainDecoder<2>, Side<2, 2, 4, 4>>(i);
-    case kPlain * 100 + 3: return family_of<PlainDecoder<3>, Side<2, 2, 6>>(i);
-    case kPlain * 100 + 4: return family_of<PlainDecoder<4>, None, Minimum, Side<1, 1, 6, 6>>(i);
-    case kPlain * 100 + 5: return family_of<PlainDecoder<5>, None, Minimum, Side<1, 1, 6, 6>>(i);
-    case kPlain * 100 + 6: return family_of<PlainDecoder<6>, None, Side<2, 2, 8>>(i);
+    case kPlain * 100 + 2: return family_of<PlainDecoder<2>, Side<2, 4, 4>>(i);
+    case kPlain * 100 + 3: return family_of<PlainDecoder<3>, Side<2, 6>>(i);
+    case kPlain * 100 + 4: return family_of<PlainDecoder<4>, None, Minimum, Side<1, 6, 6>>(i);
+    case kPlain * 100 + 5: return family_of<PlainDecoder<5>, None, Minimum, Side<1, 6, 6>>(i);
+    case kPlain * 100 + 6: return family_of<PlainDecoder<6>, None, Side<2, 8>>(i);
     case kPlain * 100 + 8: return family_of<PlainDecoder<8>, None>(i);
-    case kLookup * 100 + 2: return family_of<LookupDecoder<2>, Side<1, 1, 5, 0, 1>, Side<2, 2, 4, 0, 2>>(i);
-    case kLookup * 100 + 3: return family_of<LookupDecoder<3>, Side<1, 1, 5, 0, 1>, Side<2, 2, 5, 0, 2>>(i);
+    case kLookup * 100 + 2: return family_of<LookupDecoder<2>, Side<1, 5, 0, 1>, Side<2, 4, 0, 2>>(i);
+    case kLookup * 100 + 3: return family_of<LookupDecoder<3>, Side<1, 5, 0, 1>, Side<2, 5, 0, 2>>(i);
     case kLookup * 100 + 4:
-      return family_of<LookupDecoder<4>, None, Side<1, 1, 6>, Side<1, 1, 7, 0, 1>, Side<2, 2, 6, 0, 2>>(i);
-    case kLookup * 100 + 5: return family_of<LookupDecoder<5>, Side<1, 1, 7, 0, 1>, Side<2, 2, 6, 0, 2>>(i);
-    case kLookup * 100 + 6: return family_of<LookupDecoder<6>, Side<2, 2, 8, 0, 2>>(i);
-    case kPairs * 100 + 5: return family_of<PairsDecoder, Side<1, 1, 6>>(i);
-    case kWords * 100 + 16: return family_of<WordsDecoder, Side<1, 1, -1>>(i);
+      return family_of<LookupDecoder<4>, None, Side<1, 6>, Side<1, 7, 0, 1>, Side<2, 6, 0, 2>>(i);
+    case kLookup * 100 + 5: return family_of<LookupDecoder<5>, Side<1, 7, 0, 1>, Side<2, 6, 0, 2>>(i);
+    case kLookup * 100 + 6: return family_of<LookupDecoder<6>, Side<2, 8, 0, 2>>(i);
+    case kPairs * 100 + 5: return family_of<PairsDecoder, Side<1, 6>>(i);
+    case kWords * 100 + 16: return family_of<WordsDecoder, Side<1, -1>>(i);
     case kGrid * 100 + 8:
-      return i.vec == 4 ? family_of<GridDecoder<8, 4, kSignParity>, Side<1, 1, 4>>(i)
-                        : family_of<GridDecoder<8, 8, kSignParity>, Side<1, 1, 4>>(i);
+      return i.vec == 4 ? family_of<GridDecoder<8, 4, kSignParity>, Side<1, 4>>(i)
+                        : family_of<GridDecoder<8, 8, kSignParity>, Side<1, 4>>(i);
     case kGrid * 100 + 9:
-      return i.vec == 4 ? family_of<GridDecoder<9, 4, kSignBits>, Side<1, 1, 4>>(i)
-                        : family_of<GridDecoder<9, 8, kSignParity>, Side<2, 2, 4>>(i);
-    case kGrid * 100 + 10: return family_of<GridDecoder<10, 8, kSignBits>, Side<2, 2, 4>>(i);
-    case kGrid * 100 + 11: return family_of<GridDecoder<11, 8, kNoSign>, Side<1, 1, 3, 0, 1>, Side<4, 2, 3, 0, 4>>(i);
-    case kTrellis * 100 + 13: return family_of<TrellisDecoder<13, 8, kNoSign>, Side<1, 1, 4>>(i);
-    case kTrellis * 100 + 15: return family_of<TrellisDecoder<15, 4, kNoSign>, Side<1, 1, 7>>(i);
+      return i.vec == 4 ? family_of<GridDecoder<9, 4, kSignBits>, Side<1, 4>>(i)
+                        : family_of<GridDecoder<9, 8, kSignParity>, Side<2, 4>>(i);
+    case kGrid * 100 + 10: return family_of<GridDecoder<10, 8, kSignBits>, Side<2, 4>>(i);
+    case kGrid * 100 + 11: return family_of<GridDecoder<11, 8, kNoSign>, Side<1, 3, 0, 1>, Side<2, 3, 0, 4>>(i);
+    case kTrellis * 100 + 13: return family_of<TrellisDecoder<13, 8, kNoSign>, Side<1, 4>>(i);
+    case kTrellis * 100 + 15: return family_of<TrellisDecoder<15, 4, kNoSign>, Side<1, 7>>(i);
     case kTrellis * 100 + 16:
-      return i.sign ? family_of<TrellisDecoder<16, 8, kSignBits>, Side<1, 1, 4>>(i)
-                    : family_of<TrellisDecoder<16, 8, kNoSign>, Side<1, 1, 4>>(i);
+      return i.sign ? family_of<TrellisDecoder<16, 8, kSignBits>, Side<1, 4>>(i)
+                    : family_of<TrellisDecoder<16, 8, kNoSign>, Side<1, 4>>(i);
   }
   return {};
 }
@@ -310,9 +334,7 @@ template <int N, int Groups, bool Affine> static Multiply multiply_with(bool nar
 
 template <int N> static Multiply multiply_of(const Ints& i, bool narrow) {
   if (i.affine) return i.groups == 1 ? multiply_with<N, 1, true>(narrow, i.largest) : multiply_with<N, 2, true>(narrow, i.largest);
-  return i.groups == 1   ? multiply_with<N, 1, false>(narrow, i.largest)
-         : i.groups == 2 ? multiply_with<N, 2, false>(narrow, i.largest)
-                         : multiply_with<N, 4, false>(narrow, i.largest);
+  return i.groups == 1 ? multiply_with<N, 1, false>(narrow, i.largest) : multiply_with<N, 2, false>(narrow, i.largest);
 }
 
 // Whether the products of m rows take operands as they are; else minus 128.
@@ -352,35 +374,34 @@ static void linear_int8(const Matrix& w, const Activations& x, const Output& out
   }
 }
 
-static void linear_float(const Matrix& w, const Activations& x, const Output& out, int64_t g0, int64_t g1) {
+template <int N>
+static void linear_floats(const Matrix& w, const Activations& x, const Output& out, int64_t m0, int64_t m1, int64_t g) {
   const Format& f = *w.format;
   const Family family = find_family(f.i);
   Panel panel;
-  IQ_ALIGNED float acc[kChunk * kRows];
-  IQ_ALIGNED float weights[kMaxBlock * kRows];
+  IQ_ALIGNED float acc[N * kChunk * kRows];
+  IQ_ALIGNED float weights[N * kMaxBlock * kRows];
+  __builtin_memset(acc, 0, (m1 - m0) * N * kRows * sizeof(float));
+  for (int64_t b = 0; b < w.blocks; ++b) {
+    for (int n = 0; n < N; ++n) {
+      const uint8_t* tile = w.tiles + ((g + n) * w.blocks + b) * f.i.tile_bytes;
+      family.exact_sides(f, tile, 1, header_d(w, g + n), panel.side);
+      family.expand(f, tile, 1, panel.operand);
+      float_panel(f, panel, weights + kRows * n, N * kRows);
+    }
+    multiply_floats<N>(weights, f.i.block, x.x + m0 * x.k + b * f.i.block, x.k, m1 - m0, acc, N * kRows);
+  }
+  for (int64_t m = m0; m < m1; ++m)
+    for (int n = 0; n < N; ++n) finish(out, w.rows, m, g + n, loadf(acc + kRows * (N * (m - m0) + n)));
+}
+
+static void linear_float(const Matrix& w, const Activations& x, const Output& out, int64_t g0, int64_t g1) {
   for (int64_t m0 = 0; m0 < x.m; m0 += kChunk) {
     const int64_t m1 = m0 + kChunk < x.m ? m0 + kChunk : x.m;
-    for (int64_t g = g0; g < g1; ++g) {
-      const F32 d = header_d(w, g);
-      __builtin_memset(acc, 0, (m1 - m0) * kRows * sizeof(float));
-      const uint8_t* tile = w.tiles + g * w.blocks * f.i.tile_bytes;
-      for (int64_t b = 0; b < w.blocks; ++b, tile += f.i.tile_bytes) {
-        family.exact_sides(f, tile, 1, d, panel.side);
-        family.expand(f, tile, 1, panel.operand);
-        float_panel(f, panel, weights);
-        int64_t m = m0;
-        const auto step = [&](auto size) {
-          constexpr int M = decltype(size)::value;
-          for (; m + M <= m1; m += M)
-            multiply_float<M>(weights, f.i.block, x.x + m * x.k + b * f.i.block, x.k, acc + kRows * (m - m0));
-        };
-        step(Size<8>{});
-        step(Size<4>{});
-        step(Size<2>{});
-        step(Size<1>{});
-      }
-      for (int64_t m = m0; m < m1; ++m) finish(out, w.rows, m, g, loadf(acc + kRows * (m - m0)));
-    }
+    int64_t g = g0;
+    for (; g + kFloatVectors <= g1; g += kFloatVectors) linear_floats<kFloatVectors>(w, x, out, m0, m1, g);
+    if constexpr (kFloatVectors > 1)
+      for (; g < g1; ++g) linear_floats<1>(w, x, out, m0, m1, g);
   }
 }
 

@@ -4,22 +4,23 @@ namespace iqtorch { namespace IQTORCH_ISA {
 
 // -- weights row by row --------------------------------------------------------------------------------------------------
 
-// One row of a block: `block` weights as the plain-torch decoder rounds them, times runtime_scale.
-IQ_FN void decode_row(const Format& f, const Panel& panel, int row, float* out) {
-  const Ints& i = f.i;
-  const int fine = kCell / i.groups, count = i.block / fine;
-  IQ_ALIGNED uint8_t operand[kMaxBlock];
-  for (int v = 0; v < i.block / 4; ++v) __builtin_memcpy(operand + 4 * v, panel.operand + kVector * v + 4 * row, 4);
-  for (int g = 0; g < count; ++g) {
-    const float s = panel.side.scale[kRows * g + row], o = (float)-i.bias, low = panel.side.low[kRows * g + row];
-    if (i.affine) {
-      for (int k = 0; k < fine; ++k) out[g * fine + k] = s * ((float)operand[g * fine + k] + o) - low;
-    } else {
-      for (int k = 0; k < fine; ++k) out[g * fine + k] = s * ((float)operand[g * fine + k] + o);
-    }
+// Operands of rows `first` .. `first + count` of a block, kMaxBlock apart. All before the first is read: a load would wait for
+// the stores of its parts.
+IQ_FN void operand_rows(const Format& f, const Panel& panel, int first, int count, uint8_t* out) {
+  for (int r = 0; r < count; ++r)
+    for (int v = 0; v < f.i.block / 4; ++v)
+      __builtin_memcpy(out + kMaxBlock * r + 4 * v, panel.operand + kVector * v + 4 * (first + r), 4);
+}
+
+// Weights of a row of a block as the plain-torch decoder rounds them, times runtime_scale: put(k, weights k .. k + 15) for each 16.
+template <class Put> IQ_FN void decode_row(const Format& f, const Sides& side, int row, const uint8_t* operand, Put put) {
+  const F32 o = setf((float)-f.i.bias), factor = setf(f.f.runtime_scale);
+  for (int k = 0; k < f.i.block; k += kRows) {
+    const int at = kRows * (k * f.i.groups / kCell) + row;
+    F32 value = setf(side.scale[at]) * (to_float(load8(operand + k)) + o);
+    if (f.i.affine) value = value - setf(side.low[at]);
+    put(k, value * factor);
   }
-  if (f.f.runtime_scale != 1.0f)
-    for (int k = 0; k < i.block; ++k) out[k] *= f.f.runtime_scale;
 }
 
 IQ_FN int64_t element_bytes(DType dtype) { return dtype == kFloat32 ? 4 : 2; }
@@ -46,96 +47,109 @@ static void to_float(const void* x, DType dtype, float* out, int64_t count) {
   }
 }
 
-static void from_float(const float* x, DType dtype, void* out, int64_t count) {
-  if (dtype == kFloat32) {
-    __builtin_memcpy(out, x, count * sizeof(float));
-    return;
-  }
-  const auto put = dtype == kFloat16 ? +[](uint16_t* p, const float* v) { store_half(p, loadf(v)); }
-                                     : +[](uint16_t* p, const float* v) { store_bfloat16(p, loadf(v)); };
-  int64_t i = 0;
-  for (; i + kRows <= count; i += kRows) put((uint16_t*)out + i, x + i);
-  if (i < count) {
-    IQ_ALIGNED float last[kRows] = {};
-    IQ_ALIGNED uint16_t half[kRows];
-    __builtin_memcpy(last, x + i, 4 * (count - i));
-    put(half, last);
-    __builtin_memcpy((uint16_t*)out + i, half, 2 * (count - i));
-  }
+template <DType T> IQ_FN void store_as(void* out, int64_t i, F32 value) {
+  if (T == kFloat32) return storef((float*)out + i, value);
+  if (T == kFloat16) return store_half((uint16_t*)out + i, value);
+  store_bfloat16((uint16_t*)out + i, value);
 }
 
-static void dequantize(const Matrix& w, DType dtype, void* out, int64_t g0, int64_t g1) {
+// run(Size<dtype>)
+template <class Run> static void with_dtype(DType dtype, const Run& run) {
+  if (dtype == kFloat32) return run(Size<kFloat32>{});
+  if (dtype == kFloat16) return run(Size<kFloat16>{});
+  run(Size<kBFloat16>{});
+}
+
+static void from_float(const float* x, DType dtype, void* out, int64_t count) {
+  with_dtype(dtype, [&](auto type) {
+    constexpr DType T = decltype(type)::value;
+    int64_t i = 0;
+    for (; i + kRows <= count; i += kRows) store_as<T>(out, i, loadf(x + i));
+    if (i < count) {
+      IQ_ALIGNED float last[kRows] = {}, stored[kRows];
+      __builtin_memcpy(last, x + i, 4 * (count - i));
+      store_as<T>(stored, 0, loadf(last));
+      __builtin_memcpy((uint8_t*)out + element_bytes(T) * i, stored, element_bytes(T) * (count - i));
+    }
+  });
+}
+
+static void dequantize(const Matrix& w, DType dtype, void* out, int64_t b0, int64_t b1, int64_t g0, int64_t g1) {
   const Format& f = *w.format;
   const Family family = find_family(f.i);
   Panel panel;
-  IQ_ALIGNED float row[kMaxBlock];
-  for (int64_t g = g0; g < g1; ++g) {
-    const F32 d = header_d(w, g);
-    const int valid = w.rows - g * kRows < kRows ? (int)(w.rows - g * kRows) : kRows;
-    const uint8_t* tile = w.tiles + g * w.blocks * f.i.tile_bytes;
-    for (int64_t b = 0; b < w.blocks; ++b, tile += f.i.tile_bytes) {
-      family.exact_sides(f, tile, 1, d, panel.side);
-      family.expand(f, tile, 1, panel.operand);
-      for (int r = 0; r < valid; ++r) {
-        decode_row(f, panel, r, row);
-        from_float(row, dtype, (uint8_t*)out + ((g * kRows + r) * w.k + b * f.i.block) * element_bytes(dtype), f.i.block);
+  IQ_ALIGNED uint8_t operand[kRows * kMaxBlock];
+  with_dtype(dtype, [&](auto type) {
+    for (int64_t g = g0; g < g1; ++g) {
+      const F32 d = header_d(w, g);
+      const int valid = w.rows - g * kRows < kRows ? (int)(w.rows - g * kRows) : kRows;
+      for (int64_t b = b0; b < b1; ++b) {
+        const uint8_t* tile = w.tiles + (g * w.blocks + b) * f.i.tile_bytes;
+        family.exact_sides(f, tile, 1, d, panel.side);
+        family.expand(f, tile, 1, panel.operand);
+        operand_rows(f, panel, 0, valid, operand);
+        for (int r = 0; r < valid; ++r) {
+          const int64_t at = ((g * kRows + r) * (b1 - b0) + b - b0) * f.i.block;
+          decode_row(f, panel.side, r, operand + kMaxBlock * r,
+                     [&](int k, F32 value) IQ_INLINE { store_as<decltype(type)::value>(out, at + k, value); });
+        }
       }
     }
-  }
+  });
 }
 
 static void gather_rows(const Matrix& w, DType dtype, const int64_t* ids, void* out, int64_t i0, int64_t i1) {
   const Format& f = *w.format;
   const Family family = find_family(f.i);
   Panel panel;
-  IQ_ALIGNED float row[kMaxBlock];
-  for (int64_t i = i0; i < i1; ++i) {
-    const int64_t g = ids[i] / kRows;
-    const F32 d = header_d(w, g);
-    const uint8_t* tile = w.tiles + g * w.blocks * f.i.tile_bytes;
-    for (int64_t b = 0; b < w.blocks; ++b, tile += f.i.tile_bytes) {
-      family.exact_sides(f, tile, 1, d, panel.side);
-      family.expand(f, tile, 1, panel.operand);
-      decode_row(f, panel, (int)(ids[i] % kRows), row);
-      from_float(row, dtype, (uint8_t*)out + (i * w.k + b * f.i.block) * element_bytes(dtype), f.i.block);
+  IQ_ALIGNED uint8_t operand[kMaxBlock];
+  with_dtype(dtype, [&](auto type) {
+    for (int64_t i = i0; i < i1; ++i) {
+      const int64_t g = ids[i] / kRows;
+      const int row = (int)(ids[i] % kRows);
+      const F32 d = header_d(w, g);
+      const uint8_t* tile = w.tiles + g * w.blocks * f.i.tile_bytes;
+      for (int64_t b = 0; b < w.blocks; ++b, tile += f.i.tile_bytes) {
+        family.exact_sides(f, tile, 1, d, panel.side);
+        family.expand(f, tile, 1, panel.operand);
+        operand_rows(f, panel, row, 1, operand);
+        decode_row(f, panel.side, row, operand,
+                   [&](int k, F32 value) IQ_INLINE { store_as<decltype(type)::value>(out, i * w.k + b * f.i.block + k, value); });
+      }
     }
-  }
+  });
 }
 
-static void transposed(const Matrix& w, const float* g, int64_t m, float* out, int64_t b0, int64_t b1) {
+static void transposed(const Matrix& w, const float* g, int64_t stride, int64_t m, bool add, float* out, int64_t b0, int64_t b1) {
+  constexpr int N = kFloatVectors, width = kRows * N, depth = 4 * kRows;
   const Format& f = *w.format;
   const Family family = find_family(f.i);
-  constexpr int chunk = 32;
   const int block = f.i.block;
-  const int64_t groups = (w.rows + kRows - 1) / kRows;
   Panel panel;
-  IQ_ALIGNED float weights[kRows * kMaxBlock];
-  IQ_ALIGNED float acc[chunk * kMaxBlock];
-  for (int64_t b = b0; b < b1; ++b)
-    for (int64_t m0 = 0; m0 < m; m0 += chunk) {
-      const int64_t m1 = m0 + chunk < m ? m0 + chunk : m;
-      __builtin_memset(acc, 0, (m1 - m0) * block * sizeof(float));
-      for (int64_t n = 0; n < groups; ++n) {
-        const uint8_t* tile = w.tiles + (n * w.blocks + b) * f.i.tile_bytes;
-        const int valid = w.rows - n * kRows < kRows ? (int)(w.rows - n * kRows) : kRows;
-        family.exact_sides(f, tile, 1, header_d(w, n), panel.side);
+  IQ_ALIGNED uint8_t operand[kRows * kMaxBlock];
+  IQ_ALIGNED float weights[depth * kMaxBlock];  // [block / width][depth rows][width]
+  for (int64_t b = b0; b < b1; ++b) {
+    float* own = out + b * block;
+    if (!add)
+      for (int64_t i = 0; i < m; ++i) __builtin_memset(own + i * w.k, 0, block * sizeof(float));
+    for (int64_t n0 = 0; n0 < w.rows; n0 += depth) {
+      const int rows = w.rows - n0 < depth ? (int)(w.rows - n0) : depth;
+      for (int first = 0; first < rows; first += kRows) {
+        const int64_t group = (n0 + first) / kRows;
+        const uint8_t* tile = w.tiles + (group * w.blocks + b) * f.i.tile_bytes;
+        const int valid = rows - first < kRows ? rows - first : kRows;
+        family.exact_sides(f, tile, 1, header_d(w, group), panel.side);
         family.expand(f, tile, 1, panel.operand);
-        for (int r = 0; r < valid; ++r) decode_row(f, panel, r, weights + r * block);
-        for (int64_t i = m0; i < m1; ++i) {
-          float* a = acc + (i - m0) * block;
-          const float* gi = g + i * w.rows + n * kRows;
-          int r = 0;
-          for (; r + 4 <= valid; r += 4) {
-            const float *w0 = weights + r * block, *w1 = w0 + block, *w2 = w1 + block, *w3 = w2 + block;
-            const float x0 = gi[r], x1 = gi[r + 1], x2 = gi[r + 2], x3 = gi[r + 3];
-            for (int k = 0; k < block; ++k) a[k] += x0 * w0[k] + x1 * w1[k] + x2 * w2[k] + x3 * w3[k];
-          }
-          for (; r < valid; ++r)
-            for (int k = 0; k < block; ++k) a[k] += gi[r] * weights[r * block + k];
-        }
+        operand_rows(f, panel, 0, valid, operand);
+        for (int r = 0; r < valid; ++r)
+          decode_row(f, panel.side, r, operand + kMaxBlock * r, [&](int k, F32 value) IQ_INLINE {
+            storef(weights + k / width * (depth * width) + (first + r) * width + k % width, value);
+          });
       }
-      for (int64_t i = m0; i < m1; ++i) __builtin_memcpy(out + i * w.k + b * block, acc + (i - m0) * block, block * sizeof(float));
+      for (int k = 0; k < block; k += width)
+        multiply_floats<N>(weights + k * depth, rows, g + n0, stride, m, own + k, w.k);
     }
+  }
 }
 
 // -- activations -----------------------------------------------------------------------------------------------------------
@@ -173,7 +187,7 @@ static void quantize_cells(const float* x, int cells, Sums kind, int8_t* q, floa
 
 // A panel of all rows lies together: rows at a distance of K would share few sets of the first-level cache.
 static void quantize(const float* x, int64_t k, Sums kind, int64_t row, int64_t rows, int8_t* q, float* scale, int32_t* sums) {
-  const auto run = kind.groups == 1 ? quantize_cells<1> : kind.groups == 2 ? quantize_cells<2> : quantize_cells<4>;
+  const auto run = kind.groups == 1 ? quantize_cells<1> : quantize_cells<2>;
   constexpr int64_t panel = kMaxBlock / kCell;
   for (int64_t first = 0; first < k / kCell; first += panel) {
     const int64_t cells = k / kCell - first < panel ? k / kCell - first : panel, at = first * rows + row * cells;

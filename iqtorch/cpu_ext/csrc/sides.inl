@@ -43,19 +43,20 @@ struct Sides {
   IQ_ALIGNED float low[kMaxGroups * kRows];  // of formats with minima
 };
 
-// Element e of a field of `Bits` bits; like `element`, with the planes known when compiling.
-template <int Bits, int First = 0> IQ_FN I32 known_element(const Field& field, const uint8_t* tile, int e) {
+// Element e of a field of `Bits` bits; like `element`, with the planes known when compiling. `Loose` leaves bits above them.
+template <int Bits, bool Loose = false, int First = 0> IQ_FN I32 known_element(const Field& field, const uint8_t* tile, int e) {
   constexpr int width = Bits & 8 ? 8 : Bits & 4 ? 4 : Bits & 2 ? 2 : 1;
   I32 v = load8(tile + field.plane[First].offset + kRows * (e * width / 8));
-  if constexpr (width < 8) v = shift_right(v, e * width % 8) & set((1 << width) - 1);
-  if constexpr (Bits > width) v = v | shift_left(known_element<Bits - width, First + 1>(field, tile, e), width);
+  if constexpr (width < 8) v = shift_right(v, e * width % 8);
+  if constexpr (width < 8 && !(Loose && Bits == width)) v = v & set((1 << width) - 1);
+  if constexpr (Bits > width) v = v | shift_left(known_element<Bits - width, Loose, First + 1>(field, tile, e), width);
   return v;
 }
 
 // How many small integers a format keeps, known when compiling: the kernels would spend longer on scales than on weights.
-// `Groups` of a cell share scale, minimum and variant. `Scales` of a cell have a scale of their own, of `Bits` bits (0: only the
-// block has one, -1: in the words of the codes), and a minimum of `MinBits`; `Variants` of a cell have a bit that shifts all values.
-template <int Groups_, int Scales, int Bits, int MinBits = 0, int Variants = 0, bool Affine = (MinBits > 0)> class Side {
+// `Groups_` of a cell have a scale of their own, of `Bits` bits (0: only the block has one, -1: in the words of the codes), and a
+// minimum of `MinBits`; `Variants` of a cell have a bit that shifts all values.
+template <int Groups_, int Bits, int MinBits = 0, int Variants = 0, bool Affine = (MinBits > 0)> class Side {
  public:
   static constexpr int kGroups = Groups_;
   static constexpr bool kAffine = Affine;
@@ -67,7 +68,7 @@ template <int Groups_, int Scales, int Bits, int MinBits = 0, int Variants = 0, 
       return width == bits && (!bits || field.count * kCell == per_cell * i.block);
     };
     if (Bits < 0) return i.groups == Groups_ && i.decoder == kWords;
-    return i.groups == Groups_ && (i.affine != 0) == Affine && counts(i.scale, Bits, Scales) && counts(i.min, MinBits, Scales) &&
+    return i.groups == Groups_ && (i.affine != 0) == Affine && counts(i.scale, Bits, Groups_) && counts(i.min, MinBits, Groups_) &&
            (i.delta ? counts(i.variant, 1, Variants) : !Variants);
   }
 
@@ -77,24 +78,24 @@ template <int Groups_, int Scales, int Bits, int MinBits = 0, int Variants = 0, 
     for (int t = 0; t < tiles; ++t, tile += f.i.tile_bytes) read_tile<Scaled>(f, tile, d, out.scale + t * count, out.low + t * count);
   }
 
-  // What vector v of a cell adds to its operands, per row, because of its variant. Called with v = 0 .. 7 in order.
+  // The variants of a cell. Called with v = 0 .. 7 in order.
   class Variant {
    public:
-    IQ_FN Variant(const Format& format, const uint8_t* of_tile, int of_cell) : f(format), tile(of_tile), cell(of_cell), shift(set(0)) {}
-    IQ_FN U8 add(int v, U8 operand) {
-      if constexpr (Bits < 0 || Variants > 0) {
-        constexpr int own = Variants > 0 ? Variants : 1;
-        if (v % (8 / own) == 0) {
-          I32 bit;
-          if constexpr (Bits < 0) {
-            bit = WordsDecoder::scale_byte(tile, cell) & set(1);
-          } else {
-            bit = known_element<1>(f.i.variant, tile, cell * own + v / (8 / own));
-          }
-          shift = (bit ^ set(f.i.variant_flip)) * set(f.i.delta * 0x01010101);
-        }
-        return as_bytes(as_i32(operand) + shift);
+    IQ_FN Variant(const Format& format, const uint8_t* of_tile, int of_cell, int of_value)
+        : f(format), tile(of_tile), cell(of_cell), value((of_value & 255) * 0x01010101), own(fill(0)) {}
+    // The bytes of vector v: `value` in the rows whose variant bit is set, else 0.
+    IQ_FN U8 of(int v) {
+      if constexpr (Bits < 0) {
+        if (v == 0) own = as_bytes((WordsDecoder::scale_byte(tile, cell) & set(1)) * set(value));
+      } else if constexpr (Variants > 0) {
+        constexpr int vectors = 8 / Variants;
+        const int e = cell * Variants + v / vectors;
+        if (v % vectors == 0) own = as_bytes(where_bit(tile + f.i.variant.plane[0].offset + kRows * (e / 8), e % 8, value));
       }
+      return own;
+    }
+    IQ_FN U8 add(int v, U8 operand) {
+      if constexpr (Bits < 0 || Variants > 0) return iqtorch::IQTORCH_ISA::add(operand, of(v));
       return operand;
     }
 
@@ -102,7 +103,8 @@ template <int Groups_, int Scales, int Bits, int MinBits = 0, int Variants = 0, 
     const Format& f;
     const uint8_t* tile;
     int cell;
-    I32 shift;
+    int32_t value;
+    U8 own;
   };
 
  private:
@@ -116,21 +118,41 @@ template <int Groups_, int Scales, int Bits, int MinBits = 0, int Variants = 0, 
     F32 scale = d * setf(f.f.scale_b), low = dmin * setf(f.f.min_b);
     const Table<32> table = load_table<32>(i.scale_table);
     const auto scale_of = [&](I32 stored) IQ_INLINE {
-      if (!i.scale_linear) return d * to_float((as_i32(lookup(table, as_bytes(stored))) & set(255)) + set(-128));
-      return d * fma(to_float(stored ^ set(i.scale_flip)), setf(f.f.scale_a), setf(f.f.scale_b));
+      if (!i.scale_linear) return to_float((as_i32(lookup(table, as_bytes(stored))) & set(255)) + set(-128));
+      return fma(to_float(stored ^ set(i.scale_flip)), setf(f.f.scale_a), setf(f.f.scale_b));
+    };
+#ifdef IQ_FLOAT_TABLES
+    constexpr bool tables = Bits == 4 || Bits == 5;
+    FloatTable<Bits == 5 ? 5 : 4> scales_by_code, mins_by_code;
+    IQ_ALIGNED static const int32_t numbers[32] = {0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15,
+                                                   16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31};
+    if constexpr (tables) {
+      scales_by_code.v[0] = scale_of(load32((const uint8_t*)numbers)).v;
+      if constexpr (Bits == 5) scales_by_code.v[1] = scale_of(load32((const uint8_t*)(numbers + 16))).v;
+      mins_by_code.v[0] = to_float(load32((const uint8_t*)numbers)).v;
+    }
+#endif
+    const auto scale_at = [&](int e) IQ_INLINE {
+      constexpr int own = Bits > 0 ? Bits : 1;
+#ifdef IQ_FLOAT_TABLES
+      if constexpr (tables) return d * lookup(scales_by_code, known_element<own, true>(i.scale, tile, e));
+#endif
+      return d * scale_of(known_element<own>(i.scale, tile, e));
+    };
+    const auto low_at = [&](int e) IQ_INLINE {
+      constexpr int own = MinBits > 0 ? MinBits : 1;
+#ifdef IQ_FLOAT_TABLES
+      if constexpr (tables && MinBits == 4) return dmin * lookup(mins_by_code, known_element<own, true>(i.min, tile, e));
+#endif
+      return dmin * to_float(known_element<own>(i.min, tile, e));
     };
     const auto read_cell = [&](int c) IQ_INLINE {
       IQ_UNROLL(4)
       for (int g = 0; g < Groups_; ++g) {
-        if constexpr (Bits < 0) {
-          scale = scale_of(shift_right(WordsDecoder::scale_byte(tile, c), 1));
-        } else {
-          if (Bits && g % (Groups_ / Scales) == 0)
-            scale = scale_of(known_element<(Bits > 0 ? Bits : 1)>(i.scale, tile, (c * Groups_ + g) / (Groups_ / Scales)));
-          if (MinBits && g % (Groups_ / Scales) == 0)
-            low = dmin * to_float(known_element<(MinBits ? MinBits : 1)>(i.min, tile, (c * Groups_ + g) / (Groups_ / Scales)));
-        }
-        const int at = kRows * (c * Groups_ + g);
+        const int e = c * Groups_ + g, at = kRows * e;
+        if constexpr (Bits < 0) scale = d * scale_of(shift_right(WordsDecoder::scale_byte(tile, c), 1));
+        if constexpr (Bits > 0) scale = scale_at(e);
+        if constexpr (MinBits > 0) low = low_at(e);
         storef(scales + at, scale);
         if (Affine) storef(lows + at, low);
       }

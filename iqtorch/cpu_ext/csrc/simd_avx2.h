@@ -12,6 +12,7 @@ constexpr bool kSignedDot = true;
 #endif
 // Rows of activations, and groups of 16 rows of weights, whose sums fit the registers.
 constexpr int kBatch = 3, kBatchGroups = 1;
+constexpr int kFloatRows = 6, kFloatVectors = 1;  // the same in float32
 
 struct U8 { __m256i v[2]; };
 struct I32 { __m256i v[2]; };
@@ -32,8 +33,13 @@ IQ_FN __m256i bits1(__m256i a, int shift, int mask) {
   return _mm256_and_si256(shift ? _mm256_srli_epi16(a, shift) : a, _mm256_set1_epi8((char)mask));
 }
 IQ_FN U8 bits(U8 a, int shift, int mask) { return {{bits1(a.v[0], shift, mask), bits1(a.v[1], shift, mask)}}; }
-IQ_FN U8 or_shifted(U8 a, U8 b, int n) {
-  return {{_mm256_or_si256(a.v[0], _mm256_slli_epi16(b.v[0], n)), _mm256_or_si256(a.v[1], _mm256_slli_epi16(b.v[1], n))}};
+// Lanes of 16 bits to the right, or to the left if `n` is negative; bits that cross bytes are for the caller to mask.
+IQ_FN __m256i shifted1(__m256i a, int n) { return n > 0 ? _mm256_srli_epi16(a, n) : n < 0 ? _mm256_slli_epi16(a, -n) : a; }
+IQ_FN U8 shifted(U8 a, int n) { return {{shifted1(a.v[0], n), shifted1(a.v[1], n)}}; }
+// a | (b & mask)
+IQ_FN U8 or_masked(U8 a, U8 b, int mask) {
+  const __m256i m = _mm256_set1_epi8((char)mask);
+  return {{_mm256_or_si256(a.v[0], _mm256_and_si256(b.v[0], m)), _mm256_or_si256(a.v[1], _mm256_and_si256(b.v[1], m))}};
 }
 IQ_FN U8 flip(U8 a, int mask) {
   __m256i m = _mm256_set1_epi8((char)mask);
@@ -44,6 +50,8 @@ IQ_FN U8 abs_difference(U8 a, int c) {
   __m256i b = _mm256_set1_epi8((char)c);
   return {{abs_difference1(a.v[0], b), abs_difference1(a.v[1], b)}};
 }
+IQ_FN U8 add(U8 a, U8 b) { return {{_mm256_add_epi8(a.v[0], b.v[0]), _mm256_add_epi8(a.v[1], b.v[1])}}; }
+IQ_FN U8 fill(int c) { return {{_mm256_set1_epi8((char)c), _mm256_set1_epi8((char)c)}}; }
 IQ_FN U8 add(U8 a, int c) {
   __m256i b = _mm256_set1_epi8((char)c);
   return {{_mm256_add_epi8(a.v[0], b), _mm256_add_epi8(a.v[1], b)}};
@@ -116,6 +124,12 @@ IQ_FN I32 load16(const uint8_t* p) {
   return {{_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p + 1))}};
 }
 IQ_FN I32 load32(const uint8_t* p) { return {{loadu(p, 0), loadu(p, 1)}}; }
+// `value` in the lanes of rows r whose byte p[r] has a bit, else 0.
+IQ_FN __m256i where_bit1(const uint8_t* p, int bit, int32_t value) {
+  const __m256i mask = _mm256_set1_epi32(1 << bit), bytes = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
+  return _mm256_and_si256(_mm256_cmpeq_epi32(_mm256_and_si256(bytes, mask), mask), _mm256_set1_epi32(value));
+}
+IQ_FN I32 where_bit(const uint8_t* p, int bit, int32_t value) { return {{where_bit1(p, bit, value), where_bit1(p + 8, bit, value)}}; }
 IQ_FN I32 set(int32_t c) { return {{_mm256_set1_epi32(c), _mm256_set1_epi32(c)}}; }
 IQ_FN I32 shift_right(I32 a, int n) { return {{_mm256_srli_epi32(a.v[0], n), _mm256_srli_epi32(a.v[1], n)}}; }
 IQ_FN I32 shift_left(I32 a, int n) { return {{_mm256_slli_epi32(a.v[0], n), _mm256_slli_epi32(a.v[1], n)}}; }

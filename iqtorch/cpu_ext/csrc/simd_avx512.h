@@ -9,6 +9,7 @@ constexpr bool kSignedDot = false;
 #define IQ_OWN_GRIDS "grids_avx512.inl"
 // Rows of activations, and groups of 16 rows of weights, whose sums fit the registers.
 constexpr int kBatch = 4, kBatchGroups = 2;
+constexpr int kFloatRows = 8, kFloatVectors = 2;  // the same in float32
 
 struct U8 { __m512i v; };
 struct I32 { __m512i v; };
@@ -26,13 +27,20 @@ IQ_FN U8 bits(U8 a, int shift, int mask) {
   __m512i s = shift ? _mm512_srli_epi16(a.v, shift) : a.v;
   return {_mm512_and_si512(s, _mm512_set1_epi8((char)mask))};
 }
-IQ_FN U8 or_shifted(U8 a, U8 b, int shift) { return {_mm512_or_si512(a.v, _mm512_slli_epi16(b.v, shift))}; }
+// Lanes of 16 bits to the right, or to the left if `shift` is negative; bits that cross bytes are for the caller to mask.
+IQ_FN U8 shifted(U8 a, int shift) {
+  return {shift > 0 ? _mm512_srli_epi16(a.v, (unsigned)shift) : shift < 0 ? _mm512_slli_epi16(a.v, (unsigned)-shift) : a.v};
+}
+// a | (b & mask)
+IQ_FN U8 or_masked(U8 a, U8 b, int mask) { return {_mm512_ternarylogic_epi32(a.v, b.v, _mm512_set1_epi8((char)mask), 0xF8)}; }
 IQ_FN U8 flip(U8 a, int mask) { return {_mm512_xor_si512(a.v, _mm512_set1_epi8((char)mask))}; }
 IQ_FN U8 abs_difference(U8 a, int c) {
   __m512i b = _mm512_set1_epi8((char)c);
   return {_mm512_sub_epi8(_mm512_max_epu8(a.v, b), _mm512_min_epu8(a.v, b))};
 }
+IQ_FN U8 add(U8 a, U8 b) { return {_mm512_add_epi8(a.v, b.v)}; }
 IQ_FN U8 add(U8 a, int c) { return {_mm512_add_epi8(a.v, _mm512_set1_epi8((char)c))}; }
+IQ_FN U8 fill(int c) { return {_mm512_set1_epi8((char)c)}; }
 
 template <int N> struct Table { __m512i v; };
 template <int N> IQ_FN Table<N> load_table(const uint8_t* p) {
@@ -68,6 +76,11 @@ IQ_FN I32 as_i32(U8 a) { return {a.v}; }
 IQ_FN I32 load8(const uint8_t* p) { return {_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p))}; }
 IQ_FN I32 load16(const uint8_t* p) { return {_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p))}; }
 IQ_FN I32 load32(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
+// `value` in the lanes of rows r whose byte p[r] has a bit, else 0.
+IQ_FN I32 where_bit(const uint8_t* p, int bit, int32_t value) {
+  const __m128i bits = _mm_set1_epi32(0x01010101 << bit);
+  return {_mm512_maskz_set1_epi32(_mm_test_epi8_mask(_mm_loadu_si128((const __m128i*)p), bits), value)};
+}
 IQ_FN I32 set(int32_t c) { return {_mm512_set1_epi32(c)}; }
 IQ_FN I32 shift_right(I32 a, int n) { return {_mm512_srli_epi32(a.v, (unsigned)n)}; }
 IQ_FN I32 shift_left(I32 a, int n) { return {_mm512_slli_epi32(a.v, (unsigned)n)}; }
@@ -93,6 +106,12 @@ IQ_FN F32 operator*(F32 a, F32 b) { return {_mm512_mul_ps(a.v, b.v)}; }
 IQ_FN F32 fma(F32 a, F32 b, F32 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 IQ_FN F32 to_float(I32 a) { return {_mm512_cvtepi32_ps(a.v)}; }
 IQ_FN F32 as_float(I32 a) { return {_mm512_castsi512_ps(a.v)}; }
+// Numbers by their low 4 or 5 bits.
+#define IQ_FLOAT_TABLES
+template <int Bits> struct FloatTable { __m512 v[Bits - 3]; };
+template <int Bits> IQ_FN F32 lookup(const FloatTable<Bits>& t, I32 a) {
+  return {Bits == 4 ? _mm512_permutexvar_ps(a.v, t.v[0]) : _mm512_permutex2var_ps(t.v[0], a.v, t.v[Bits - 4])};
+}
 IQ_FN I32 as_int(F32 a) { return {_mm512_castps_si512(a.v)}; }
 IQ_FN I32 max(I32 a, I32 b) { return {_mm512_max_epi32(a.v, b.v)}; }
 IQ_FN int32_t largest_of(I32 a) { return _mm512_reduce_max_epi32(a.v); }

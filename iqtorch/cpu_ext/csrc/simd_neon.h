@@ -8,6 +8,7 @@ namespace iqtorch { namespace IQTORCH_ISA {
 constexpr bool kSignedDot = true;
 // Rows of activations, and groups of 16 rows of weights, whose sums fit the registers.
 constexpr int kBatch = 3, kBatchGroups = 1;
+constexpr int kFloatRows = 6, kFloatVectors = 1;  // the same in float32
 
 struct U8 { uint8x16_t v[4]; };
 struct I32 { int32x4_t v[4]; };
@@ -27,9 +28,14 @@ IQ_FN void store(void* p, U8 a) {
   for (int h = 0; h < 4; ++h) vst1q_u8((uint8_t*)p + 16 * h, a.v[h]);
 }
 IQ_FN U8 bits(U8 a, int shift, int mask) { return IQ_FOUR(vandq_u8(vshlq_u8(a.v[h], vdupq_n_s8((int8_t)-shift)), vdupq_n_u8((uint8_t)mask))); }
-IQ_FN U8 or_shifted(U8 a, U8 b, int shift) { return IQ_FOUR(vorrq_u8(a.v[h], vshlq_u8(b.v[h], vdupq_n_s8((int8_t)shift)))); }
+// Bytes to the right, or to the left if `shift` is negative.
+IQ_FN U8 shifted(U8 a, int shift) { return IQ_FOUR(vshlq_u8(a.v[h], vdupq_n_s8((int8_t)-shift))); }
+// a | (b & mask)
+IQ_FN U8 or_masked(U8 a, U8 b, int mask) { return IQ_FOUR(vorrq_u8(a.v[h], vandq_u8(b.v[h], vdupq_n_u8((uint8_t)mask)))); }
 IQ_FN U8 flip(U8 a, int mask) { return IQ_FOUR(veorq_u8(a.v[h], vdupq_n_u8((uint8_t)mask))); }
 IQ_FN U8 abs_difference(U8 a, int c) { return IQ_FOUR(vabdq_u8(a.v[h], vdupq_n_u8((uint8_t)c))); }
+IQ_FN U8 add(U8 a, U8 b) { return IQ_FOUR(vaddq_u8(a.v[h], b.v[h])); }
+IQ_FN U8 fill(int c) { return IQ_FOUR(((void)h, vdupq_n_u8((uint8_t)c))); }
 IQ_FN U8 add(U8 a, int c) { return IQ_FOUR(vaddq_u8(a.v[h], vdupq_n_u8((uint8_t)c))); }
 
 template <int N> struct Table { uint8x16_t v[N / 16]; };
@@ -90,6 +96,11 @@ IQ_FN I32 operator|(I32 a, I32 b) { return IQ_FOUR(vorrq_s32(a.v[h], b.v[h])); }
 IQ_FN I32 operator^(I32 a, I32 b) { return IQ_FOUR(veorq_s32(a.v[h], b.v[h])); }
 IQ_FN I32 operator+(I32 a, I32 b) { return IQ_FOUR(vaddq_s32(a.v[h], b.v[h])); }
 IQ_FN I32 operator*(I32 a, I32 b) { return IQ_FOUR(vmulq_s32(a.v[h], b.v[h])); }
+// `value` in the lanes of rows r whose byte p[r] has a bit, else 0.
+IQ_FN I32 where_bit(const uint8_t* p, int bit, int32_t value) {
+  const I32 bytes = load8(p);
+  return IQ_FOUR(vandq_s32(vreinterpretq_s32_u32(vtstq_s32(bytes.v[h], vdupq_n_s32(1 << bit))), vdupq_n_s32(value)));
+}
 template <int Step> IQ_FN I32 gather(const uint8_t* base, I32 index) {
   int32_t t[16];
   for (int h = 0; h < 4; ++h) vst1q_s32(t + 4 * h, index.v[h]);

@@ -7,6 +7,7 @@ namespace iqtorch { namespace IQTORCH_ISA {
 constexpr bool kSignedDot = false;
 // Rows of activations, and groups of 16 rows of weights, whose sums fit the registers.
 constexpr int kBatch = 4, kBatchGroups = 1;
+constexpr int kFloatRows = 4, kFloatVectors = 1;  // the same in float32
 
 struct U8 {
   uint8_t v[64];
@@ -27,9 +28,14 @@ struct F32 {
 IQ_FN U8 load(const void* p) { U8 r; __builtin_memcpy(&r, p, 64); return r; }
 IQ_FN void store(void* p, U8 a) { __builtin_memcpy(p, &a, 64); }
 IQ_FN U8 bits(U8 a, int shift, int mask) { IQ_EACH(64) a.v[i] = (a.v[i] >> shift) & mask; return a; }
-IQ_FN U8 or_shifted(U8 a, U8 b, int shift) { IQ_EACH(64) a.v[i] |= b.v[i] << shift; return a; }
+// Bytes to the right, or to the left if `shift` is negative.
+IQ_FN U8 shifted(U8 a, int shift) { IQ_EACH(64) a.v[i] = shift < 0 ? a.v[i] << -shift : a.v[i] >> shift; return a; }
+// a | (b & mask)
+IQ_FN U8 or_masked(U8 a, U8 b, int mask) { IQ_EACH(64) a.v[i] |= b.v[i] & mask; return a; }
 IQ_FN U8 flip(U8 a, int mask) { IQ_EACH(64) a.v[i] ^= mask; return a; }
 IQ_FN U8 abs_difference(U8 a, int c) { IQ_EACH(64) a.v[i] = a.v[i] > c ? a.v[i] - c : c - a.v[i]; return a; }
+IQ_FN U8 add(U8 a, U8 b) { IQ_EACH(64) a.v[i] += b.v[i]; return a; }
+IQ_FN U8 fill(int c) { U8 r; IQ_EACH(64) r.v[i] = c; return r; }
 IQ_FN U8 add(U8 a, int c) { IQ_EACH(64) a.v[i] += c; return a; }
 
 template <int N> struct Table { const uint8_t* t; };
@@ -73,6 +79,8 @@ IQ_FN I32 operator|(I32 a, I32 b) { IQ_EACH(16) a.v[i] |= b.v[i]; return a; }
 IQ_FN I32 operator^(I32 a, I32 b) { IQ_EACH(16) a.v[i] ^= b.v[i]; return a; }
 IQ_FN I32 operator+(I32 a, I32 b) { IQ_EACH(16) a.v[i] = (uint32_t)a.v[i] + (uint32_t)b.v[i]; return a; }
 IQ_FN I32 operator*(I32 a, I32 b) { IQ_EACH(16) a.v[i] = (uint32_t)a.v[i] * (uint32_t)b.v[i]; return a; }
+// `value` in the lanes of rows r whose byte p[r] has a bit, else 0.
+IQ_FN I32 where_bit(const uint8_t* p, int bit, int32_t value) { I32 r; IQ_EACH(16) r.v[i] = p[i] >> bit & 1 ? value : 0; return r; }
 // Four bytes at base + Step * index.
 template <int Step> IQ_FN I32 gather(const uint8_t* base, I32 index) {
   IQ_EACH(16) __builtin_memcpy(&index.v[i], base + Step * (int64_t)index.v[i], 4);
