@@ -31,7 +31,7 @@ template <int Bits, int Count> IQ_FN I32 rows_element(const uint8_t* p, int e) {
 }
 
 template <int Bits> struct PlainDecoder {
-  static constexpr bool kNarrow = Bits < 8;
+  static constexpr bool kNarrow = Bits < 8, kSmall = true;
   int mask, variant;
   explicit IQ_FN PlainDecoder(const Format& f) : mask(f.i.flip), variant(f.i.delta) {}
   template <class Variant, class Sink> IQ_FN void decode(const uint8_t* tile, int cell, Variant&, Sink sink) const {
@@ -47,7 +47,7 @@ template <int Bits> struct PlainDecoder {
 
 // Of codes of up to three bits the variant is one more bit: the table has both codebooks.
 template <int Bits> struct LookupDecoder {
-  static constexpr bool kNarrow = Bits < 4, kBoth = Bits < 4;
+  static constexpr bool kNarrow = Bits < 4, kSmall = true, kBoth = Bits < 4;
   static constexpr int kEntries = Bits <= 4 ? 16 : 1 << Bits;
   Table<kEntries> table;
   int variant;
@@ -67,7 +67,7 @@ template <int Bits> struct LookupDecoder {
 
 // 40 bits per 16-bit lane hold eight five-bit codes of pairs; the look-up ignores the bits above the code.
 struct PairsDecoder {
-  static constexpr bool kNarrow = true;
+  static constexpr bool kNarrow = true, kSmall = true;
   PairTable table;
   int variant = 0;
   explicit IQ_FN PairsDecoder(const Format& f) : table(load_pairs(f.table)) {}
@@ -88,7 +88,7 @@ struct PairsDecoder {
 
 // iq4_kss: 15 bits of a 16-bit word are the Gray code of four 4-bit codes of even parity, bit 0 belongs to the scale.
 struct WordsDecoder {
-  static constexpr bool kNarrow = false;
+  static constexpr bool kNarrow = false, kSmall = false;
   Table<16> table;
   int variant;
   explicit IQ_FN WordsDecoder(const Format& f) : table(load_table<16>(f.table)), variant(f.i.delta) {}
@@ -133,7 +133,7 @@ template <int Mode> struct Signs {
 #ifndef IQ_OWN_GRIDS
 // A code selects `Vec` neighbouring operands from a table in memory.
 template <int Bits, int Vec, int Mode> struct GridDecoder {
-  static constexpr bool kNarrow = true;
+  static constexpr bool kNarrow = true, kSmall = false;
   const uint8_t* table;
   Signs<Mode> signs;
   int variant;
@@ -153,7 +153,7 @@ template <int Bits, int Vec, int Mode> struct GridDecoder {
 
 // Values are generated: each step multiplies by a constant, a value is the sum of the low six bits of the four bytes, minus 126.
 template <int Bits, int Vec, int Mode> struct TrellisDecoder {
-  static constexpr bool kNarrow = false;
+  static constexpr bool kNarrow = false, kSmall = false;
   Signs<Mode> signs;
   I32 multiplier, first;
   int variant_offset, variant_step, variant = 0;

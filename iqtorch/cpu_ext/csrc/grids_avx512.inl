@@ -6,7 +6,7 @@ namespace iqtorch { namespace IQTORCH_ISA {
 
 template <int Bits, int Vec, int Mode> class GridDecoder {
  public:
-  static constexpr bool kNarrow = true;
+  static constexpr bool kNarrow = true, kSmall = false;
   const int variant;
 
   explicit IQ_FN GridDecoder(const Format& f)

@@ -43,6 +43,18 @@ IQ_FN void finish(const Output& out, int64_t rows, int64_t m, int64_t group, F32
   __builtin_memcpy((uint16_t*)out.data + at, half, count * sizeof(uint16_t));
 }
 
+// The cells of a block in order; unrolled if the decoder is small: most of the instructions left are addresses and shifts by numbers.
+template <class Decoder, class Run> IQ_FN void each_cell(int cells, const Run& run) {
+  if constexpr (Decoder::kSmall) {
+    if (cells == 8) {
+      IQ_UNROLL(8)
+      for (int c = 0; c < 8; ++c) run(c);
+      return;
+    }
+  }
+  for (int c = 0; c < cells; ++c) run(c);
+}
+
 template <class Decoder, class Side> static void gemv(const Matrix& w, const Activations& x, const Output& out, int64_t g0, int64_t g1) {
   constexpr bool narrow = Decoder::kNarrow || !kSignedDot, affine = Side::kAffine;
   constexpr int per_group = 8 / Side::kGroups;
@@ -61,7 +73,7 @@ template <class Decoder, class Side> static void gemv(const Matrix& w, const Act
       const int tiles = w.blocks - b < most ? (int)(w.blocks - b) : most;
       Side::template read<true>(f, tile, tiles, d, side);
       const float *s = side.scale, *low = side.low;
-      for (int i = 0, c = 0; i < tiles * cells; ++i, q += kCell) {
+      const auto cell = [&](int c) IQ_INLINE {
         const uint8_t* ahead = tile + c * cell_bytes + kPrefetch;
         for (int line = 0; line < cell_bytes; line += 64) __builtin_prefetch(ahead + line);
         const F32 dx = setf(*scale++);
@@ -69,20 +81,22 @@ template <class Decoder, class Side> static void gemv(const Matrix& w, const Act
         typename Side::Variant variant(f, tile, c, decoder.variant);
         decoder.decode(tile, c, variant, [&](int v, U8 operand) IQ_INLINE {
           if (!affine && v % per_group == 0) even = set(*sums++);
-          if (v % 2) {
-            odd = dot<narrow>(odd, operand, q + 4 * v);
+          if (per_group == 8 && v % 2) {
+            odd = dot_once<narrow>(odd, operand, q + 4 * v);
           } else {
-            even = dot<narrow>(even, operand, q + 4 * v);
+            even = dot_once<narrow>(even, operand, q + 4 * v);
           }
           if ((v + 1) % per_group == 0) {
-            acc = fma(to_float(even + odd) * loadf(s), dx, acc);
+            if (per_group == 8) even = even + odd;
+            acc = fma(to_float(even) * loadf(s), dx, acc);
             if (affine) rest = fma(loadf(low), as_float(set(*sums++)), rest);
             s += kRows, low += kRows;
             even = set(0), odd = set(0);
           }
         });
-        if (++c == cells) c = 0, tile += f.i.tile_bytes;
-      }
+        q += kCell;
+      };
+      for (int t = 0; t < tiles; ++t, tile += f.i.tile_bytes) each_cell<Decoder>(cells, cell);
     }
     finish(out, w.rows, 0, g, affine ? acc + rest : acc);
   }
@@ -95,17 +109,17 @@ struct Panel {
   Sides side;
 };
 
-constexpr int kChunk = 128;  // rows of activations: accumulators stay in the first-level cache, activations in the second
+constexpr int kChunk = 256;  // rows of activations: accumulators stay in the first-level cache, activations in the second
 
 template <class Decoder, class Side> static void expand(const Format& f, const uint8_t* tile, int tiles, uint8_t* operand) {
   const Decoder decoder(f);
   const int cells = f.i.block / kCell;
   for (int i = 0; i < tiles * f.i.tile_bytes; i += 64) __builtin_prefetch(tile + i + kPrefetch / 2);
-  for (int t = 0; t < tiles; ++t, tile += f.i.tile_bytes)
-    for (int c = 0; c < cells; ++c, operand += 8 * kVector) {
+  for (int t = 0; t < tiles; ++t, tile += f.i.tile_bytes, operand += cells * 8 * kVector)
+    each_cell<Decoder>(cells, [&](int c) IQ_INLINE {
       typename Side::Variant variant(f, tile, c, decoder.variant);
-      decoder.decode(tile, c, variant, [&](int v, U8 value) IQ_INLINE { store(operand + kVector * v, value); });
-    }
+      decoder.decode(tile, c, variant, [&](int v, U8 value) IQ_INLINE { store(operand + kVector * (8 * c + v), value); });
+    });
 }
 
 // M rows of activations times N groups of rows of weights, over the cells of a panel: `acc` is [N][kChunk][16].

@@ -162,6 +162,7 @@ template <bool Narrow> IQ_FN I32 dot(I32 acc, U8 w, const void* x) {
   __m256i b = _mm256_set1_epi32(four);
   return {{dot1<Narrow>(acc.v[0], w.v[0], b), dot1<Narrow>(acc.v[1], w.v[1], b)}};
 }
+template <bool Narrow> IQ_FN I32 dot_once(I32 acc, U8 w, const void* x) { return dot<Narrow>(acc, w, x); }
 IQ_FN I32 byte_sums(I32 acc, I32 a) {
   __m256i one = _mm256_set1_epi8(1);
   return {{dot1<true>(acc.v[0], a.v[0], one), dot1<true>(acc.v[1], a.v[1], one)}};

@@ -118,6 +118,7 @@ template <bool Narrow> IQ_FN I32 dot(I32 acc, U8 w, const void* x) {
   const int8x16_t b = vreinterpretq_s8_s32(vdupq_n_s32(four));
   return IQ_FOUR(dot1<Narrow>(acc.v[h], w.v[h], b));
 }
+template <bool Narrow> IQ_FN I32 dot_once(I32 acc, U8 w, const void* x) { return dot<Narrow>(acc, w, x); }
 IQ_FN I32 byte_sums(I32 acc, I32 a) {
   return IQ_FOUR(vreinterpretq_s32_u32(vdotq_u32(vreinterpretq_u32_s32(acc.v[h]), vreinterpretq_u8_s32(a.v[h]), vdupq_n_u8(1))));
 }

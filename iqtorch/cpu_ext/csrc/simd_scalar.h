@@ -93,6 +93,7 @@ template <bool Narrow> IQ_FN I32 dot(I32 acc, U8 w, const void* x) {
   IQ_EACH(16) acc.v[i] += w.v[4 * i] * t[0] + w.v[4 * i + 1] * t[1] + w.v[4 * i + 2] * t[2] + w.v[4 * i + 3] * t[3];
   return acc;
 }
+template <bool Narrow> IQ_FN I32 dot_once(I32 acc, U8 w, const void* x) { return dot<Narrow>(acc, w, x); }
 IQ_FN I32 byte_sums(I32 acc, I32 a) {
   IQ_EACH(16) { uint32_t u = (uint32_t)a.v[i]; acc.v[i] += (u & 255) + (u >> 8 & 255) + (u >> 16 & 255) + (u >> 24); }
   return acc;
