@@ -1,44 +1,59 @@
 // Decoders: one cell (16 rows x 32 weights) of a tile -> eight vectors of operands, value + bias as unsigned bytes.
 // `decode(tile, cell, variant, sink)` calls sink(q, operands of weights 4 q .. 4 q + 3) for q = 0 .. 7, in order.
-// The variant of the weights (`Side::Variant`) is added to their operands; it was made from the decoder's `variant`, the byte that
-// it is worth. kNarrow promises operands below 128 (see dot1 in simd_avx2.h); a format may be registered only if it keeps it.
+// The variant of the weights (`Side::Variant`) is added to their operands; it was made from the decoder's `variant`, bytes of what
+// it is worth. kSmall: few instructions, and kLines lines of memory per cell. kNarrow promises operands below 128 (see dot1 in simd_avx2.h); a format may be registered only if it keeps it.
 
 namespace iqtorch { namespace IQTORCH_ISA {
 
-// `Bits` bits of the lanes of vector q, from planes of decreasing width that start at p, or-ed to `v` from bit `Low` on;
-// the widest plane is lowest.
-template <int Bits, int Low = 0> IQ_FN U8 lanes(const uint8_t* p, int q, U8 v) {
-  constexpr int width = Bits & 8 ? 8 : Bits & 4 ? 4 : Bits & 2 ? 2 : 1;
-  const U8 plane = load(p + kVector * (q * width / 8));
-  if constexpr (width == 8) return plane;
-  v = or_masked(v, shifted(plane, q * width % 8 - Low), ((1 << width) - 1) << Low);
-  if constexpr (Bits > width) v = lanes<Bits - width, Low + width>(p + kVector * width, q, v);
-  return v;
-}
+// The codes of a cell in the lanes arrangement (layout.py), each vector of memory loaded once.
+template <int Bits> struct Lanes {
+  U8 plane[Bits];
+  explicit IQ_FN Lanes(const uint8_t* p) {
+    IQ_UNROLL(8)
+    for (int i = 0; i < Bits; ++i) plane[i] = kept(load(p + kVector * i));
+  }
+  // The codes of vector q, or-ed to v; planes of decreasing width, the widest plane is lowest.
+  IQ_FN U8 of(int q, U8 v) const { return from<Bits, 0>(plane, q, v); }
 
-// Element e of a field of `Count` numbers of `Bits` bits in the rows arrangement (layout.py).
-template <int Bits, int Count> IQ_FN I32 rows_element(const uint8_t* p, int e) {
+ private:
+  template <int Rest, int Low> static IQ_FN U8 from(const U8* p, int q, U8 v) {
+    constexpr int width = Rest & 8 ? 8 : Rest & 4 ? 4 : Rest & 2 ? 2 : 1;
+    if constexpr (width == 8) return p[q];
+    v = or_masked(v, shifted(p[q * width / 8], q * width % 8 - Low), ((1 << width) - 1) << Low);
+    if constexpr (Rest > width) v = from<Rest - width, Low + width>(p + width, q, v);
+    return v;
+  }
+};
+
+// Element e of a field of `Count` numbers of `Bits` bits in the rows arrangement (layout.py). `Loose` leaves bits above them.
+template <int Bits, int Count, bool Loose = false> IQ_FN I32 rows_element(const uint8_t* p, int e) {
   constexpr int width = Bits & 16 ? 16 : Bits & 8 ? 8 : Bits & 4 ? 4 : Bits & 2 ? 2 : 1;
   I32 v;
   if constexpr (width == 16) {
     v = load16(p + 32 * e);
   } else {
     v = load8(p + kRows * (e * width / 8));
-    if constexpr (width < 8) v = shift_right(v, e * width % 8) & set((1 << width) - 1);
+    if constexpr (width < 8) v = shift_right(v, e * width % 8);
+    if constexpr (width < 8 && !(Loose && Bits == width)) v = v & set((1 << width) - 1);
   }
-  if constexpr (Bits > width) v = v | shift_left(rows_element<Bits - width, Count>(p + kRows * Count * width / 8, e), width);
+  if constexpr (Bits > width) v = v | shift_left(rows_element<Bits - width, Count, Loose>(p + kRows * Count * width / 8, e), width);
   return v;
 }
 
+// The low byte of a number, in every byte.
+IQ_FN I32 bytes_of(int value) { return kept(set((value & 255) * 0x01010101)); }
+
 template <int Bits> struct PlainDecoder {
   static constexpr bool kNarrow = Bits < 8, kSmall = true;
-  int mask, variant;
-  explicit IQ_FN PlainDecoder(const Format& f) : mask(f.i.flip), variant(f.i.delta) {}
+  static constexpr int kLines = Bits + 1;
+  int mask;
+  I32 variant = set(0);
+  explicit IQ_FN PlainDecoder(const Format& f) : mask(f.i.flip) {}
   template <class Variant, class Sink> IQ_FN void decode(const uint8_t* tile, int cell, Variant&, Sink sink) const {
-    const uint8_t* p = tile + cell * kVector * Bits;
+    const Lanes<Bits> codes(tile + cell * kVector * Bits);
     IQ_UNROLL(8)
     for (int q = 0; q < 8; ++q) {
-      U8 v = lanes<Bits>(p, q, fill(0));
+      U8 v = codes.of(q, fill(0));
       if constexpr (Bits == 8) v = iqtorch::IQTORCH_ISA::flip(v, mask);
       sink(q, v);
     }
@@ -48,18 +63,19 @@ template <int Bits> struct PlainDecoder {
 // Of codes of up to three bits the variant is one more bit: the table has both codebooks.
 template <int Bits> struct LookupDecoder {
   static constexpr bool kNarrow = Bits < 4, kSmall = true, kBoth = Bits < 4;
+  static constexpr int kLines = Bits + 1;
   static constexpr int kEntries = Bits <= 4 ? 16 : 1 << Bits;
   Table<kEntries> table;
-  int variant;
-  explicit IQ_FN LookupDecoder(const Format& f) : table(load_table<kEntries>(f.table)), variant(kBoth ? 1 << Bits : f.i.delta) {}
+  I32 variant;
+  explicit IQ_FN LookupDecoder(const Format& f) : table(load_table<kEntries>(f.table)), variant(bytes_of(kBoth ? 1 << Bits : f.i.delta)) {}
   template <class Variant, class Sink> IQ_FN void decode(const uint8_t* tile, int cell, Variant& own, Sink sink) const {
-    const uint8_t* p = tile + cell * kVector * Bits;
+    const Lanes<Bits> codes(tile + cell * kVector * Bits);
     IQ_UNROLL(8)
     for (int q = 0; q < 8; ++q) {
       if constexpr (kBoth) {
-        sink(q, lookup(table, lanes<Bits>(p, q, own.of(q))));
+        sink(q, lookup(table, codes.of(q, own.of(q))));
       } else {
-        sink(q, own.add(q, lookup(table, lanes<Bits>(p, q, fill(0)))));
+        sink(q, own.add(q, lookup(table, codes.of(q, fill(0)))));
       }
     }
   }
@@ -68,12 +84,13 @@ template <int Bits> struct LookupDecoder {
 // 40 bits per 16-bit lane hold eight five-bit codes of pairs; the look-up ignores the bits above the code.
 struct PairsDecoder {
   static constexpr bool kNarrow = true, kSmall = true;
+  static constexpr int kLines = 3;
   PairTable table;
-  int variant = 0;
+  I32 variant = set(0);
   explicit IQ_FN PairsDecoder(const Format& f) : table(load_pairs(f.table)) {}
   template <class Variant, class Sink> IQ_FN void decode(const uint8_t* tile, int cell, Variant&, Sink sink) const {
     const uint8_t* p = tile + cell * 160;
-    U8 w0 = load(p), w1 = load(p + kVector), b = widen16(p + 2 * kVector);
+    const U8 w0 = kept(load(p)), w1 = kept(load(p + kVector)), b = kept(widen16(p + 2 * kVector));
     sink(0, lookup_pairs(table, w0));
     sink(1, lookup_pairs(table, shift16(w0, 5)));
     sink(2, lookup_pairs(table, shift16(w0, 10)));
@@ -90,8 +107,8 @@ struct PairsDecoder {
 struct WordsDecoder {
   static constexpr bool kNarrow = false, kSmall = false;
   Table<16> table;
-  int variant;
-  explicit IQ_FN WordsDecoder(const Format& f) : table(load_table<16>(f.table)), variant(f.i.delta) {}
+  I32 variant;
+  explicit IQ_FN WordsDecoder(const Format& f) : table(load_table<16>(f.table)), variant(bytes_of(f.i.delta)) {}
   static IQ_FN U8 codes(const uint8_t* p) {
     I32 w = as_i32(load(p)) & set((int32_t)0xfffefffe);
     return as_bytes(w ^ as_i32(shift16(as_bytes(w), 1)));
@@ -136,8 +153,8 @@ template <int Bits, int Vec, int Mode> struct GridDecoder {
   static constexpr bool kNarrow = true, kSmall = false;
   const uint8_t* table;
   Signs<Mode> signs;
-  int variant;
-  explicit IQ_FN GridDecoder(const Format& f) : table(f.table), signs(f), variant(f.i.delta) {}
+  I32 variant;
+  explicit IQ_FN GridDecoder(const Format& f) : table(f.table), signs(f), variant(bytes_of(f.i.delta)) {}
   template <class Variant, class Sink> IQ_FN void decode(const uint8_t* tile, int cell, Variant& own, Sink sink) const {
     I32 code = set(0), group = set(0);
     IQ_UNROLL(8)
@@ -156,10 +173,11 @@ template <int Bits, int Vec, int Mode> struct TrellisDecoder {
   static constexpr bool kNarrow = false, kSmall = false;
   Signs<Mode> signs;
   I32 multiplier, first;
-  int variant_offset, variant_step, variant = 0;
+  int variant_offset;
+  I32 variant_step, variant = set(0);
   explicit IQ_FN TrellisDecoder(const Format& f)
       : signs(f), multiplier(set(f.i.multiplier)), first(set(f.i.generator_offset)), variant_offset(f.i.variant.plane[0].offset),
-        variant_step(f.i.variant_in_code) {}
+        variant_step(set(f.i.variant_in_code)) {}
   template <class Variant, class Sink> IQ_FN void decode(const uint8_t* tile, int cell, Variant&, Sink sink) const {
     I32 x = first, start = first;
     // the variant bit chooses between two first values

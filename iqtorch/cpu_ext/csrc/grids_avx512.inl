@@ -7,10 +7,10 @@ namespace iqtorch { namespace IQTORCH_ISA {
 template <int Bits, int Vec, int Mode> class GridDecoder {
  public:
   static constexpr bool kNarrow = true, kSmall = false;
-  const int variant;
+  const I32 variant;
 
   explicit IQ_FN GridDecoder(const Format& f)
-      : variant(f.i.delta), low_(f.table + (Vec << Bits)), sign_(f.i.sign_bits.plane[0].offset), total_(2 * f.i.bias),
+      : variant(bytes_of(f.i.delta)), low_(f.table + (Vec << Bits)), sign_(f.i.sign_bits.plane[0].offset), total_(2 * f.i.bias),
         levels_(_mm512_loadu_si512(low_ + (2 << Bits))) {
     if (Mode == kSignParity) {
       even_ = _mm512_loadu_si512(low_ + (2 << Bits) + 64);

@@ -15,7 +15,7 @@ template <auto N> struct Size {
 // -- one row of activations against packed weights ----------------------------------------------------------------
 
 // How far ahead weights are asked for: what a core reads in the time that memory takes to answer.
-constexpr int kPrefetch = 8192;
+constexpr int kPrefetch = 16384;
 
 IQ_FN void finish(const Output& out, int64_t rows, int64_t m, int64_t group, F32 acc) {
   const int64_t n0 = group * kRows, at = m * out.stride + n0;
@@ -55,13 +55,22 @@ template <class Decoder, class Run> IQ_FN void each_cell(int cells, const Run& r
   for (int c = 0; c < cells; ++c) run(c);
 }
 
+// Asks for the bytes of cell c of a tile. Distances known when compiling are worth some lines too many.
+template <class Decoder> IQ_FN void prefetch(const uint8_t* tile, int c, int cell_bytes) {
+  if constexpr (Decoder::kSmall) {
+    IQ_UNROLL(9)
+    for (int line = 0; line < Decoder::kLines; ++line) prefetch_line(tile + 64 * (c * Decoder::kLines + line));
+  } else {
+    for (int line = 0; line < cell_bytes; line += 64) prefetch_line(tile + c * cell_bytes + line);
+  }
+}
+
 template <class Decoder, class Side> static void gemv(const Matrix& w, const Activations& x, const Output& out, int64_t g0, int64_t g1) {
   constexpr bool narrow = Decoder::kNarrow || !kSignedDot, affine = Side::kAffine;
-  constexpr int per_group = 8 / Side::kGroups;
+  constexpr int groups = Side::kGroups, per_group = 8 / groups;
   const Format& f = *w.format;
-  const int cells = f.i.block / kCell, cell_bytes = f.i.tile_bytes / cells, most = kMaxBlock / f.i.block;
+  const int cells = f.i.block / kCell, cell_bytes = f.i.tile_bytes / cells;
   const Decoder decoder(f);
-  Sides side;
   const uint8_t* tile = w.tiles + g0 * w.blocks * f.i.tile_bytes;
   for (int64_t g = g0; g < g1; ++g) {
     F32 acc = setf(0), rest = setf(0);
@@ -69,34 +78,28 @@ template <class Decoder, class Side> static void gemv(const Matrix& w, const Act
     const int8_t* q = x.q;
     const float* scale = x.scale;
     const int32_t* sums = x.sums;
-    for (int64_t b = 0; b < w.blocks; b += most) {
-      const int tiles = w.blocks - b < most ? (int)(w.blocks - b) : most;
-      Side::template read<true>(f, tile, tiles, d, side);
-      const float *s = side.scale, *low = side.low;
-      const auto cell = [&](int c) IQ_INLINE {
-        const uint8_t* ahead = tile + c * cell_bytes + kPrefetch;
-        for (int line = 0; line < cell_bytes; line += 64) __builtin_prefetch(ahead + line);
-        const F32 dx = setf(*scale++);
+    for (int64_t b = 0; b < w.blocks; ++b, tile += f.i.tile_bytes, q += cells * kCell, scale += cells, sums += cells * groups) {
+      const typename Side::template Reader<true> side(f, tile, d);
+      each_cell<Decoder>(cells, [&](int c) IQ_INLINE {
+        prefetch<Decoder>(tile + kPrefetch, c, cell_bytes);
+        const F32 dx = setf(scale[c]);
         I32 even = set(0), odd = set(0);
         typename Side::Variant variant(f, tile, c, decoder.variant);
         decoder.decode(tile, c, variant, [&](int v, U8 operand) IQ_INLINE {
-          if (!affine && v % per_group == 0) even = set(*sums++);
-          if (per_group == 8 && v % 2) {
-            odd = dot_once<narrow>(odd, operand, q + 4 * v);
+          const int e = c * groups + v / per_group;
+          if (!affine && v % per_group == 0) even = set(sums[e]);
+          if (v % 2) {
+            odd = dot_once<narrow>(odd, operand, q + c * kCell + 4 * v);
           } else {
-            even = dot_once<narrow>(even, operand, q + 4 * v);
+            even = dot_once<narrow>(even, operand, q + c * kCell + 4 * v);
           }
           if ((v + 1) % per_group == 0) {
-            if (per_group == 8) even = even + odd;
-            acc = fma(to_float(even) * loadf(s), dx, acc);
-            if (affine) rest = fma(loadf(low), as_float(set(*sums++)), rest);
-            s += kRows, low += kRows;
+            acc = fma(to_float(even + odd) * side.scale(e), dx, acc);
+            if (affine) rest = fma(side.low(e), as_float(set(sums[e])), rest);
             even = set(0), odd = set(0);
           }
         });
-        q += kCell;
-      };
-      for (int t = 0; t < tiles; ++t, tile += f.i.tile_bytes) each_cell<Decoder>(cells, cell);
+      });
     }
     finish(out, w.rows, 0, g, affine ? acc + rest : acc);
   }

@@ -125,11 +125,12 @@ IQ_FN I32 load16(const uint8_t* p) {
 }
 IQ_FN I32 load32(const uint8_t* p) { return {{loadu(p, 0), loadu(p, 1)}}; }
 // `value` in the lanes of rows r whose byte p[r] has a bit, else 0.
-IQ_FN __m256i where_bit1(const uint8_t* p, int bit, int32_t value) {
+IQ_FN __m256i where_bit1(const uint8_t* p, int bit, __m256i value) {
   const __m256i mask = _mm256_set1_epi32(1 << bit), bytes = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
-  return _mm256_and_si256(_mm256_cmpeq_epi32(_mm256_and_si256(bytes, mask), mask), _mm256_set1_epi32(value));
+  return _mm256_and_si256(_mm256_cmpeq_epi32(_mm256_and_si256(bytes, mask), mask), value);
 }
-IQ_FN I32 where_bit(const uint8_t* p, int bit, int32_t value) { return {{where_bit1(p, bit, value), where_bit1(p + 8, bit, value)}}; }
+IQ_FN I32 where_bit(const uint8_t* p, int bit, I32 value) { return {{where_bit1(p, bit, value.v[0]), where_bit1(p + 8, bit, value.v[1])}}; }
+template <class T> IQ_FN T kept(T a) { return a; }
 IQ_FN I32 set(int32_t c) { return {{_mm256_set1_epi32(c), _mm256_set1_epi32(c)}}; }
 IQ_FN I32 shift_right(I32 a, int n) { return {{_mm256_srli_epi32(a.v[0], n), _mm256_srli_epi32(a.v[1], n)}}; }
 IQ_FN I32 shift_left(I32 a, int n) { return {{_mm256_slli_epi32(a.v[0], n), _mm256_slli_epi32(a.v[1], n)}}; }
@@ -162,6 +163,7 @@ template <bool Narrow> IQ_FN I32 dot(I32 acc, U8 w, const void* x) {
   __m256i b = _mm256_set1_epi32(four);
   return {{dot1<Narrow>(acc.v[0], w.v[0], b), dot1<Narrow>(acc.v[1], w.v[1], b)}};
 }
+IQ_FN void prefetch_line(const uint8_t* p) { __builtin_prefetch(p); }
 template <bool Narrow> IQ_FN I32 dot_once(I32 acc, U8 w, const void* x) { return dot<Narrow>(acc, w, x); }
 IQ_FN I32 byte_sums(I32 acc, I32 a) {
   __m256i one = _mm256_set1_epi8(1);

@@ -77,9 +77,18 @@ IQ_FN I32 load8(const uint8_t* p) { return {_mm512_cvtepu8_epi32(_mm_loadu_si128
 IQ_FN I32 load16(const uint8_t* p) { return {_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p))}; }
 IQ_FN I32 load32(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
 // `value` in the lanes of rows r whose byte p[r] has a bit, else 0.
-IQ_FN I32 where_bit(const uint8_t* p, int bit, int32_t value) {
-  const __m128i bits = _mm_set1_epi32(0x01010101 << bit);
-  return {_mm512_maskz_mov_epi32(_mm_test_epi8_mask(_mm_loadu_si128((const __m128i*)p), bits), _mm512_set1_epi32(value))};
+IQ_FN I32 where_bit(const uint8_t* p, int bit, I32 value) {
+  const __m128i top = _mm_slli_epi16(_mm_loadu_si128((const __m128i*)p), (unsigned)(7 - bit));
+  return {_mm512_maskz_mov_epi32(_mm_movepi8_mask(top), value.v)};
+}
+// A number that stays in a register: GCC would load it, or broadcast it, again for every use.
+IQ_FN U8 kept(U8 a) {
+  __asm__("" : "+v"(a.v));
+  return a;
+}
+IQ_FN I32 kept(I32 a) {
+  __asm__("" : "+v"(a.v));
+  return a;
 }
 IQ_FN I32 set(int32_t c) { return {_mm512_set1_epi32(c)}; }
 IQ_FN I32 shift_right(I32 a, int n) { return {_mm512_srli_epi32(a.v, (unsigned)n)}; }
@@ -95,9 +104,10 @@ template <bool Narrow> IQ_FN I32 dot(I32 acc, U8 w, const void* x) {
   __builtin_memcpy(&four, x, 4);
   return {_mm512_dpbusd_epi32(acc.v, w.v, _mm512_set1_epi32(four))};
 }
-// For x that is used once: one instruction, which GCC 12 does not make of the above.
+// For x that is used once: one instruction, which GCC 12 does not make of the above. In order with prefetches, which GCC would bunch.
+IQ_FN void prefetch_line(const uint8_t* p) { __asm__ volatile("prefetcht0 %0" ::"m"(*p)); }
 template <bool Narrow> IQ_FN I32 dot_once(I32 acc, U8 w, const void* x) {
-  __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(acc.v) : "v"(w.v), "m"(*(const int32_t(*)[1])x));
+  __asm__ volatile("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(acc.v) : "v"(w.v), "m"(*(const int32_t(*)[1])x));
   return acc;
 }
 IQ_FN I32 byte_sums(I32 acc, I32 a) { return {_mm512_dpbusd_epi32(acc.v, a.v, _mm512_set1_epi8(1))}; }

@@ -97,10 +97,11 @@ IQ_FN I32 operator^(I32 a, I32 b) { return IQ_FOUR(veorq_s32(a.v[h], b.v[h])); }
 IQ_FN I32 operator+(I32 a, I32 b) { return IQ_FOUR(vaddq_s32(a.v[h], b.v[h])); }
 IQ_FN I32 operator*(I32 a, I32 b) { return IQ_FOUR(vmulq_s32(a.v[h], b.v[h])); }
 // `value` in the lanes of rows r whose byte p[r] has a bit, else 0.
-IQ_FN I32 where_bit(const uint8_t* p, int bit, int32_t value) {
+IQ_FN I32 where_bit(const uint8_t* p, int bit, I32 value) {
   const I32 bytes = load8(p);
-  return IQ_FOUR(vandq_s32(vreinterpretq_s32_u32(vtstq_s32(bytes.v[h], vdupq_n_s32(1 << bit))), vdupq_n_s32(value)));
+  return IQ_FOUR(vandq_s32(vreinterpretq_s32_u32(vtstq_s32(bytes.v[h], vdupq_n_s32(1 << bit))), value.v[h]));
 }
+template <class T> IQ_FN T kept(T a) { return a; }
 template <int Step> IQ_FN I32 gather(const uint8_t* base, I32 index) {
   int32_t t[16];
   for (int h = 0; h < 4; ++h) vst1q_s32(t + 4 * h, index.v[h]);
@@ -118,6 +119,7 @@ template <bool Narrow> IQ_FN I32 dot(I32 acc, U8 w, const void* x) {
   const int8x16_t b = vreinterpretq_s8_s32(vdupq_n_s32(four));
   return IQ_FOUR(dot1<Narrow>(acc.v[h], w.v[h], b));
 }
+IQ_FN void prefetch_line(const uint8_t* p) { __builtin_prefetch(p); }
 template <bool Narrow> IQ_FN I32 dot_once(I32 acc, U8 w, const void* x) { return dot<Narrow>(acc, w, x); }
 IQ_FN I32 byte_sums(I32 acc, I32 a) {
   return IQ_FOUR(vreinterpretq_s32_u32(vdotq_u32(vreinterpretq_u32_s32(acc.v[h]), vreinterpretq_u8_s32(a.v[h]), vdupq_n_u8(1))));

@@ -80,7 +80,8 @@ IQ_FN I32 operator^(I32 a, I32 b) { IQ_EACH(16) a.v[i] ^= b.v[i]; return a; }
 IQ_FN I32 operator+(I32 a, I32 b) { IQ_EACH(16) a.v[i] = (uint32_t)a.v[i] + (uint32_t)b.v[i]; return a; }
 IQ_FN I32 operator*(I32 a, I32 b) { IQ_EACH(16) a.v[i] = (uint32_t)a.v[i] * (uint32_t)b.v[i]; return a; }
 // `value` in the lanes of rows r whose byte p[r] has a bit, else 0.
-IQ_FN I32 where_bit(const uint8_t* p, int bit, int32_t value) { I32 r; IQ_EACH(16) r.v[i] = p[i] >> bit & 1 ? value : 0; return r; }
+IQ_FN I32 where_bit(const uint8_t* p, int bit, I32 value) { IQ_EACH(16) if (!(p[i] >> bit & 1)) value.v[i] = 0; return value; }
+template <class T> IQ_FN T kept(T a) { return a; }
 // Four bytes at base + Step * index.
 template <int Step> IQ_FN I32 gather(const uint8_t* base, I32 index) {
   IQ_EACH(16) __builtin_memcpy(&index.v[i], base + Step * (int64_t)index.v[i], 4);
@@ -93,6 +94,7 @@ template <bool Narrow> IQ_FN I32 dot(I32 acc, U8 w, const void* x) {
   IQ_EACH(16) acc.v[i] += w.v[4 * i] * t[0] + w.v[4 * i + 1] * t[1] + w.v[4 * i + 2] * t[2] + w.v[4 * i + 3] * t[3];
   return acc;
 }
+IQ_FN void prefetch_line(const uint8_t* p) { __builtin_prefetch(p); }
 template <bool Narrow> IQ_FN I32 dot_once(I32 acc, U8 w, const void* x) { return dot<Narrow>(acc, w, x); }
 IQ_FN I32 byte_sums(I32 acc, I32 a) {
   IQ_EACH(16) { uint32_t u = (uint32_t)a.v[i]; acc.v[i] += (u & 255) + (u >> 8 & 255) + (u >> 16 & 255) + (u >> 24); }
