@@ -15,7 +15,7 @@ template <auto N> struct Size {
 // -- one row of activations against packed weights ----------------------------------------------------------------
 
 // How far ahead weights are asked for: what a core reads in the time that memory takes to answer.
-constexpr int kPrefetch = 16384;
+constexpr int kPrefetch = 8192;
 
 IQ_FN void finish(const Output& out, int64_t rows, int64_t m, int64_t group, F32 acc) {
   const int64_t n0 = group * kRows, at = m * out.stride + n0;
