@@ -262,7 +262,9 @@ def layout(fmt: Format) -> Layout:
     if fmt.interleave != 1:
         raise KernelUnavailableError(f"{fmt.name} interleaves {fmt.interleave} rows; the kernels run its plain form {fmt.plain}")
     if fmt.block_size % CELL or fmt.variant_size % 8 or fmt.group_size % 16:
-        raise KernelUnavailableError(f"{fmt.name} has variants of no multiple of 8 weights, groups of no multiple of 16, or blocks of no multiple of {CELL}")
+        raise KernelUnavailableError(
+            f"{fmt.name} has variants of no multiple of 8 weights, groups of no multiple of 16, or blocks of no multiple of {CELL}"
+        )
     code, decoder = _codes(fmt)
     fields = {"code": code} if decoder == WORDS else {**fmt.fields, "code": code}
     sign = NO_SIGN if "sign" not in fields else SIGN_PARITY if fmt.sign_parity else SIGN_BITS
