@@ -31,7 +31,7 @@ def statistics(k: int, rows: int) -> _Statistics:
     x = torch.randn(2 * k, k, generator=g)
     x += 0.5 * x.roll(1, 1)  # neighbours go together
     y = x + 0.1 * torch.randn(2 * k, k, generator=g)
-    return _Statistics(y.T @ y / len(y), (x - y).T @ y / len(y), x[:512], y[:512], rows)
+    return _Statistics(y.T @ y / len(y), y.T @ (x - y) / len(y), x[:512], y[:512], rows)
 
 
 def stages(width: int) -> list[tuple[int, list[int]]]:

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from ..encode import encode
 from ..encode.encoder import Objective
-from ..encode.feedback import Metric, RowFeedback, encode_with_feedback
+from ..encode.feedback import encode_with_feedback
+from ..encode.metric import Metric, RowFeedback
 from ..formats import Format, get_format
 from ..tensor import IQTensor
 from .moments import Moments
@@ -17,7 +18,7 @@ DAMPING = 0.1
 #: Likewise of the curvature in the outputs.
 OUTPUT_DAMPING = 0.5
 
-#: Activations kept aside that a matrix is judged by: all its rows times these are plenty.
+#: Activations kept aside, and rows, that a matrix is judged by.
 JUDGES = 128
 
 #: What `iqtorch.report` says of a matrix.
@@ -57,28 +58,33 @@ def _round_matrix(weight: Tensor, fmt: Format, moments: Moments, objective: Obje
     """Canonical bytes, and whether they are those of error feedback."""
     metric = Metric(shrunk(moments.matrix.to(weight.device), moments.tokens), fmt, DAMPING)
     sample = moments.sample.to(weight.device)
-    return best_of(weight, weight, fmt, metric, objective, sample, sample, curvature)
+    return best_of(weight, fmt, metric, objective, sample, sample, curvature)
 
 
 def best_of(
-    weight: Tensor, wanted: Tensor, fmt: Format, metric: Metric, objective: Objective, x: Tensor, y: Tensor, curvature: Tensor | None
+    weight: Tensor, fmt: Format, metric: Metric, objective: Objective, x: Tensor, y: Tensor, curvature: Tensor | None
 ) -> tuple[Tensor, bool]:
-    """Canonical bytes of `wanted` rounded with feedback, or of `weight` rounded to nearest where that is nearer, for activations kept
-    aside, to the outputs that the loss sees; and whether it was the former.
+    """Canonical bytes of `weight` rounded with feedback, or rounded to nearest where that is nearer to the outputs that the loss sees, for
+    activations kept aside; and whether it was the former.
 
     Args:
-        weight, wanted: float32 `[N, K]`.
+        weight: float32 `[N, K]`.
         x, y: float32 `[S, K]`: inputs of the original layer, and of the packed one.
         curvature: `[N, N]` or None: weight of the outputs' errors.
     """
-    start = encode(weight, fmt, metric.importance, "rmse")
-    rows = None if curvature is None else RowFeedback(curvature.to(weight.device), OUTPUT_DAMPING)
-    fed = encode_with_feedback(wanted, fmt, metric, objective, start=start, rows=rows)
-    step = max(1, len(x) // JUDGES)
-    x, y = x[::step], y[::step]
-    target = weight @ x.T
-    before, after = (_size(target - (fmt.decode(b) * fmt.runtime_scale) @ y.T, curvature) for b in (start, fed))
-    return (fed, True) if after <= before else (encode(weight, fmt, metric.importance, objective), False)
+    curvature = None if curvature is None else curvature.to(weight.device)
+    fed = encode_with_feedback(weight, fmt, metric, objective, rows=None if curvature is None else RowFeedback(curvature, OUTPUT_DAMPING))
+    judged = slice(None, None, max(1, len(weight) // JUDGES))
+    x, y = (sample[:: max(1, len(sample) // JUDGES)] for sample in (x, y))
+    rows = weight[judged]
+    target = rows @ x.T
+
+    def error(blocks: Tensor) -> float:
+        return _size(target - (fmt.decode(blocks) * fmt.runtime_scale) @ y.T, None if curvature is None else curvature[judged, judged])
+
+    if error(fed[judged]) <= error(encode(rows, fmt, metric.importance, objective)):
+        return fed, True
+    return encode(weight, fmt, metric.importance, objective), False
 
 
 def _size(error: Tensor, curvature: Tensor | None) -> float:

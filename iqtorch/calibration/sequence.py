@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ..encode.encoder import Objective
-from ..encode.feedback import Metric
+from ..encode.metric import Metric
 from ..errors import CalibrationError
 from ..formats import Format, get_format
 from ..linear import is_conv1d
@@ -375,7 +375,7 @@ class _Pairs:
         if self.products is None or self.cross is None:
             self.products, self.cross = zero_products(y), zero_products(y)
         add_products(self.products, y, y)
-        add_products(self.cross, x - y, y)
+        add_products(self.cross, y, x - y)
         self.count += len(y)
 
     def finish(self, name: str, rows: int) -> _Statistics:
@@ -392,7 +392,7 @@ class _Pairs:
 
 @dataclass(frozen=True)
 class _Statistics:
-    """Moments of y, those of x - y with y, pairs kept aside, rows of all weights with this input, and metrics by format."""
+    """Moments of y, those of y with x - y, pairs kept aside, rows of all weights with this input, and metrics by format."""
 
     moments: Tensor
     cross: Tensor
@@ -407,12 +407,8 @@ class _Statistics:
         weight = weight.float()
         fmt = get_format(fmt.plain) if fmt.plain else fmt
         if fmt.name not in self.metrics:
-            self.metrics[fmt.name] = Metric(self.moments.to(device), fmt, DAMPING)
+            self.metrics[fmt.name] = Metric(self.moments.to(device), fmt, DAMPING, self.cross.to(device), self.rows)
         metric = self.metrics[fmt.name]
-        if self.rows > len(self.moments):
-            wanted = torch.addmm(weight, weight, metric.cached("pull", lambda: metric.solve(self.cross.to(device))))
-        else:
-            wanted = weight + metric.solve(weight @ self.cross.to(device))
-        blocks, helped = best_of(weight, wanted, fmt, metric, objective, self.x.to(device), self.y.to(device), curvature)
+        blocks, helped = best_of(weight, fmt, metric, objective, self.x.to(device), self.y.to(device), curvature)
         note = FEEDBACK if helped else NEAREST
         return IQTensor.from_blocks(blocks, fmt, dtype if dtype != torch.float64 else torch.float32), note

@@ -12,7 +12,8 @@ from ..formats.base import Format
 from .nearest import SCORE_ELEMENTS, SMALLEST_SCALE, TableNearest, nearest
 
 if TYPE_CHECKING:
-    from .feedback import Feedback, Metric
+    from .feedback import Feedback
+    from .metric import Metric
 
 __all__ = ["Chooser", "GridChooser", "SignedChooser", "TableChooser", "make_chooser", "parity_words"]
 

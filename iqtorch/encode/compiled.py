@@ -6,6 +6,7 @@ concatenated arrays of tables, in the order in which `Reader` of encode_binding.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -41,6 +42,43 @@ def _loaded() -> bool:
     from .. import cpu_ext
 
     return cpu_ext.supports(get_format("q8_0"), 1, 32) is None
+
+
+@dataclass(frozen=True)
+class ValueTable:
+    """A codebook of single values as csrc/encode_values.inl takes it.
+
+    Attributes:
+        bits: levels of the search tree; 0: all integers from `low` to `high`.
+        tree: float32 `[bits + 1, 32]` (see `_search_tree`); empty if there is none.
+        shift: float32 `[variants]`, added to the values of variant 0.
+        code: int32 `[high - low + 1]`: code of each value of variant 0, less `low`.
+    """
+
+    bits: int
+    low: float
+    high: float
+    tree: Tensor
+    shift: Tensor
+    code: Tensor
+
+
+@lru_cache(maxsize=64)
+def value_table(fmt: Format) -> ValueTable:
+    """Of a format with single values."""
+    book = fmt.codebook.values[:, :, 0].astype(np.int64)
+    values, first = np.unique(book[0], return_index=True)
+    bits = 0 if (np.diff(values) == 1).all() else int(np.ceil(np.log2(len(values))))
+    codes = np.zeros(values[-1] - values[0] + 1, np.int32)
+    codes[values - values[0]] = first
+    return ValueTable(
+        bits,
+        float(values[0]),
+        float(values[-1]),
+        _search_tree(values, bits) if 0 < bits <= LARGEST_TREE else torch.zeros(0),
+        torch.from_numpy((book - book[0])[:, 0].astype(np.float32)),
+        torch.from_numpy(codes),
+    )
 
 
 class _Tables:
@@ -84,21 +122,13 @@ class _Tables:
         self.floats += [grid.factor, grid.largest]
 
     def single_values(self, fmt: Format | None) -> None:
-        """`ValueTable` of a codebook of single values: a search tree of thresholds, the shift of each variant, codes by value."""
-        if fmt is None:
-            self.ints += [0, -1, -1, -1]
-            self.floats += [0.0, 0.0]
-            return
-        book = fmt.codebook.values[:, :, 0].astype(np.int64)
-        values, first = np.unique(book[0], return_index=True)
-        bits = 0 if (np.diff(values) == 1).all() else int(np.ceil(np.log2(len(values))))
-        self.ints.append(bits)
-        self.floats_table(_search_tree(values, bits) if 0 < bits <= LARGEST_TREE else None)
-        self.floats_table((book - book[0])[:, 0].tolist())
-        codes = np.zeros(values[-1] - values[0] + 1, np.int32)
-        codes[values - values[0]] = first
-        self.ints_table(torch.from_numpy(codes))
-        self.floats += [float(values[0]), float(values[-1])]
+        """`ValueTable` of a codebook of single values."""
+        table = value_table(fmt) if fmt else None
+        self.ints.append(table.bits if table else 0)
+        self.floats_table(table.tree if table and len(table.tree) else None)
+        self.floats_table(table.shift if table else None)
+        self.ints_table(table.code if table else None)
+        self.floats += [table.low, table.high] if table else [0.0, 0.0]
 
     def halves(self, values: np.ndarray | None) -> None:
         """`HalfTables` of a codebook int8 `[variants, entries, vec]`."""
@@ -254,7 +284,7 @@ def pack(parts: Parts, fmt: Format) -> Tensor:
     blocks = codes * fmt.vec // fmt.block_size
     header, block_bytes = (0, fmt.wire.plain_bytes) if fmt.wire else (fmt.row_header_bytes, fmt.block_bytes)
     out = torch.zeros((rows, header + blocks * block_bytes), dtype=torch.uint8)
-    head = parts["d"].to(torch.int32).contiguous().view(torch.uint8)[:, : fmt.row_header_bytes]  # d first, little-endian
+    head = parts["d"].to(torch.int32).flatten().view(torch.uint8).view(rows, -1)[:, : fmt.row_header_bytes]  # d first, little-endian
     for name, values in parts.items():
         if name in fmt.fields:
             plan = _plan(fmt.fields[name])
@@ -314,6 +344,7 @@ def feedback(
     signs = "none" if "sign" not in fmt.fields else "even" if fmt.sign_parity else "free"
     none = empty.int()
     word = torch.tensor(parity_words(table, order % fmt.group_size), dtype=torch.int32) if table and fmt.code_parity else none
+    values = value_table(fmt) if table else None
     lookup = table.lookup if table else None
     torch.ops.iqtorch_cpu.feedback(
         weight,
@@ -323,14 +354,16 @@ def feedback(
         _book(fmt, kinds),
         *scale,
         *minimum,
-        lookup.index if lookup else none,
-        lookup.value if lookup else empty,
-        table.other if table and fmt.code_parity else none,
+        values.tree.flatten() if values else empty,
+        values.shift[:kinds] if values else empty,
+        values.code if values else none,
+        lookup.value[: lookup.cells] if lookup else empty,
+        table.other[: lookup.cells] if table and lookup and fmt.code_parity else none,
         table.odd.to(torch.int32) if table and fmt.code_parity else none,
         word,
         *out,
-        [fmt.group_size, fmt.vec, entries, kinds, lookup.cells if lookup else 0, SIGNS[signs], shortlist],
-        [lookup.low, lookup.high] if lookup else [0.0, 0.0],
+        [fmt.group_size, fmt.vec, entries, kinds, SIGNS[signs], shortlist, values.bits if values else 0, lookup.cells if lookup else 0],
+        [values.low, values.high, lookup.low, lookup.high] if values and lookup else [0.0] * 4,
     )
 
 

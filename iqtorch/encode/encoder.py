@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Literal
 
@@ -59,15 +60,26 @@ def encode(weight: Tensor, fmt: Format, importance: Tensor | None, objective: Ob
         blocks = encode(weight, plain, importance, objective, speed)
         return fmt.pack(plain.unpack(blocks))
     fmt = fmt.for_encoding
-    rows, k = weight.shape
-    weights = _error_weights(importance, k, weight.device)
+    return torch.cat([pack(parts, fmt) for parts in _encode(weight, fmt, importance, objective, speed)])
+
+
+def encode_parts(weight: Tensor, fmt: Format, importance: Tensor | None, objective: Objective, speed: Speed) -> Parts:
+    """What `encode` finds, as the integers of the fields, for a format that is not interleaved."""
+    found = list(_encode(weight, fmt.for_encoding, importance, objective, speed))
+    return {name: torch.cat([parts[name] for parts in found]) for name in found[0]}
+
+
+def pack(parts: Parts, fmt: Format) -> Tensor:
+    """`Format.pack` of a plain format, compiled where that is possible."""
+    return compiled.pack(parts, fmt) if compiled.available(parts["code"].device) else fmt.pack(parts)
+
+
+def _encode(weight: Tensor, fmt: Format, importance: Tensor | None, objective: Objective, speed: Speed) -> Iterator[Parts]:
+    """Some rows at a time."""
+    weights = _error_weights(importance, weight.shape[1], weight.device)
     effort = effort_of(fmt, speed)
-    out = torch.empty((rows, fmt.row_bytes(k)), dtype=torch.uint8, device=weight.device)
-    step = _rows_at_a_time(fmt, k, weight.device)
-    for i in range(0, rows, step):
-        parts = _encode_rows(weight[i : i + step].float(), fmt, weights, objective, effort)
-        out[i : i + step] = compiled.pack(parts, fmt) if compiled.available(weight.device) else fmt.pack(parts)
-    return out
+    for part in weight.split(_rows_at_a_time(fmt, weight.shape[1], weight.device)):
+        yield _encode_rows(part.float(), fmt, weights, objective, effort)
 
 
 def _rows_at_a_time(fmt: Format, k: int, device: torch.device) -> int:

@@ -16,10 +16,8 @@ Everything is transposed here, `[columns, rows]`, and columns are in rounding or
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
 from dataclasses import dataclass, replace
-from itertools import product
-from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,14 +26,11 @@ from ..formats import get_format
 from ..formats.base import Format, Parts, bits_to_float
 from . import compiled
 from .choose import make_chooser
-from .encoder import LARGEST_FACTOR, Objective, encode
+from .encoder import LARGEST_FACTOR, Objective, Speed, encode_parts, pack
+from .metric import BLOCK, Metric, RowFeedback, product
 from .nearest import CELL_SEARCH_ENTRIES
 from .search import ScaleGrid, StoredFloat, divide
 
-T = TypeVar("T")
-
-#: Columns after which errors are propagated to the rest of the row, in one product.
-BLOCK = 256
 #: Rows rounded at a time.
 ROWS = {"cpu": 1 << 10, "gpu": 1 << 13}
 
@@ -43,13 +38,15 @@ ROWS = {"cpu": 1 << 10, "gpu": 1 << 13}
 @dataclass(frozen=True)
 class Feedback:
     """How hard to try: neighbouring scales (and minima) tried on each side and the relative distance between them, entries of a
-    codebook with separate signs compared in full. Codebooks of thousands of entries, which fit any scale well and take long, get fewer
-    scales; so do separate signs, which take longer, and affine formats, which combine scales with minima."""
+    codebook with separate signs compared in full, and the search of the scales to start from. Codebooks of thousands of entries, which
+    fit any scale well and take long, get fewer scales; so do separate signs, which take longer, and affine formats, which combine scales
+    with minima."""
 
     reach: int = 5
     min_reach: int = 3
     stride: float = 0.03
     shortlist: int = 32
+    speed: Speed = "fast"
 
     def for_format(self, fmt: Format) -> Feedback:
         if fmt.codebook.entries >= CELL_SEARCH_ENTRIES:
@@ -63,7 +60,6 @@ def encode_with_feedback(
     metric: Metric,
     objective: Objective = "model",
     effort: Feedback | None = None,
-    start: Tensor | None = None,
     rows: RowFeedback | None = None,
 ) -> Tensor:
     """Canonical bytes of a weight matrix, rounded with error feedback.
@@ -74,7 +70,6 @@ def encode_with_feedback(
         metric: made for this format (or the plain format of an `_r4` format) from the second moments of the layer's inputs.
         objective: as in `encode`, with the error measured by the moments.
         effort: how hard to try.
-        start: canonical bytes whose scales and minima to start from; None = those of `encode`.
         rows: feedback from row to row as well, by the curvature of the loss in the layer's outputs.
 
     Returns:
@@ -82,125 +77,27 @@ def encode_with_feedback(
     """
     if fmt.plain is not None:
         plain = get_format(fmt.plain)
-        start = None if start is None else plain.pack(fmt.unpack(start))
-        return fmt.pack(plain.unpack(encode_with_feedback(weight, plain, metric, objective, effort, start, rows)))
+        return fmt.pack(plain.unpack(encode_with_feedback(weight, plain, metric, objective, effort, rows)))
     fmt = fmt.for_encoding
     effort = (effort or Feedback()).for_format(fmt)
-    if start is None:
-        start = encode(weight, fmt, metric.importance, "rmse")
-    out = torch.empty_like(start)
+    out = torch.empty((len(weight), fmt.row_bytes(weight.shape[1])), dtype=torch.uint8, device=weight.device)
     if rows is None:
         step = ROWS["cpu" if weight.device.type == "cpu" else "gpu"]
         for i in range(0, len(weight), step):
-            rounding = Rounding(weight[i : i + step].float(), start[i : i + step], fmt, metric, effort)
+            rounding = Rounding(weight[i : i + step].float(), fmt, metric, effort)
             rounding.run(objective)
             out[i : i + step] = rounding.blocks()
         return out
-    weight = weight.float()[rows.order]
-    error = torch.empty_like(weight)
+    left = weight.new_empty((weight.shape[1], len(weight)), dtype=torch.float32)  # L^T times the errors of the rows before
     for i in range(0, len(weight), rows.step):
         part = slice(i, i + rows.step)
         index = rows.order[part]
-        wanted = torch.addmm(weight[part], rows.unit[:i, part].T, error[:i]) if i else weight[part]
-        rounding = Rounding(wanted, start[index], fmt, metric, effort)
+        before = product(left[:, :i], rows.unit[:i, part]) if i else None
+        rounding = Rounding(weight[index].float(), fmt, metric, effort, before)
         rounding.run(objective)
         out[index] = rounding.blocks()
-        error[part] = weight[part] - rounding.decoded()
+        left[:, part] = rounding.left() if before is None else rounding.left() - before
     return out
-
-
-def unit_factor(form: Tensor, step: int) -> tuple[Tensor, Tensor]:
-    """`L` `[K, K]`, upper triangular with unit diagonal blocks of `step` columns, and `D` `[K / step, step, step]`, such that
-    form = L D L^T. (The last block may be smaller, and is padded in D.)"""
-    factor = torch.linalg.cholesky(form.flip(0, 1)).flip(0, 1)
-    k, missing = len(form), -len(form) % step
-    if missing:
-        factor = torch.block_diag(factor, torch.eye(missing, dtype=form.dtype, device=form.device))
-    columns = factor.unflatten(1, (-1, step))
-    index = torch.arange(columns.shape[1], device=form.device)
-    blocks = factor.unflatten(0, (-1, step)).unflatten(2, (-1, step))[index, :, index]
-    inverse = torch.linalg.inv(blocks) if step > 1 else 1 / blocks
-    unit = (columns.transpose(0, 1) @ inverse).transpose(0, 1).flatten(1)
-    return unit[:k, :k], blocks @ blocks.mT
-
-
-def damped(form: Tensor, damping: float) -> Tensor:
-    """float32, with `damping` times the mean of its diagonal (1 if that is zero) added to the diagonal. No eigenvalue exceeds K times
-    that mean, so float32 keeps the damped form positive definite, and can factor it."""
-    found = form.to(torch.float32, copy=True)
-    mean = found.diagonal().mean()
-    found.diagonal().add_(damping * torch.where(mean > 0, mean, 1.0))
-    return found
-
-
-class Metric:
-    """Second moments, damped, and what the rounding needs of them; columns in rounding order. Serves all weights of the same
-    inputs and format.
-
-    Args:
-        moments: `[K, K]` float32 or float64, symmetric, on the device of the weights.
-        fmt: the format.
-        damping: added to the diagonal, relative to its mean.
-    """
-
-    def __init__(self, moments: Tensor, fmt: Format, damping: float) -> None:
-        self.importance = moments.diagonal().float().contiguous()
-        self.order = rounding_order(moments.diagonal(), fmt)
-        #: `[K, K]`, damped
-        self.moments = damped(moments[self.order][:, self.order], damping)
-        unit, self.form = unit_factor(self.moments, fmt.vec)
-        #: `[K, K]`, L transposed: row j is what the errors of all columns before add to column j.
-        self.lower = unit.T.contiguous()
-        #: `form`, `[K / vec, vec, vec]`, is D
-        self._cache: dict[str, Any] = {}
-
-    def cached(self, key: str, make: Callable[[], T]) -> T:
-        """What depends on metric and format alone, made once for all rows."""
-        if key not in self._cache:
-            self._cache[key] = make()
-        found: T = self._cache[key]
-        return found
-
-    def solve(self, right: Tensor) -> Tensor:
-        """float32 `[R, K]`: `right` times the inverse of the damped moments; columns in their natural order."""
-        lower, step = self.lower, self.form.shape[1]
-        x = torch.linalg.solve_triangular(lower, right[:, self.order], upper=False, left=False, unitriangular=True)
-        x = torch.linalg.solve(self.form, x.view(len(x), -1, step).permute(1, 2, 0)).permute(2, 0, 1).reshape(x.shape)
-        x = torch.linalg.solve_triangular(lower.T, x, upper=True, left=False, unitriangular=True)
-        return x[:, self.order.argsort()]
-
-
-class RowFeedback:
-    """Feedback from row to row: the error of a weight costs tr(E H E^T O), with `O` the curvature of the loss in the outputs. With
-    O = L D L^T, what was got wrong in the rows before is added to the rows that follow, as among the columns. (YAQA, arXiv 2505.22988;
-    here rows are rounded several at a time, so that within such a step no row makes up for another.)
-
-    Args:
-        curvature: `[N, N]`, symmetric, on the device of the weights.
-        damping: added to the diagonal, relative to its mean.
-    """
-
-    def __init__(self, curvature: Tensor, damping: float) -> None:
-        self.step = max(16, len(curvature) // 16)
-        self.order = curvature.diagonal().argsort(descending=True, stable=True)
-        wide = damped(curvature[self.order][:, self.order], damping)
-        #: `[N, N]`, L
-        self.unit = unit_factor(wide, self.step)[0]
-
-
-def rounding_order(importance: Tensor, fmt: Format) -> Tensor:
-    """Order of the columns: groups by importance, and within them the units that belong together, the most important first."""
-    unit = _unit(fmt)
-    index = torch.arange(len(importance), device=importance.device).view(-1, fmt.group_size // unit, unit)
-    weight = importance[index].sum(-1)
-    inner = weight.argsort(dim=1, descending=True, stable=True)
-    index = index.gather(1, inner[..., None].expand_as(index))
-    return index[weight.sum(1).argsort(dim=0, descending=True, stable=True)].flatten()
-
-
-def _unit(fmt: Format) -> int:
-    """Weights that must stay neighbours: those of a code, or of eight signs with a parity."""
-    return max(fmt.vec, 8 if fmt.sign_parity else 1)
 
 
 def neighbours(grid: ScaleGrid, reach: int, stride: float) -> Tensor:
@@ -257,7 +154,13 @@ class Scales:
 class Rounding:
     """Some rows of a weight on their way: what they should be, and the integers found so far."""
 
-    def __init__(self, weight: Tensor, blocks: Tensor, fmt: Format, metric: Metric, effort: Feedback) -> None:
+    def __init__(self, weight: Tensor, fmt: Format, metric: Metric, effort: Feedback, before: Tensor | None = None) -> None:
+        """
+        Args:
+            weight: float32 `[rows, K]`.
+            fmt, metric, effort: as in `encode_with_feedback`.
+            before: float32 `[K, rows]`: added to what should be, with the feedback that it brings along (times L).
+        """
         self.fmt, self.metric, self.effort = fmt, metric, effort
         rows, k = weight.shape
         device = weight.device
@@ -270,10 +173,16 @@ class Rounding:
         self.units = self.unit_of.tolist()
         # As in `encode`: rows are scaled by powers of two to about 1.
         self.exponent = torch.frexp(weight.abs().amax(1)).exponent.clamp(-120, 126).to(torch.int32)
-        self.x = torch.ldexp(weight, -self.exponent[:, None])[:, order].T.contiguous()
+        size = torch.ldexp(torch.ones_like(weight[:, 0]), -self.exponent)
+        self.x = (weight * size[:, None]).T.contiguous()[order]
+        #: What each column should become with the errors of those before it; of those that are rounded what they are off by: z.
+        self.rest = self.x.clone()
+        for more in (metric.pull(weight), before):
+            if more is not None:
+                self.rest.addcmul_(more, size)
         self.stored = StoredFloat(fmt.d_kind, self.exponent)
         self.kinds = fmt.codebook.variants if fmt.variant_size == self.n else 1
-        parts = fmt.unpack(blocks)
+        parts = encode_parts(weight, fmt, metric.importance, "rmse", effort.speed)
         self.scales = self._scales(parts, "d", "scale", ScaleGrid(fmt.scale_values, fmt.unit * fmt.runtime_scale, device), effort.reach)
         self.minima = None
         if fmt.affine:
@@ -297,24 +206,32 @@ class Rounding:
     # -- the passes ----------------------------------------------------------------------------------------
 
     def run(self, objective: Objective) -> None:
-        self.sweep()
+        wanted = self.sweep(objective == "model")
         for scales in self._both():
             scales.settle(self.unit_of)
-        if objective == "model":
-            self.unshrink()
+        if wanted is not None:
+            self.unshrink(wanted)
 
     def _both(self) -> list[Scales]:
         return [self.scales] if self.minima is None else [self.scales, self.minima]
 
-    def sweep(self) -> None:
-        """Rounds all columns, and leaves in `rest` what each column is off by together with the errors before it: z."""
-        self.rest = self.x.clone()
-        round_block = self._round_block_compiled if compiled.available(self.x.device) else self._round_block
+    def sweep(self, want: bool = False) -> Tensor | None:
+        """Rounds all columns; returns L^T times what the weight should be, `[K, rows]`, if that is wanted."""
+        unit, x, rest = self.metric.unit, self.x, self.rest
+        round_block = self._round_block_compiled if compiled.available(x.device) else self._round_block
+        wanted = rest.clone() if want else None
         for start in range(0, self.columns, BLOCK):
-            stop = min(start + BLOCK, self.columns)
-            error = torch.empty_like(self.rest[start:stop])
-            round_block(start, stop, error)
-            self.rest[stop:].addmm_(self.metric.lower[stop:, start:stop], error)
+            own, after = slice(start, start + BLOCK), slice(start + BLOCK, None)
+            error = torch.empty_like(rest[own])
+            round_block(start, min(start + BLOCK, self.columns), error)
+            if wanted is None:
+                rest[after] += product(unit[own, after].T, error)
+                continue
+            wanted[own] += product(unit[own, own].triu(1).T, x[own])
+            from_errors, from_weights = product(unit[own, after].T, torch.cat([error, x[own]], 1)).split(self.rows, 1)
+            rest[after] += from_errors
+            wanted[after] += from_weights
+        return wanted
 
     def _round_block_compiled(self, start: int, stop: int, error: Tensor) -> None:
         n, v = self.n, self.fmt.vec
@@ -324,7 +241,7 @@ class Rounding:
             self.fmt,
             self.effort.shortlist,
             self.metric.order[start:stop],
-            self.metric.lower[start:stop, start:stop],
+            self.metric.unit[start:stop, start:stop].T,
             self.metric.form[steps],
             self.metric.cached(f"square {start}", lambda: compiled.squares(self.fmt, self.metric.form[steps])),
             self.x[start:stop],
@@ -336,7 +253,7 @@ class Rounding:
         """The same in torch: the oracle, and what other devices run. `error` is written."""
         if not hasattr(self, "chooser"):
             self.chooser = make_chooser(self.fmt, self.metric, self.effort)
-        lower, n = self.metric.lower, self.n
+        lower, n = self.metric.unit.T, self.n
         for a in range(start, stop, n):
             b = a + n
             own = error[a - start : b - start]
@@ -354,7 +271,7 @@ class Rounding:
         if self.minima is not None:
             low = self.minima.of(min_rank, unit).flatten()
             x, w = x + low, w + low
-        lower, form = self.metric.lower[first : first + n, first : first + n], self.metric.form
+        lower, form = self.metric.unit[first : first + n, first : first + n].T, self.metric.form
         error, left, values = (torch.empty_like(x) for _ in range(3))
         codes = torch.empty((n // v, x.shape[1]), dtype=torch.int32, device=x.device)
         cost = torch.zeros_like(s)
@@ -383,7 +300,7 @@ class Rounding:
     def _candidates(self, group: int) -> tuple[Tensor, Tensor, Tensor]:
         """Ranks of scale and minimum, and variants: `[candidates, rows]` each."""
         scale, *low = [s.near[:, s.rank[group].long()] for s in self._both()]
-        found = list(product(range(self.kinds), scale, low[0] if low else scale[:1]))
+        found = list(itertools.product(range(self.kinds), scale, low[0] if low else scale[:1]))
         return (
             torch.stack([s for _, s, _ in found]),
             torch.stack([m for _, _, m in found]),
@@ -399,22 +316,19 @@ class Rounding:
             found = found - self.minima.of(self.minima.rank, self.unit_of)[:, None]
         return found.flatten(0, 1)
 
-    def unshrink(self) -> None:
-        """As in `encode`: one factor per row, so that outputs are not too small on average; measured by the moments. With u = L^T w,
-        and z = L^T e from the sweep, w H w = u D u and w H e = u D z."""
-        metric, step = self.metric, self.fmt.vec
-        u = torch.zeros_like(self.x)
-        for start in range(0, self.columns, BLOCK):
-            u[start:].addmm_(metric.lower[start:, start : start + BLOCK], self.x[start : start + BLOCK])
-        seen = (metric.form @ u.unflatten(0, (-1, step))).flatten(0, 1)
-        kept = 1 - divide((seen * self.rest).sum(0), (seen * u).sum(0))
+    def unshrink(self, wanted: Tensor) -> None:
+        """As in `encode`: one factor per row, so that outputs are not too small on average; measured by the moments. With u = L^T w as
+        `wanted`, and z = L^T e from the sweep, w H w = u D u and w H e = u D z."""
+        seen = (self.metric.form @ wanted.unflatten(0, (-1, self.fmt.vec))).flatten(0, 1)
+        kept = 1 - divide((seen * self.rest).sum(0), (seen * wanted).sum(0))
         factor = torch.where(kept > 1 / LARGEST_FACTOR, 1 / kept, 1.0).clamp(min=1.0)
         for scales in self._both():
             scales.unit = self.stored.round(scales.unit * factor)
+        self.rest = torch.lerp(wanted, self.rest, factor)
 
-    def decoded(self) -> Tensor:
-        """Weights as decoded, `[rows, K]` in their natural order and size."""
-        return torch.ldexp(self._effective().T[:, self.metric.order.argsort()], self.exponent[:, None])
+    def left(self) -> Tensor:
+        """float32 `[K, rows]`: L^T times the errors."""
+        return torch.ldexp(self.rest, self.exponent)
 
     def blocks(self) -> Tensor:
         fmt, rows = self.fmt, self.rows
@@ -435,4 +349,4 @@ class Rounding:
         if "sign" in fmt.fields:
             found["sign"] = fmt.fold_signs(torch.signbit(self.value[back].T))
         parts.update({name: t.contiguous() for name, t in found.items() if name in fmt.fields})
-        return fmt.pack({name: parts[name].reshape(rows, -1) for name in parts})
+        return pack({name: parts[name].reshape(rows, -1) for name in parts}, fmt)

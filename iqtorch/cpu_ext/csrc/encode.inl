@@ -1,7 +1,6 @@
 // The encoder's search (see iqtorch/encode/search.py and affine.py for the method), compiled once per instruction set.
 // All give the same bytes: the same operations in the same order, each rounded alike.
-#include "encode.h"
-#include "encode_simd.h"
+#include "encode_values.inl"
 
 namespace iqtorch { namespace IQTORCH_ISA { namespace encoder {
 
@@ -62,8 +61,6 @@ struct Stored {
 IQ_FN float divide(double a, double b) { return b == 0 ? 0.0f : (float)(a / b); }
 
 // -- nearest codes ---------------------------------------------------------------------------------------------
-
-IQ_FN I cell_of(const Lookup& t, F twice) { return truncate(min(max(twice, set(t.low)), set(t.high)) - set(t.low)); }
 
 IQ_FN int32_t rank_of(const ScaleGrid& g, float value) {
   float y = value * (2 / g.factor);

@@ -4,42 +4,6 @@
 // With its codes c fixed, the error of a group near a scale s and an offset o is a quadratic form, from the errors e = x + o - s c:
 //   E - 2 ds B + 2 do S1 + ds^2 CC - 2 ds do C1 + do^2 W,   E = sum w e^2, B = sum w e c, S1 = sum w e, CC = sum w c^2, C1 = sum w c, W = sum w.
 
-// -- nearest value of the codebook; at a tie the upper one, or for integers the even one --------------------------------
-
-struct Whole {  // integers low to high
-  F low, high;
-  explicit Whole(const ValueTable& t) : low(set(t.low)), high(set(t.high)) {}
-  IQ_INLINE F operator()(F y) const {
-    const F round = set(12582912.0f);  // the sum rounds to an integer
-    return (min(max(y, low), high) + round) - round;
-  }
-};
-
-// At most 2^BITS values: a search tree of thresholds. Those of a level are sorted by the way that leads to them, first turn lowest.
-template <int BITS> struct Tree {
-  F level[BITS], value[2];
-  explicit Tree(const ValueTable& t) {
-    level[0] = set(t.tree[0]);
-    for (int l = 1; l < BITS; ++l) level[l] = load(t.tree + 32 * l);
-    value[0] = load(t.tree + 32 * BITS), value[1] = load(t.tree + 32 * BITS + 16);
-  }
-  IQ_INLINE F operator()(F y) const {
-    I way = seti(0);
-#pragma GCC unroll 8
-    for (int l = 0; l < BITS; ++l) {
-      const F threshold = l == 0 ? level[0] : l < 4 ? lookup8(level[l], way) : lookup16(level[l], way);
-      way = select(less(y, threshold), way, way + seti(1 << l));
-    }
-    return BITS <= 3 ? lookup8(value[0], way) : BITS == 4 ? lookup16(value[0], way) : lookup32(value[0], value[1], way);
-  }
-};
-
-struct Cells {
-  const Lookup& t;
-  explicit Cells(const ValueTable& t) : t(t.cells) {}
-  IQ_INLINE F operator()(F y) const { return gather(t.value, cell_of(t, y + y)); }
-};
-
 // -- the search --------------------------------------------------------------------------------------------------------
 
 // A form at its lowest point (s, o). Without minima the error is relative to that of zeros.

@@ -4,6 +4,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "encode.h"
+
 namespace iqtorch {
 
 // Scales (or minima) that a group may have: unit * value[rank]. Tried are the ranks near its own; where each has a unit of its own,
@@ -18,7 +20,7 @@ struct Scales {
 
 // `columns` columns of `rows` rows, as [columns, rows]; groups of `group` columns, steps of `vec`.
 struct FeedbackData {
-  int64_t rows, columns, group, vec, entries, kinds, cells, signs, shortlist;
+  int64_t rows, columns, group, vec, entries, kinds, signs, shortlist;
   const float* w;               // weights
   float* x;                     // in: targets, the weights with the errors of earlier calls; out: what remains of them
   const float* lower;           // [columns, columns]: row j is what errors before add to column j
@@ -26,9 +28,7 @@ struct FeedbackData {
   const float* square;          // vec > 1, [steps, kinds * entries]: each entry's form (with signs: the diagonal's part)
   const float* book;            // [kinds, entries, vec]
   Scales scale, minimum;
-  const int32_t* cell_code;     // vec 1: [kinds, cells], nearest code by cell floor(2 y) - low of the number y
-  const float* cell_value;
-  float low, high;
+  ValueTable values;            // vec 1
   const int32_t *other, *odd, *word;  // vec 1 with parity: code of the other parity by cell; parity by code; word by column
   int32_t* kind;                // [groups, rows]
   int32_t* code;                // [steps, rows]

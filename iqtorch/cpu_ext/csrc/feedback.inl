@@ -1,289 +1,84 @@
 // Rounding with error feedback (see iqtorch/encode/feedback.py for the method), compiled once per instruction set: sixteen rows at a
-// time, one per lane. Compiler vectors do all but the gathers.
+// time, one per lane.
 #pragma GCC diagnostic ignored "-Wpsabi"
 #pragma GCC diagnostic ignored "-Wignored-attributes"
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
-#include "encode.h"
+#include "encode_values.inl"
 #include "feedback.h"
 
 namespace iqtorch { namespace IQTORCH_ISA { namespace rounding {
 
-#define IQ_FN static inline __attribute__((always_inline))
+using namespace encoder;
 constexpr int L = kFeedbackRows;
-typedef float F __attribute__((vector_size(4 * L)));
-typedef int32_t I __attribute__((vector_size(4 * L)));
+static_assert(L == kLanes, "a row in each lane");
 
-IQ_FN F set(float c) { return F{} + c; }
-IQ_FN I seti(int32_t c) { return I{} + c; }
-IQ_FN F magnitude(F a) { return (F)((I)a & 0x7fffffff); }
-IQ_FN I sign_bit(F a) { return (I)a & (int32_t)0x80000000; }
-IQ_FN F fma(F a, F b, F c) { return a * b + c; }
-
-IQ_FN F gather(const float* p, I n) {
-#if defined(__AVX512F__)
-  return (F)_mm512_i32gather_ps((__m512i)n, p, 4);
-#else
-  F r;
-  for (int i = 0; i < L; ++i) r[i] = p[n[i]];
-  return r;
-#endif
+// Rows of a tile; lanes beyond the last row hold zeros and are not written.
+IQ_FN F load_lanes(const float* p, int64_t lanes) {
+  float t[L] = {};
+  if (lanes == L) return load(p);
+  __builtin_memcpy(t, p, lanes * sizeof(float));
+  return load(t);
 }
-IQ_FN I gather(const int32_t* p, I n) {
-#if defined(__AVX512F__)
-  return (I)_mm512_i32gather_epi32((__m512i)n, p, 4);
-#else
-  I r;
-  for (int i = 0; i < L; ++i) r[i] = p[n[i]];
-  return r;
-#endif
+IQ_FN I load_lanes(const int32_t* p, int64_t lanes) {
+  int32_t t[L] = {};
+  if (lanes == L) return load(p);
+  __builtin_memcpy(t, p, lanes * sizeof(int32_t));
+  return load(t);
+}
+template <class V, class T> IQ_FN void store_lanes(T* p, V v, int64_t lanes) {
+  T t[L];
+  if (lanes == L) return store(p, v);
+  store(t, v), __builtin_memcpy(p, t, lanes * sizeof(T));
 }
 
-// Columns of a tile; lanes beyond the last row hold zeros and are not written.
-template <class V, class T> IQ_FN V load(const T* p, int64_t lanes) {
-  V r{};
-  if (lanes == L) __builtin_memcpy(&r, p, sizeof(r));
-  else for (int i = 0; i < lanes; ++i) r[i] = p[i];
-  return r;
-}
-template <class V, class T> IQ_FN void store(T* p, V v, int64_t lanes) {
-  if (lanes == L) __builtin_memcpy(p, &v, sizeof(v));
-  else for (int i = 0; i < lanes; ++i) p[i] = v[i];
-}
+#include "feedback_singles.inl"
+#include "feedback_vectors.inl"
 
-// What a step takes: code and values for each lane.
-template <int V> struct Step {
-  I code;
-  F value[V];
-};
-
-// Parities of codes (by word) or of signs, of the group on hand.
-struct Parity {
-  I word[kMaxGroup];
-  I odd;
-};
-
-IQ_FN void take_single(const FeedbackData& b, int kind, F twice, F t, int64_t column, bool last, Parity& parity, Step<1>& found) {
-  F y = t * twice;
-  y = y < b.low ? set(b.low) : y;
-  y = y > b.high ? set(b.high) : y;
-  const I cell = __builtin_convertvector(y - b.low, I) + (int32_t)(kind * b.cells);
-  found.code = gather(b.cell_code, cell);
-  found.value[0] = gather(b.cell_value, cell);
-  if (!b.word) return;
-  I& odd = parity.word[b.word[column]];
-  odd = odd ^ gather(b.odd, found.code);
-  if (!last) return;
-  const I wrong = odd != 0;
-  const I other = gather(b.other, cell);
-  found.value[0] = wrong ? gather(b.book, other + (int32_t)(kind * b.entries)) : found.value[0];
-  found.code = wrong ? other : found.code;
-}
-
-// The best entry of [first, last) for each lane: score = s * square + sum u value.
-template <int V> IQ_FN I best_entry(const float* book, const float* square, int64_t first, int64_t last, F s, const F* u) {
-  F least = set(__builtin_inff());
-  I best{};
-  for (int64_t e = first; e < last; ++e) {
-    F score = s * square[e];
-    for (int i = 0; i < V; ++i) score = fma(u[i], set(book[e * V + i]), score);
-    const I better = score < least;
-    least = better ? score : least;
-    best = better ? seti((int32_t)e) : best;
-  }
-  return best;
-}
-
-template <int V> IQ_FN F form_of(const float* form, const F* e) {
-  F total{};
-  for (int i = 0; i < V; ++i) {
-    F row = e[0] * form[i * V];
-    for (int k = 1; k < V; ++k) row = fma(e[k], set(form[i * V + k]), row);
-    total = fma(row, e[i], total);
-  }
-  return total;
-}
-
-template <int V> IQ_FN void take_entry(const FeedbackData& b, int kind, int64_t step, F s, const F* t, Step<V>& found) {
-  const float *form = b.form + step * V * V, *book = b.book + kind * b.entries * V;
-  const F size = magnitude(s), minus_two = (F)((I)set(-2.0f) ^ sign_bit(s));
-  F u[V];
-  for (int i = 0; i < V; ++i) {
-    F row = t[0] * form[i * V];
-    for (int k = 1; k < V; ++k) row = fma(t[k], set(form[i * V + k]), row);
-    u[i] = row * minus_two;
-  }
-  found.code = best_entry<V>(book, b.square + (step * b.kinds + kind) * b.entries, 0, b.entries, size, u);
-  for (int i = 0; i < V; ++i) found.value[i] = gather(book + i, found.code * V);
-}
-
-// Magnitudes with separate signs: the best entry of each slice of the codebook by the diagonal of the form, then each of these with
-// its best signs by the whole form.
-template <int V> static void take_signed(const FeedbackData& b, int64_t step, F s, const F* t, bool closes, Parity& parity, Step<V>& found) {
-  const float *form = b.form + step * V * V, *square = b.square + step * b.entries;
-  const F size = magnitude(s);
-  F u[V];
-  for (int i = 0; i < V; ++i) u[i] = magnitude(t[i]) * (-2.0f * form[i * V + i]);
-  const int64_t slices = b.shortlist < b.entries ? b.shortlist : b.entries, width = b.entries / slices;
-  F least = set(__builtin_inff());
-  I odd_found{};
-  for (int64_t c = 0; c < slices; ++c) {
-    const I entry = best_entry<V>(b.book, square, c * width, (c + 1) * width, size, u);
-    F value[V], error[V], pull[V];
-    for (int i = 0; i < V; ++i) {
-      value[i] = (F)((I)gather(b.book + i, entry * V) ^ sign_bit(t[i]) ^ sign_bit(s));
-      error[i] = t[i] - s * value[i];
+// Adds what the errors of the columns a to a + group leave to the columns from `first` on: eight at a time, which hides the latency.
+IQ_FN void propagate(const FeedbackData& b, int64_t a, int64_t first, const float* error, float* x) {
+  constexpr int kColumns = 8;  // groups are multiples of 16 columns
+  for (int64_t j = first; j < b.columns; j += kColumns) {
+    const float* before = b.lower + j * b.columns + a;
+    F t[kColumns];
+    for (int i = 0; i < kColumns; ++i) t[i] = load(x + (j + i) * L);
+    for (int64_t k = 0; k < b.group; ++k) {
+      const F e = load(error + (a + k) * L);
+      for (int i = 0; i < kColumns; ++i) t[i] = fma(e, set(before[i * b.columns + k]), t[i]);
     }
-    for (int i = 0; i < V; ++i) {
-      pull[i] = error[0] * form[i * V];
-      for (int k = 1; k < V; ++k) pull[i] = fma(error[k], set(form[i * V + k]), pull[i]);
-    }
-    const auto gain = [&](int i) { return 4.0f * s * value[i] * (pull[i] + s * value[i] * form[i * V + i]); };
-    const auto turn = [&](int i, I where) {
-      const F change = where ? 2.0f * s * value[i] : F{};
-      error[i] += change;
-      for (int k = 0; k < V; ++k) pull[k] = fma(change, set(form[k * V + i]), pull[k]);
-      value[i] = where ? -value[i] : value[i];
-    };
-    for (int i = 0; i < V; ++i) turn(i, gain(i) < 0.0f);
-    I odd = parity.odd;
-    if (b.signs == kEven) {
-      for (int i = 0; i < V; ++i) odd = odd ^ (((I)value[i] >> 31) & 1);
-      if (closes) {
-        F cheapest = gain(0);
-        I which{};
-        for (int i = 1; i < V; ++i) {
-          const F g = gain(i);
-          which = g < cheapest ? seti(i) : which;
-          cheapest = g < cheapest ? g : cheapest;
-        }
-        for (int i = 0; i < V; ++i) turn(i, (odd != 0) & (which == i));
-        odd = I{};
-      }
-    }
-    const F cost = form_of<V>(form, error);
-    const I better = cost < least;
-    least = better ? cost : least;
-    odd_found = better ? odd : odd_found;
-    found.code = better || c == 0 ? entry : found.code;
-    for (int i = 0; i < V; ++i) found.value[i] = better || c == 0 ? value[i] : found.value[i];
+    for (int i = 0; i < kColumns; ++i) store(x + (j + i) * L, t[i]);
   }
-  parity.odd = odd_found;
 }
 
-// One group of one tile. `x` holds the targets of the group's columns with all feedback from before the group.
-template <int V>
-static void round_group(const FeedbackData& b, int64_t group, int64_t row, int64_t lanes, const F* x, const F* w, F* kept) {
-  const int64_t n = b.group, a = group * n;
-  const int64_t own = group * b.rows + row;
-  const Scales &scale = b.scale, &minimum = b.minimum;
-  const I rank0 = load<I>(scale.rank + own, lanes);
-  const I low0 = minimum.unit ? load<I>(minimum.rank + own, lanes) : I{};
-  F least = set(__builtin_inff());
-  I rank_kept{}, low_kept{}, kind_kept{}, code_kept[kMaxGroup];
-  F value_kept[kMaxGroup], left_kept[kMaxGroup];
-  bool last[kMaxGroup];
-  for (int64_t j = 0; j < n; ++j) {
-    last[j] = true;
-    for (int64_t k = j + 1; b.word && k < n; ++k) last[j] &= b.word[a + k] != b.word[a + j];
-  }
-  for (int kind = 0; kind < b.kinds; ++kind)
-    for (int64_t si = 0; si < scale.steps; ++si)
-      for (int64_t mi = 0; mi < minimum.steps; ++mi) {
-        const I rank = gather(scale.near + si * scale.count, rank0);
-        const F s = load<F>(scale.unit + si * scale.stride + own, lanes) * gather(scale.value, rank);
-        const F twice = magnitude(s) < 1e-36f ? F{} : 2.0f / s;
-        I low_rank{};
-        F low{};
-        if (minimum.unit) {
-          low_rank = gather(minimum.near + mi * minimum.count, low0);
-          low = load<F>(minimum.unit + mi * minimum.stride + own, lanes) * gather(minimum.value, low_rank);
-        }
-        F cost{}, error[kMaxGroup], left[kMaxGroup], value[kMaxGroup];
-        I code[kMaxGroup];
-        Parity parity{};
-        for (int64_t j = 0; j < n; j += V) {
-          const int64_t step = (a + j) / V;
-          Step<V> found;
-          F t[V];
-          for (int i = 0; i < V; ++i) {
-            const float* before = b.lower + (a + j + i) * b.columns + a;
-            F even = x[j + i] + low, odd{};
-            int64_t k = 0;
-            for (; k + 2 <= j; k += 2) even = fma(error[k], set(before[k]), even), odd = fma(error[k + 1], set(before[k + 1]), odd);
-            if (k < j) even = fma(error[k], set(before[k]), even);
-            t[i] = even + odd;
-          }
-          if constexpr (V == 1)
-            take_single(b, kind, twice, t[0], a + j, last[j], parity, found);
-          else if (b.signs == kUnsigned)
-            take_entry<V>(b, kind, step, s, t, found);
-          else
-            take_signed<V>(b, step, s, t, (j + V) % 8 == 0, parity, found);
-          for (int i = 0; i < V; ++i) {
-            left[j + i] = t[i] - s * found.value[i];
-            error[j + i] = w[j + i] + low - s * found.value[i];
-            value[j + i] = found.value[i];
-          }
-          code[j / V] = found.code;
-          cost += form_of<V>(b.form + step * V * V, left + j);
-        }
-        const I better = cost < least;
-        const bool first = !kind && !si && !mi;  // whatever its cost: a NaN is never lower
-        const I take = first ? seti(-1) : better;
-        least = take ? cost : least;
-        rank_kept = take ? rank : rank_kept, low_kept = take ? low_rank : low_kept, kind_kept = take ? seti(kind) : kind_kept;
-        for (int64_t j = 0; j < n; ++j) {
-          kept[j] = take ? error[j] : kept[j];
-          left_kept[j] = take ? left[j] : left_kept[j];
-          value_kept[j] = take ? value[j] : value_kept[j];
-        }
-        for (int64_t j = 0; j < n / V; ++j) code_kept[j] = take ? code[j] : code_kept[j];
-      }
-  store(scale.rank + own, rank_kept, lanes);
-  if (minimum.unit) store(minimum.rank + own, low_kept, lanes);
-  store(b.kind + own, kind_kept, lanes);
-  for (int64_t j = 0; j < n; ++j) {
-    store(b.x + (a + j) * b.rows + row, left_kept[j], lanes);
-    store(b.value + (a + j) * b.rows + row, value_kept[j], lanes);
-    store(b.error + (a + j) * b.rows + row, kept[j], lanes);
-  }
-  for (int64_t j = 0; j < n / V; ++j) store(b.code + (a / V + j) * b.rows + row, code_kept[j], lanes);
-}
-
-template <int V> static void round_tiles(const FeedbackData& b, F* x, int64_t tile0, int64_t tile1) {
-  F *w = x + b.columns, *error = w + b.columns;
+template <class Group> static void round_tiles(const FeedbackData& b, const Group& round_group, float* x, int64_t tile0, int64_t tile1) {
+  float *w = x + b.columns * L, *error = w + b.columns * L;
   for (int64_t tile = tile0; tile < tile1; ++tile) {
     const int64_t row = tile * L, lanes = b.rows - row < L ? b.rows - row : L;
     for (int64_t j = 0; j < b.columns; ++j) {
-      x[j] = load<F>(b.x + j * b.rows + row, lanes);
-      w[j] = load<F>(b.w + j * b.rows + row, lanes);
+      store(x + j * L, load_lanes(b.x + j * b.rows + row, lanes));
+      store(w + j * L, load_lanes(b.w + j * b.rows + row, lanes));
     }
     for (int64_t group = 0; group < b.columns / b.group; ++group) {
-      const int64_t a = group * b.group, end = a + b.group;
-      round_group<V>(b, group, row, lanes, x + a, w + a, error + a);
-      for (int64_t j = end; j < b.columns; j += 4) {  // groups are multiples of 16 columns
-        const float* before = b.lower + j * b.columns + a;
-        F t0 = x[j], t1 = x[j + 1], t2 = x[j + 2], t3 = x[j + 3];
-        for (int64_t k = 0; k < b.group; ++k) {
-          const F e = error[a + k];
-          t0 = fma(e, set(before[k]), t0), t1 = fma(e, set(before[b.columns + k]), t1);
-          t2 = fma(e, set(before[2 * b.columns + k]), t2), t3 = fma(e, set(before[3 * b.columns + k]), t3);
-        }
-        x[j] = t0, x[j + 1] = t1, x[j + 2] = t2, x[j + 3] = t3;
-      }
+      const int64_t a = group * b.group;
+      round_group(group, row, lanes, x + a * L, w + a * L, error + a * L);
+      propagate(b, a, a + b.group, error, x);
     }
   }
 }
 
 static void round_rows(const FeedbackData& b, void* scratch, int64_t tile0, int64_t tile1) {
-  F* x = (F*)scratch;
+  const auto run = [&](const auto& round_group) { round_tiles(b, round_group, (float*)scratch, tile0, tile1); };
   switch (b.vec) {
-    case 1: return round_tiles<1>(b, x, tile0, tile1);
-    case 2: return round_tiles<2>(b, x, tile0, tile1);
-    case 4: return round_tiles<4>(b, x, tile0, tile1);
-    default: return round_tiles<8>(b, x, tile0, tile1);
+    case 2: return run(vectors::Vectors<2>{b});
+    case 4: return run(vectors::Vectors<4>{b});
+    case 8: return run(vectors::Vectors<8>{b});
+  }
+  if (b.word) return run(Singles<Tree<4>, true>(b));
+  switch (b.values.bits) {
+    case 0: return run(Singles<Whole, false>(b));
+    case 2: return run(Singles<Tree<2>, false>(b));
+    case 3: return run(Singles<Tree<3>, false>(b));
+    case 4: return run(Singles<Tree<4>, false>(b));
+    case 5: return run(Singles<Tree<5>, false>(b));
+    default: return run(Singles<Cells, false>(b));
   }
 }
 

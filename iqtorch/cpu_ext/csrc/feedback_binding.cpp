@@ -65,21 +65,32 @@ Scales scales(const Tensor& unit, const Tensor& value, const Tensor& near, Tenso
           stride};
 }
 
+// Of single values; the tree has a level of 32 numbers per bit, and the values, and `cells` serve without one.
+ValueTable value_table(const Tensor& tree, const Tensor& shift, const Tensor& code, const Tensor& cell_value, int64_t kinds, int64_t bits,
+                       int32_t cells, const std::vector<double>& bounds) {
+  ValueTable t{};
+  t.bits = (int32_t)bits, t.low = (float)bounds[0], t.high = (float)bounds[1];
+  t.tree = floats(tree, bits >= 2 && bits <= 5 ? (bits + 1) * 32 : 0, "tree"), t.shift = floats(shift, kinds, "shift");
+  t.code = ints(code, (int64_t)(t.high - t.low) + 1, "codes of values");
+  t.cells = {nullptr, floats(cell_value, cells, "values of cells"), (float)bounds[2], (float)bounds[3], cells};
+  return t;
+}
+
 struct Free {
   void operator()(void* p) const { std::free(p); }
 };
 
 void feedback(const Tensor& w, const Tensor& lower, const Tensor& form, const Tensor& square, const Tensor& book,
               const Tensor& scale_unit, const Tensor& scale_value, const Tensor& scale_near, Tensor scale_rank, const Tensor& min_unit,
-              const Tensor& min_value, const Tensor& min_near, Tensor min_rank, const Tensor& cell_code, const Tensor& cell_value,
-              const Tensor& other, const Tensor& odd, const Tensor& word, Tensor x, Tensor kind, Tensor code, Tensor value, Tensor error,
+              const Tensor& min_value, const Tensor& min_near, Tensor min_rank, const Tensor& tree, const Tensor& shift, const Tensor& value_code,
+              const Tensor& cell_value, const Tensor& other, const Tensor& odd, const Tensor& word, Tensor x, Tensor kind, Tensor code, Tensor value, Tensor error,
               std::vector<int64_t> numbers, std::vector<double> bounds) {
-  STD_TORCH_CHECK(numbers.size() == 7 && bounds.size() == 2 && x.dim() == 2,
+  STD_TORCH_CHECK(numbers.size() == 8 && bounds.size() == 4 && x.dim() == 2,
                   "feedback: the compiled module is of another version than iqtorch/encode/compiled.py; build it again");
   FeedbackData b{};
   b.columns = x.size(0), b.rows = x.size(1);
-  b.group = numbers[0], b.vec = numbers[1], b.entries = numbers[2], b.kinds = numbers[3], b.cells = numbers[4], b.signs = numbers[5];
-  b.shortlist = numbers[6], b.low = (float)bounds[0], b.high = (float)bounds[1];
+  b.group = numbers[0], b.vec = numbers[1], b.entries = numbers[2], b.kinds = numbers[3], b.signs = numbers[4];
+  b.shortlist = numbers[5];
   const bool vec_ok = b.vec == 1 || b.vec == 2 || b.vec == 4 || b.vec == 8;
   STD_TORCH_CHECK(vec_ok && b.group > 0 && b.group <= kMaxGroup && b.group % 16 == 0 && b.columns % b.group == 0 && b.shortlist > 0,
                   "feedback: no room for ", b.columns, " columns in groups of ", b.group, " and steps of ", b.vec, "; see feedback.h");
@@ -92,8 +103,9 @@ void feedback(const Tensor& w, const Tensor& lower, const Tensor& form, const Te
   b.scale = scales(scale_unit, scale_value, scale_near, scale_rank, groups);
   b.minimum = scales(min_unit, min_value, min_near, min_rank, groups);
   STD_TORCH_CHECK(b.scale.unit, "feedback: no scales");
-  b.cell_code = ints(cell_code, b.kinds * b.cells, "cell_code"), b.cell_value = floats(cell_value, b.kinds * b.cells, "cell_value");
-  b.other = ints(other, parity ? b.kinds * b.cells : 0, "other"), b.odd = ints(odd, parity ? b.entries : 0, "odd");
+  if (b.vec == 1) b.values = value_table(tree, shift, value_code, cell_value, b.kinds, numbers[6], (int32_t)numbers[7], bounds);
+  STD_TORCH_CHECK(!parity || b.values.bits == 4, "feedback: parity is for codebooks of 16 values");
+  b.other = ints(other, parity ? b.values.cells.cells : 0, "other"), b.odd = ints(odd, parity ? b.entries : 0, "odd");
   b.word = ints(word, parity ? b.columns : 0, "word");
   b.kind = ints(kind, groups, "kind"), b.code = ints(code, steps * b.rows, "code");
   b.value = floats(value, all, "value"), b.error = floats(error, all, "error");
@@ -113,7 +125,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(iqtorch_cpu, m) {
   m.def(
       "feedback(Tensor w, Tensor lower, Tensor form, Tensor square, Tensor book, Tensor scale_unit, Tensor scale_value, "
       "Tensor scale_near, Tensor(a!) scale_rank, Tensor min_unit, Tensor min_value, Tensor min_near, Tensor(b!) min_rank, "
-      "Tensor cell_code, Tensor cell_value, Tensor other, Tensor odd, Tensor word, Tensor(c!) x, Tensor(d!) kind, Tensor(e!) code, "
+      "Tensor tree, Tensor shift, Tensor value_code, Tensor cell_value, Tensor other, Tensor odd, Tensor word, Tensor(c!) x, Tensor(d!) kind, Tensor(e!) code, "
       "Tensor(f!) value, Tensor(g!) error, int[] numbers, float[] bounds) -> ()");
 }
 
