@@ -84,19 +84,21 @@ def encode_with_feedback(
     if rows is None:
         step = ROWS["cpu" if weight.device.type == "cpu" else "gpu"]
         for i in range(0, len(weight), step):
-            rounding = Rounding(weight[i : i + step].float(), fmt, metric, effort)
+            some = weight[i : i + step].float()
+            rounding = Rounding(some, fmt, metric, effort, metric.pull(some))
             rounding.run(objective)
             out[i : i + step] = rounding.blocks()
         return out
-    left = weight.new_empty((weight.shape[1], len(weight)), dtype=torch.float32)  # L^T times the errors of the rows before
+    weight = weight.float()[rows.order]
+    pull = metric.pull(weight)
+    left = weight.new_empty(weight.T.shape)  # L^T times the errors of the rows before
     for i in range(0, len(weight), rows.step):
         part = slice(i, i + rows.step)
-        index = rows.order[part]
-        before = product(left[:, :i], rows.unit[:i, part]) if i else None
-        rounding = Rounding(weight[index].float(), fmt, metric, effort, before)
+        before = product(left[:, :i], rows.unit[:i, part])
+        rounding = Rounding(weight[part], fmt, metric, effort, before if pull is None else before + pull[:, part])
         rounding.run(objective)
-        out[index] = rounding.blocks()
-        left[:, part] = rounding.left() if before is None else rounding.left() - before
+        out[rows.order[part]] = rounding.blocks()
+        left[:, part] = rounding.left() - before
     return out
 
 
@@ -154,12 +156,12 @@ class Scales:
 class Rounding:
     """Some rows of a weight on their way: what they should be, and the integers found so far."""
 
-    def __init__(self, weight: Tensor, fmt: Format, metric: Metric, effort: Feedback, before: Tensor | None = None) -> None:
+    def __init__(self, weight: Tensor, fmt: Format, metric: Metric, effort: Feedback, pull: Tensor | None = None) -> None:
         """
         Args:
             weight: float32 `[rows, K]`.
             fmt, metric, effort: as in `encode_with_feedback`.
-            before: float32 `[K, rows]`: added to what should be, with the feedback that it brings along (times L).
+            pull: float32 `[K, rows]`: L^T times what is added to the weight.
         """
         self.fmt, self.metric, self.effort = fmt, metric, effort
         rows, k = weight.shape
@@ -177,9 +179,8 @@ class Rounding:
         self.x = (weight * size[:, None]).T.contiguous()[order]
         #: What each column should become with the errors of those before it; of those that are rounded what they are off by: z.
         self.rest = self.x.clone()
-        for more in (metric.pull(weight), before):
-            if more is not None:
-                self.rest.addcmul_(more, size)
+        if pull is not None:
+            self.rest.addcmul_(pull, size)
         self.stored = StoredFloat(fmt.d_kind, self.exponent)
         self.kinds = fmt.codebook.variants if fmt.variant_size == self.n else 1
         parts = encode_parts(weight, fmt, metric.importance, "rmse", effort.speed)
@@ -217,7 +218,7 @@ class Rounding:
 
     def sweep(self, want: bool = False) -> Tensor | None:
         """Rounds all columns; returns L^T times what the weight should be, `[K, rows]`, if that is wanted."""
-        unit, x, rest = self.metric.unit, self.x, self.rest
+        unit, narrow, x, rest = self.metric.unit, self.metric.narrow, self.x, self.rest
         round_block = self._round_block_compiled if compiled.available(x.device) else self._round_block
         wanted = rest.clone() if want else None
         for start in range(0, self.columns, BLOCK):
@@ -225,10 +226,10 @@ class Rounding:
             error = torch.empty_like(rest[own])
             round_block(start, min(start + BLOCK, self.columns), error)
             if wanted is None:
-                rest[after] += product(unit[own, after].T, error)
+                rest[after] += product(narrow[own, after].T, error)
                 continue
             wanted[own] += product(unit[own, own].triu(1).T, x[own])
-            from_errors, from_weights = product(unit[own, after].T, torch.cat([error, x[own]], 1)).split(self.rows, 1)
+            from_errors, from_weights = product(narrow[own, after].T, torch.cat([error, x[own]], 1)).split(self.rows, 1)
             rest[after] += from_errors
             wanted[after] += from_weights
         return wanted
@@ -328,7 +329,7 @@ class Rounding:
 
     def left(self) -> Tensor:
         """float32 `[K, rows]`: L^T times the errors."""
-        return torch.ldexp(self.rest, self.exponent)
+        return self.rest * torch.ldexp(torch.ones_like(self.rest[0]), self.exponent)
 
     def blocks(self) -> Tensor:
         fmt, rows = self.fmt, self.rows

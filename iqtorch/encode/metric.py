@@ -114,6 +114,8 @@ class Metric:
         self.order = rounding_order(moments.diagonal(), fmt)
         #: L `[K, K]`, upper triangular, and D `[K / vec, vec, vec]`, of the damped moments
         self.unit, self.form = unit_factor(damped(moments, self.order, damping), fmt.vec)
+        #: L as `product` takes it
+        self.narrow = self.unit.to(factor_dtype(moments.device))
         self.drift, self.rows = drift, rows
         self._cache: dict[str, Any] = {}
 
@@ -132,7 +134,7 @@ class Metric:
         """
         if self.drift is None:
             return None
-        dtype, drift = factor_dtype(weight.device), self.drift
+        dtype, drift = self.narrow.dtype, self.drift
         if self.rows > len(drift):
             return product(self.cached("pull", lambda: self._half_solved(drift[self.order]).to(dtype)), weight.T)
         return self._half_solved(product(self.cached("drift", lambda: drift.to(dtype)[self.order]), weight.T))
@@ -143,7 +145,7 @@ class Metric:
             own = slice(start, start + BLOCK)
             right[own] = inverse_unit(self.unit[own, own]) @ right[own]
             if start:
-                right[:start] -= product(self.unit[:start, own], right[own])
+                right[:start] -= product(self.narrow[:start, own], right[own])
         step = self.form.shape[1]
         return right / self.form[:, :, 0] if step == 1 else (torch.linalg.inv(self.form) @ right.unflatten(0, (-1, step))).flatten(0, 1)
 
