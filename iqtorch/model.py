@@ -255,7 +255,7 @@ def quantize_model(
             it does not help is rounded to nearest (`iqtorch.report` tells).
         checkpoint: a folder in which batches as `calibration` leave each block that is finished; the same call finds them there and goes
             on after them. Remove it at the end.
-        objective, speed: as in `iqtorch.quantize`; `speed` is that of rounding to nearest.
+        objective, speed: as in `iqtorch.quantize`.
         skip: regular expressions, searched in parameter names: those weights are kept.
         fuse: compute projections of the same activations in one call (the same bits; measure first), see `iqtorch.fuse`.
         progress: show a progress bar.
@@ -338,7 +338,7 @@ def _packed(
         from .calibration import Target, round_weights
 
         targets = [Target(site.name, site.matrix, get_format(name)) for site, name, _ in plan]
-        for name, weight, note in round_weights(model, targets, calibration, objective, rounding == "yaqa", checkpoint):
+        for name, weight, note in round_weights(model, targets, calibration, objective, rounding == "yaqa", checkpoint, speed):
             notes[name] = f"{notes[name]}; {note}"
             yield sites.pop(name), weight
     for site, name, weights in plan:

@@ -17,7 +17,7 @@ from iqtorch.calibration.rounding import FEEDBACK, NEAREST, held_out_error
 from iqtorch.encode import compiled, encode
 from iqtorch.encode import metric as metrics
 from iqtorch.encode.choose import GridChooser, SignedChooser, TableChooser
-from iqtorch.encode.feedback import Feedback, Rounding, encode_with_feedback
+from iqtorch.encode.feedback import Feedback, Rounding, encode_with_feedback, feedback_effort
 from iqtorch.encode.metric import BLOCK, Metric, RowFeedback, damped, unit_factor
 from iqtorch.errors import CalibrationError
 
@@ -82,7 +82,7 @@ def test_every_format_gains(name: str) -> None:
     fmt = iqtorch.get_format(name).for_encoding
     start = encode(weight, fmt, h.diagonal().contiguous(), "rmse")
     metric = Metric(h, fmt, 0.01)
-    rounding = Rounding(weight, fmt, metric, Feedback().for_format(fmt))
+    rounding = Rounding(weight, fmt, metric, feedback_effort(fmt))
     rounding.run("rmse")
     blocks = rounding.blocks()
     rows = torch.tensor([0, 1, 2, 3, 5])
@@ -170,7 +170,7 @@ def test_compiled_pass_is_the_plain_one(name: str, monkeypatch: pytest.MonkeyPat
     metric = Metric(x.T @ x / 2048, fmt, 0.01)
     costs = []
     for plain in (False, True):
-        rounding = Rounding(weight, fmt, metric, Feedback().for_format(fmt))
+        rounding = Rounding(weight, fmt, metric, feedback_effort(fmt))
         if plain:
             rounding._round_block_compiled = rounding._round_block  # type: ignore[method-assign]
         rounding.sweep()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import nn
 
-from ..encode.encoder import Objective
+from ..encode.encoder import Objective, Speed
 from ..errors import CalibrationError
 from ..tensor import IQTensor
 from .moments import Batch, Calibration, Moments, calibrate
@@ -28,6 +28,7 @@ def round_weights(
     objective: Objective = "model",
     curvature: bool = False,
     checkpoint: str | Path | None = None,
+    speed: Speed = "default",
 ) -> Iterator[tuple[str, IQTensor, str]]:
     """Rounds the weights that calibration covers with error feedback: by a `Calibration` each for itself, by batches in sequence.
 
@@ -38,7 +39,7 @@ def round_weights(
         CalibrationError: calibration that does not fit the model.
     """
     if not isinstance(calibration, Calibration):
-        yield from quantize_in_sequence(model, targets, calibration, objective, curvature, checkpoint)
+        yield from quantize_in_sequence(model, targets, calibration, objective, curvature, checkpoint, speed)
         return
     if checkpoint is not None:
         raise CalibrationError("checkpoint= is for rounding layer by layer: pass batches as calibration, not a Calibration")
@@ -47,9 +48,5 @@ def round_weights(
     fitting = [(t, calibration.for_weight(t.name, t.matrix.shape)) for t in targets]
     for target, moments in fitting:
         if moments is not None:
-            yield (
-                target.name,
-                *quantize_calibrated(
-                    target.matrix, target.format, moments, objective, calibration.curvature(target.name) if curvature else None
-                ),
-            )
+            own = calibration.curvature(target.name) if curvature else None
+            yield target.name, *quantize_calibrated(target.matrix, target.format, moments, objective, own, speed)

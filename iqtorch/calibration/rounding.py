@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ..encode import encode
-from ..encode.encoder import Objective
-from ..encode.feedback import encode_with_feedback
+from ..encode.encoder import Objective, Speed
+from ..encode.feedback import encode_with_feedback, feedback_effort
 from ..encode.metric import Metric, RowFeedback
 from ..formats import Format, get_format
 from ..tensor import IQTensor
@@ -27,7 +27,12 @@ NEAREST = "rounded to nearest: feedback does not help on held-out activations"
 
 
 def quantize_calibrated(
-    weight: Tensor, fmt: Format, moments: tuple[Moments, ...], objective: Objective = "model", curvature: Tensor | None = None
+    weight: Tensor,
+    fmt: Format,
+    moments: tuple[Moments, ...],
+    objective: Objective = "model",
+    curvature: Tensor | None = None,
+    speed: Speed = "default",
 ) -> tuple[IQTensor, str]:
     """Quantizes a checked weight (see `iqtorch.quantize`) by rounding with error feedback.
 
@@ -35,7 +40,7 @@ def quantize_calibrated(
         weight: `[N, K]`, or `[E, N, K]` for experts.
         fmt: the format; an `_r4` format gives a tensor of the plain format.
         moments: of its inputs, one per matrix.
-        objective: as in `iqtorch.quantize`.
+        objective, speed: as in `iqtorch.quantize`.
         curvature: `[N, N]`, of the loss in the outputs: feedback from row to row too.
 
     Returns:
@@ -44,7 +49,9 @@ def quantize_calibrated(
     """
     fmt = get_format(fmt.plain) if fmt.plain else fmt
     matrices = weight if weight.dim() == 3 else weight[None]
-    found = [_round_matrix(matrix.detach().float(), fmt, own, objective, curvature) for matrix, own in zip(matrices, moments, strict=True)]
+    found = [
+        _round_matrix(matrix.detach().float(), fmt, own, objective, curvature, speed) for matrix, own in zip(matrices, moments, strict=True)
+    ]
     blocks = torch.stack([b for b, _ in found]) if weight.dim() == 3 else found[0][0]
     kept = [e for e, (_, helped) in enumerate(found) if not helped]
     note = FEEDBACK if len(kept) < len(found) else NEAREST
@@ -54,15 +61,17 @@ def quantize_calibrated(
     return IQTensor.from_blocks(blocks, fmt, dtype), note
 
 
-def _round_matrix(weight: Tensor, fmt: Format, moments: Moments, objective: Objective, curvature: Tensor | None) -> tuple[Tensor, bool]:
+def _round_matrix(
+    weight: Tensor, fmt: Format, moments: Moments, objective: Objective, curvature: Tensor | None, speed: Speed
+) -> tuple[Tensor, bool]:
     """Canonical bytes, and whether they are those of error feedback."""
     metric = Metric(shrunk(moments.matrix.to(weight.device), moments.tokens), fmt, DAMPING)
     sample = moments.sample.to(weight.device)
-    return best_of(weight, fmt, metric, objective, sample, sample, curvature)
+    return best_of(weight, fmt, metric, objective, sample, sample, curvature, speed)
 
 
 def best_of(
-    weight: Tensor, fmt: Format, metric: Metric, objective: Objective, x: Tensor, y: Tensor, curvature: Tensor | None
+    weight: Tensor, fmt: Format, metric: Metric, objective: Objective, x: Tensor, y: Tensor, curvature: Tensor | None, speed: Speed
 ) -> tuple[Tensor, bool]:
     """Canonical bytes of `weight` rounded with feedback, or rounded to nearest where that is nearer to the outputs that the loss sees, for
     activations kept aside; and whether it was the former.
@@ -73,18 +82,19 @@ def best_of(
         curvature: `[N, N]` or None: weight of the outputs' errors.
     """
     curvature = None if curvature is None else curvature.to(weight.device)
-    fed = encode_with_feedback(weight, fmt, metric, objective, rows=None if curvature is None else RowFeedback(curvature, OUTPUT_DAMPING))
+    rows = None if curvature is None else RowFeedback(curvature, OUTPUT_DAMPING)
+    fed = encode_with_feedback(weight, fmt, metric, objective, feedback_effort(fmt.for_encoding, speed), rows)
     judged = slice(None, None, max(1, len(weight) // JUDGES))
     x, y = (sample[:: max(1, len(sample) // JUDGES)] for sample in (x, y))
-    rows = weight[judged]
-    target = rows @ x.T
+    some = weight[judged]
+    target = some @ x.T
 
     def error(blocks: Tensor) -> float:
         return _size(target - (fmt.decode(blocks) * fmt.runtime_scale) @ y.T, None if curvature is None else curvature[judged, judged])
 
-    if error(fed[judged]) <= error(encode(rows, fmt, metric.importance, objective)):
+    if error(fed[judged]) <= error(encode(some, fmt, metric.importance, objective, speed)):
         return fed, True
-    return encode(weight, fmt, metric.importance, objective), False
+    return encode(weight, fmt, metric.importance, objective, speed), False
 
 
 def _size(error: Tensor, curvature: Tensor | None) -> float:

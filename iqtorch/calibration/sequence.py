@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..encode.encoder import Objective
+from ..encode.encoder import Objective, Speed
 from ..encode.metric import Metric
 from ..errors import CalibrationError
 from ..formats import Format, get_format
@@ -74,6 +74,7 @@ def quantize_in_sequence(
     objective: Objective = "model",
     curvature: bool = False,
     checkpoint: str | Path | None = None,
+    speed: Speed = "default",
 ) -> Iterator[tuple[str, IQTensor, str]]:
     """Rounds the weights of a model with error feedback, in the order in which the text meets them.
 
@@ -86,6 +87,7 @@ def quantize_in_sequence(
         batches: int64 `[B, T]` token ids, or dictionaries of arguments.
         curvature: whether rows make up for each other too, by the curvature of the loss in the outputs (backward passes).
         checkpoint: a folder for finished blocks: what is there already is not rounded again.
+        speed: how hard to search.
 
     Yields:
         Name, packed weight and a note, for each target that saw any input.
@@ -99,7 +101,7 @@ def quantize_in_sequence(
     chain = _find_chain(model)
     linears = _linears(chain, targets)
     others = [t for t in targets if t.name not in linears]
-    saved = Checkpoint(checkpoint, (objective, curvature), texts) if checkpoint is not None else None
+    saved = Checkpoint(checkpoint, (objective, curvature, speed), texts) if checkpoint is not None else None
     finished = _finished(saved, "others", others)
     hidden, moments = _first_pass(model, chain, texts, [t.name for t in others] if finished is None else [])
     if finished is None:
@@ -107,7 +109,7 @@ def quantize_in_sequence(
         for target in others:
             own = moments.for_weight(target.name, target.matrix.shape)
             if own is not None:
-                finished[target.name] = quantize_calibrated(target.matrix, target.format, own, objective)
+                finished[target.name] = quantize_calibrated(target.matrix, target.format, own, objective, speed=speed)
         if saved is not None:
             saved.save("others", _originals(others), finished)
     for name, (weight, note) in finished.items():
@@ -140,7 +142,7 @@ def quantize_in_sequence(
                     seen.add(original.inputs(path, i), _inputs(block, twin, path, calls, i, packed[i]), weights[i])
                 statistics = seen.finish(names[0], sum(len(mine[name].matrix) for name in names))
                 for name in names:
-                    weight, note = statistics.round(mine[name].matrix, mine[name].format, objective, watched.mean(name))
+                    weight, note = statistics.round(mine[name].matrix, mine[name].format, objective, watched.mean(name), speed)
                     _put(twin.get_submodule(paths[name]), weight)
                     found[name] = weight, note
                     yield name, weight, note
@@ -401,7 +403,9 @@ class _Statistics:
     rows: int
     metrics: dict[str, Metric] = field(default_factory=dict)
 
-    def round(self, weight: Tensor, fmt: Format, objective: Objective, curvature: Tensor | None) -> tuple[IQTensor, str]:
+    def round(
+        self, weight: Tensor, fmt: Format, objective: Objective, curvature: Tensor | None, speed: Speed = "default"
+    ) -> tuple[IQTensor, str]:
         """The best of: W' with feedback, and W to nearest, by the outputs for the pairs kept aside."""
         device, dtype = weight.device, weight.dtype
         weight = weight.float()
@@ -409,6 +413,6 @@ class _Statistics:
         if fmt.name not in self.metrics:
             self.metrics[fmt.name] = Metric(self.moments.to(device), fmt, DAMPING, self.cross.to(device), self.rows)
         metric = self.metrics[fmt.name]
-        blocks, helped = best_of(weight, fmt, metric, objective, self.x.to(device), self.y.to(device), curvature)
+        blocks, helped = best_of(weight, fmt, metric, objective, self.x.to(device), self.y.to(device), curvature, speed)
         note = FEEDBACK if helped else NEAREST
         return IQTensor.from_blocks(blocks, fmt, dtype if dtype != torch.float64 else torch.float32), note

@@ -38,20 +38,26 @@ ROWS = {"cpu": 1 << 10, "gpu": 1 << 13}
 @dataclass(frozen=True)
 class Feedback:
     """How hard to try: neighbouring scales (and minima) tried on each side and the relative distance between them, entries of a
-    codebook with separate signs compared in full, and the search of the scales to start from. Codebooks of thousands of entries, which
-    fit any scale well and take long, get fewer scales; so do separate signs, which take longer, and affine formats, which combine scales
-    with minima."""
+    codebook with separate signs compared in full, and the search of the scales to start from."""
 
     reach: int = 5
     min_reach: int = 3
     stride: float = 0.03
     shortlist: int = 32
-    speed: Speed = "fast"
+    start: Speed = "default"
 
-    def for_format(self, fmt: Format) -> Feedback:
-        if fmt.codebook.entries >= CELL_SEARCH_ENTRIES:
-            return replace(self, reach=min(self.reach, 1))
-        return replace(self, reach=min(self.reach, 3)) if fmt.affine or "sign" in fmt.fields else self
+
+def feedback_effort(fmt: Format, speed: Speed = "default") -> Feedback:
+    """How hard to try for a format. By default rounding takes at most three times what rounding to nearest does, where that is possible:
+    the larger the codebook, the longer each scale takes, and the better any scale fits. Affine formats combine scales with minima."""
+    large, vectors = fmt.codebook.entries >= CELL_SEARCH_ENTRIES, fmt.vec >= 4
+    reach = 1 if large else 3 if fmt.affine or "sign" in fmt.fields else 5
+    if speed != "best" and vectors:
+        reach = 0 if fmt.codebook.entries >= 1 << 16 else 1 if fmt.vec == 8 or large else 2
+    if speed == "fast":
+        reach = min(reach, 1)
+    # Single values and pairs hardly depend on where the search of their scales starts.
+    return Feedback(reach=reach, min_reach=min(reach, 3), start="default" if vectors or speed == "best" else "fast")
 
 
 def encode_with_feedback(
@@ -69,7 +75,7 @@ def encode_with_feedback(
         fmt: the format.
         metric: made for this format (or the plain format of an `_r4` format) from the second moments of the layer's inputs.
         objective: as in `encode`, with the error measured by the moments.
-        effort: how hard to try.
+        effort: how hard to try; None = `feedback_effort` of the format.
         rows: feedback from row to row as well, by the curvature of the loss in the layer's outputs.
 
     Returns:
@@ -79,7 +85,7 @@ def encode_with_feedback(
         plain = get_format(fmt.plain)
         return fmt.pack(plain.unpack(encode_with_feedback(weight, plain, metric, objective, effort, rows)))
     fmt = fmt.for_encoding
-    effort = (effort or Feedback()).for_format(fmt)
+    effort = effort or feedback_effort(fmt)
     out = torch.empty((len(weight), fmt.row_bytes(weight.shape[1])), dtype=torch.uint8, device=weight.device)
     if rows is None:
         step = ROWS["cpu" if weight.device.type == "cpu" else "gpu"]
@@ -183,7 +189,7 @@ class Rounding:
             self.rest.addcmul_(pull, size)
         self.stored = StoredFloat(fmt.d_kind, self.exponent)
         self.kinds = fmt.codebook.variants if fmt.variant_size == self.n else 1
-        parts = encode_parts(weight, fmt, metric.importance, "rmse", effort.speed)
+        parts = encode_parts(weight, fmt, metric.importance, "rmse", effort.start)
         self.scales = self._scales(parts, "d", "scale", ScaleGrid(fmt.scale_values, fmt.unit * fmt.runtime_scale, device), effort.reach)
         self.minima = None
         if fmt.affine:

@@ -215,7 +215,7 @@ class IQQuantizer(HfQuantizer):
             if moments is not None:
                 check_weight(matrix, fmt, name)
                 check_finite(matrix, name)
-                packed, note = quantize_calibrated(matrix, fmt, moments, config.objective)
+                packed, note = quantize_calibrated(matrix, fmt, moments, config.objective, speed=config.speed)
                 self._notes[name] = f"{self._notes[name]}; {note}" if name in self._notes else note
             else:
                 packed = quantize(matrix, fmt, plan.importance, config.objective, speed=config.speed, name=name)

@@ -2,6 +2,8 @@
 // time, one per lane.
 #pragma GCC diagnostic ignored "-Wpsabi"
 #pragma GCC diagnostic ignored "-Wignored-attributes"
+#include <type_traits>
+
 #include "encode_values.inl"
 #include "feedback.h"
 

@@ -102,7 +102,7 @@ void feedback(const Tensor& w, const Tensor& lower, const Tensor& form, const Te
   b.book = floats(book, b.kinds * b.entries * b.vec, "book");
   b.scale = scales(scale_unit, scale_value, scale_near, scale_rank, groups);
   b.minimum = scales(min_unit, min_value, min_near, min_rank, groups);
-  STD_TORCH_CHECK(b.scale.unit, "feedback: no scales");
+  STD_TORCH_CHECK(b.scale.unit && (b.vec == 1 || !b.minimum.unit), "feedback: no scales, or minima of a codebook of vectors");
   if (b.vec == 1) b.values = value_table(tree, shift, value_code, cell_value, b.kinds, numbers[6], (int32_t)numbers[7], bounds);
   STD_TORCH_CHECK(!parity || b.values.bits == 4, "feedback: parity is for codebooks of 16 values");
   b.other = ints(other, parity ? b.values.cells.cells : 0, "other"), b.odd = ints(odd, parity ? b.entries : 0, "odd");
