@@ -17,7 +17,7 @@ Everything is transposed here, `[columns, rows]`, and columns are in rounding or
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
