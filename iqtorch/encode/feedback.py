@@ -181,13 +181,12 @@ class Rounding:
         self.units = self.unit_of.tolist()
         # As in `encode`: rows are scaled by powers of two to about 1.
         self.exponent = torch.frexp(weight.abs().amax(1)).exponent.clamp(-120, 126).to(torch.int32)
-        size = torch.ldexp(torch.ones_like(weight[:, 0]), -self.exponent)
-        self.x = (weight * size[:, None]).T.contiguous()[order]
+        self.stored = StoredFloat(fmt.d_kind, self.exponent)
+        self.x = (weight * self.stored.down[:, None]).T.contiguous()[order]
         #: What each column should become with the errors of those before it; of those that are rounded what they are off by: z.
         self.rest = self.x.clone()
         if pull is not None:
-            self.rest.addcmul_(pull, size)
-        self.stored = StoredFloat(fmt.d_kind, self.exponent)
+            self.rest.addcmul_(pull, self.stored.down)
         self.kinds = fmt.codebook.variants if fmt.variant_size == self.n else 1
         parts = encode_parts(weight, fmt, metric.importance, "rmse", effort.start)
         self.scales = self._scales(parts, "d", "scale", ScaleGrid(fmt.scale_values, fmt.unit * fmt.runtime_scale, device), effort.reach)
@@ -204,7 +203,7 @@ class Rounding:
         return part.T[self.group_order]
 
     def _scales(self, parts: Parts, unit: str, rank: str, grid: ScaleGrid, reach: int) -> Scales:
-        d = torch.ldexp(bits_to_float(parts[unit], self.fmt.d_kind), -self.exponent[:, None])
+        d = bits_to_float(parts[unit], self.fmt.d_kind) * self.stored.down[:, None]
         if rank not in parts:
             return Scales(d.T.contiguous(), None, grid, self.stored, reach, self.effort.stride)
         ranks = grid.stored.argsort().to(torch.int32)[self._grouped(parts[rank]).long()]
@@ -335,7 +334,7 @@ class Rounding:
 
     def left(self) -> Tensor:
         """float32 `[K, rows]`: L^T times the errors."""
-        return self.rest * torch.ldexp(torch.ones_like(self.rest[0]), self.exponent)
+        return self.rest * self.stored.up
 
     def blocks(self) -> Tensor:
         fmt, rows = self.fmt, self.rows

@@ -143,7 +143,7 @@ class Metric:
         """D^-1 L^-1 times `right` `[K, R]`, which is overwritten."""
         for start in reversed(range(0, len(right), BLOCK)):
             own = slice(start, start + BLOCK)
-            right[own] = inverse_unit(self.unit[own, own]) @ right[own]
+            right[own] = product(inverse_unit(self.unit[own, own]), right[own])
             if start:
                 right[:start] -= product(self.narrow[:start, own], right[own])
         step = self.form.shape[1]

@@ -105,14 +105,14 @@ class StoredFloat:
 
     def __init__(self, kind: str, exponent: Tensor) -> None:
         self.kind = kind
-        self.up, self.down = exponent, -exponent
+        one = torch.ones_like(exponent, dtype=torch.float32)
+        self.up, self.down = torch.ldexp(one, exponent), torch.ldexp(one, -exponent)
 
     def bits(self, value: Tensor) -> Tensor:
-        return float_to_bits(torch.ldexp(value, self.up.expand_as(value)), self.kind)
+        return float_to_bits(value * self.up, self.kind)
 
     def round(self, value: Tensor) -> Tensor:
-        stored = bits_to_float(self.bits(value), self.kind)
-        return torch.ldexp(stored, self.down.expand_as(value))
+        return bits_to_float(self.bits(value), self.kind) * self.down
 
 
 def divide(a: Tensor, b: Tensor) -> Tensor:
