@@ -91,7 +91,9 @@ def _dense_unit_factor(form: Tensor, step: int) -> tuple[Tensor, Tensor]:
 def damped(form: Tensor, order: Tensor, damping: float) -> Tensor:
     """float32 copy, rows and columns in the order given, with `damping` times the mean of the diagonal (1 if that is zero) added to the
     diagonal. No eigenvalue exceeds K times that mean, so float32 keeps the damped form positive definite, and can factor it."""
-    found = form[order][:, order].float()
+    found = torch.empty_like(form, dtype=torch.float32)
+    for i in range(0, len(form), BLOCK):  # in parts that stay in the cache
+        torch.index_select(form[order[i : i + BLOCK]].float(), 1, order, out=found[i : i + BLOCK])
     mean = found.diagonal().mean()
     found.diagonal().add_(damping * torch.where(mean > 0, mean, 1.0))
     return found
@@ -135,7 +137,7 @@ class Metric:
         if self.drift is None:
             return None
         dtype, drift = self.narrow.dtype, self.drift
-        if self.rows > len(drift):
+        if self.rows >= len(drift):
             return product(self.cached("pull", lambda: self._half_solved(drift[self.order]).to(dtype)), weight.T)
         return self._half_solved(product(self.cached("drift", lambda: drift.to(dtype)[self.order]), weight.T))
 
