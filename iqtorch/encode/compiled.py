@@ -229,7 +229,7 @@ def _prepared(fmt: Format, groups: int, effort: Effort) -> tuple[Tensor, Tensor,
         affine.kept_forms(effort) if fmt.affine else effort.keep,
         effort.shortlist,
         effort.rounds,
-        int(np.log2(entries) / 2 + 1.5) if boxes else 0,
+        int(np.log2(entries) / 2 + 2) if boxes else 0,
     ]
     t.floats += [search.reference(fmt), float(np.abs(fmt.codebook.values).min()), effort.trial_depth, effort.depth]
     t.lookup(table.lookup if table else None)

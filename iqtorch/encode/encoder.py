@@ -14,7 +14,7 @@ from ..formats.base import Format, Parts, bits_to_float, float_to_bits
 from . import compiled
 from .affine import search_affine
 from .nearest import nearest
-from .search import Effort, Found, Units, large_codebook, search
+from .search import Effort, Found, Units, large_codebook, search, two_signs
 
 Objective = Literal["model", "rmse"]
 Speed = Literal["fast", "default", "best"]
@@ -97,8 +97,10 @@ def effort_of(fmt: Format, speed: Speed) -> Effort:
         return replace(effort, trials=effort.trials // 2) if fmt.code_parity else effort  # its trials take four times as long
     effort = EFFORTS[speed]
     if large_codebook(fmt):
-        trials = effort.trials * (6 if fmt.vec == 4 else 4) // 10
-        return replace(effort, trials=trials, rounds=effort.rounds - 1)
+        # The luck of each trial is another: one of four values has two variants and two signs, of eight values two signs or one.
+        tenths, half = (6, 1) if fmt.vec == 4 else (3 if two_signs(fmt) else 5, 2)
+        trials = max(2, effort.trials * tenths // 10)
+        return replace(effort, trials=trials, shortlist=effort.shortlist // half, rounds=effort.rounds - 1)
     if fmt.codebook.entries >= 2048:  # little is left to find after the first choice, and each trial takes 10 ns per weight
         return replace(effort, trials=effort.trials * 4 // 10, shortlist=effort.shortlist // 2, rounds=effort.rounds - 1)
     return replace(effort, trials=effort.trials // 2) if fmt.vec >= 4 else effort

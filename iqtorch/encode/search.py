@@ -123,7 +123,7 @@ def divide(a: Tensor, b: Tensor) -> Tensor:
 #: Useful range of trial scales by bits of code. Few levels clip large weights; many levels hardly do.
 SPANS = {
     True: {2: (0.35, 1.5), 3: (0.45, 1.3), 4: (0.55, 1.2), 5: (0.7, 1.15), 6: (0.8, 1.1), 7: (0.85, 1.1), 8: (0.9, 1.05)},
-    False: {5: (0.35, 2.0), 8: (0.65, 1.45), 13: (0.8, 1.3), 15: (0.9, 1.5), 16: (0.8, 1.3)},
+    False: {5: (0.35, 2.0), 8: (0.65, 1.45), 13: (0.8, 1.2), 15: (0.95, 1.4), 16: (0.85, 1.15)},
 }
 
 
@@ -142,7 +142,7 @@ def large_codebook(fmt: Format) -> bool:
 
 
 def reference(fmt: Format) -> float:
-    """The trial scale 1 makes this the largest weight of a group (single values), or its root mean square (vectors)."""
+    """The trial scale 1 makes this the largest weight of a group (single values), or the fourth root of its mean fourth power (vectors)."""
     book = fmt.codebook.values.astype(np.float64)
     return float(np.abs(book).max() if fmt.vec == 1 else (book**4).mean() ** 0.25)
 
@@ -168,7 +168,7 @@ def propose(units: Units, fmt: Format, near: Nearest, effort: Effort) -> tuple[T
     """The best parabolas of each group: optimum scale, curvature, gain over zero (all `[keep, P]`) and variant."""
     x, w = units.x, units.w
     wx = w * x
-    start = x.abs().amax(1) if fmt.vec == 1 else divide((w * x**4).sum(1), w.sum(1)).sqrt().sqrt()
+    start = x.abs().amax(1) if fmt.vec == 1 else (x**4).mean(1).sqrt().sqrt()
     start = start / reference(fmt)
     ratios = trial_ratios(fmt, effort.trials)
     optimum: list[Tensor] = []

@@ -153,7 +153,7 @@ struct Search : Kept {
   template <int V> void halves_search(int queries, int variant);
   template <int V> void boxed(Boxes<V>* boxes, int items, int variant);
 
-  float trial_unit(const float* gx, const float* gw) const;
+  float trial_unit(const float* gx) const;
   void propose(const Span& units, int g0, int g1);
   float share();
   float assess(float d, int32_t* chosen);
@@ -182,14 +182,14 @@ IQ_FN float squared_error(const float* x, const float* w, float s, const float* 
   return sum(total);
 }
 
-// Unit of the trial scales of the group placed last.
-float Search::trial_unit(const float* gx, const float* gw) const {
-  F xx = set(0), ww = set(0);
+// Unit of the trial scales of a group.
+float Search::trial_unit(const float* gx) const {
+  F total = set(0);
   for (int j = 0; j < n; j += 16) {
     const F square = load(gx + j) * load(gx + j);
-    xx = fma(load(gw + j) * square, square, xx), ww = ww + load(gw + j);
+    total = fma(square, square, total);
   }
-  return __builtin_sqrtf(__builtin_sqrtf(divide(sum(xx), sum(ww)))) / f.reference;
+  return __builtin_sqrtf(__builtin_sqrtf(sum(total) / n)) / f.reference;
 }
 
 // The best parabolas of groups g0 to g1.
@@ -206,7 +206,7 @@ void Search::propose(const Span& units, int g0, int g1) {
     const float sign = f.i.two_signs && pass % 2 ? -1.0f : 1.0f;
     int items = 0;
     for_each_group([&](int g, int) {
-      const float *gx = x + g * n, *gw = w + g * n, unit = trial_unit(gx, gw) * sign;
+      const float *gx = x + g * n, *gw = w + g * n, unit = trial_unit(gx) * sign;
       for (int t = 0; t < trials; ++t, ++items) {
         item_x[items] = gx, item_w[items] = gw, scales[items] = unit * f.trials[t];
         item_warm[items] = t ? code + (items - 1) * per : nullptr;

@@ -8,6 +8,20 @@
 constexpr int kLevels = 16, kSide = 32, kMaxSums = 64;  // quantiles; intervals of a side and their combinations, at most
 constexpr int kCandidates = 64;
 
+constexpr float kFarthest = 1e5f;  // beyond, the scale is too small to be chosen
+constexpr int kOpen = 256, kMaxBoxes = (1 << 12) + 16;
+constexpr int32_t kLane[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+
+// Scores of 16 entries at p (as in `entry`): the products of their bytes with the query -2 w y, in steps, and their norms. The query is 256
+// times the signed bytes `upper` plus the bytes `lower`, four of them to a word and `next` words from word to word.
+template <int V> IQ_FN F score16(const int32_t* p, const int32_t* upper, const int32_t* lower, int next, I start, float step) {
+  I total = seti(0);
+  for (int k = 0; k < V / 4; ++k) total = dot4(total, load(p + 16 * k), seti(upper[k * next]));
+  total = times256(total) + start;
+  for (int k = 0; k < V / 4; ++k) total = dot4(total, load(p + 16 * k), seti(lower[k * next]));
+  return fma(set(step), to_float(total), load((const float*)p + 4 * V));
+}
+
 template <int V> struct Boxes {
   static constexpr int kStride = 16 * (V / 4 + 1);  // ints per vector of 16 entries: bytes by fours, then norms
 
@@ -32,7 +46,8 @@ template <int V> struct Boxes {
   void build(const Encoder& e, int variant, const float* weights);
   void cut(const Encoder& e, int variant);
   template <int STEP> float exact(F a, const int32_t* p) const;
-  int nearest(const float* target, float scale, float depth, int warm) const;
+  void near(const float* targets, int stride, const float* scales, int items, float depth, int32_t* codes, int code_stride) const;
+  int nearest(const float* target, float scale, int warm) const;
 };
 
 // Which coordinates are cut how often; intervals of the sides, and the box of each entry.
@@ -63,7 +78,9 @@ template <int V> void Boxes<V>::cut(const Encoder& e, int variant) {
     sum[0] = sum[1], sum[1] = t, t = dims[0], dims[0] = dims[1], dims[1] = t;
   }
   const int32_t* ranks = e.boxes.rank + (size_t)variant * e.i.entries;
-  for (int c = 0; c < e.i.entries; ++c) cell[c] = 0;
+  const int entries = e.i.entries;
+  int32_t* const to = cell;
+  for (int c = 0; c < entries; ++c) to[c] = 0;
   for (int side = 0; side < 2; ++side) {
     int place = 0, next = side * kSide;
     count[side] = 1 << sum[side];
@@ -72,7 +89,7 @@ template <int V> void Boxes<V>::cut(const Encoder& e, int variant) {
     for (int k = 0; k < dims[side]; ++k) {
       const int i = sides[side][k], m = 1 << bits[i], group = kLevels / m, shift = 4 * i + 4 - bits[i], up = place + side * sum[0];
       for (int l = 0; l < kMaxSums; ++l) interval[side][k][l] = next - side * kSide + (l >> place & (m - 1));
-      for (int c = 0; c < e.i.entries; ++c) cell[c] |= (int32_t)((uint32_t)ranks[c] >> shift & (uint32_t)(m - 1)) << up;
+      for (int c = 0; c < entries; ++c) to[c] |= (int32_t)((uint32_t)ranks[c] >> shift & (uint32_t)(m - 1)) << up;
       const float *lows = e.boxes.low + (variant * V + i) * kLevels, *highs = e.boxes.high + (variant * V + i) * kLevels;
       for (int q = 0; q < m; ++q, ++next) {
         float a = lows[q * group], b = highs[q * group];
@@ -92,7 +109,7 @@ template <int V> void Boxes<V>::build(const Encoder& e, int variant, const float
   const int entries = e.i.entries;
   bytes = e.boxes.bytes + (size_t)variant * entries * (V / 4);
   cut(e, variant);
-  // Entries by box, each box in whole vectors; code -1 where a box has no more.
+  // Entries by box, each box in whole vectors; the last of a box has code -1 where there are no more.
   const int boxes = count[0] * count[1];
   for (int b = 0; b <= boxes; ++b) first[b] = 0;
   for (int c = 0; c < entries; ++c) ++first[cell[c] + 1];
@@ -129,11 +146,100 @@ template <int V> template <int STEP> float Boxes<V>::exact(F a, const int32_t* p
   return sum(c * fma(load(w), c, a));
 }
 
-// The entry c with the least sum w (y - c)^2 for y = target / scale; with depth < 1, one that is at most 1 / depth times as far.
-// `warm` is an entry thought to be near, or -1. Reads 16 floats of `target`.
-template <int V> int Boxes<V>::nearest(const float* target, float scale, float depth, int warm) const {
-  const float limits = 1e5f;  // beyond, the scale is too small to be chosen
-  const F y = min(max(load(target) * set(scale < 1e-36f ? 0.0f : 1 / scale), set(-limits)), set(limits));
+// For up to 16 queries y = target / |scale|, the entry with the least score in the nearest box and in boxes nearer than `depth` times its
+// error. All that is short is done for the 16 at once, one in each lane; the rest has little to mispredict.
+template <int V>
+void Boxes<V>::near(const float* targets, int stride, const float* scales, int items, float depth, int32_t* codes, int code_stride) const {
+  int32_t from[16];
+  for (int q = 0; q < 16; ++q) from[q] = (q < items ? q : items - 1) * stride;
+  float size[16];
+  for (int q = 0; q < 16; ++q) size[q] = scales[q < items ? q : 0] < 0 ? -scales[q < items ? q : 0] : scales[q < items ? q : 0];
+  const F none = set(0), s = load(size), inverse = select(less(s, set(1e-36f)), none, set(1) / s);
+  F y[V], a[V], rest = none, largest = none;
+  for (int i = 0; i < V; ++i) {
+    y[i] = min(max(gather(targets + i, load(from)) * inverse, set(-kFarthest)), set(kFarthest));
+    a[i] = set(minus_2w[i]) * y[i];
+    // What scores lack: w y^2, and the 128 that bytes of entries are more than their values.
+    rest = fma(set(w[i]) * y[i], y[i] + set(256), rest), largest = max(largest, max(a[i], none - a[i]));
+  }
+  const M usable = less(set(1e-30f), largest);
+  const F per_step = select(usable, set(32512) / largest, none);
+  int32_t upper[V / 4 * 16], lower[V / 4 * 16];
+  for (int k = 0; k < V / 4; ++k) {
+    I up = seti(0), low = up;
+    for (int i = 4 * k + 3; i >= 4 * k; --i) {
+      const I q = truncate(fma(a[i], per_step, set(65536.5f))) + seti(-65536);
+      up = times256(up) + byte_of(q + seti(128), 1), low = times256(low) + byte_of(q, 0);
+    }
+    store(upper + 16 * k, up), store(lower + 16 * k, low);
+  }
+  float rests[16], steps[16];
+  store(rests, rest), store(steps, select(usable, largest * set(1 / 32512.0f), set(1e-34f)));
+
+  // Distances of the boxes, as sums over the sides.
+  float sums[2][16][kMaxSums], least[2][16];
+  int32_t place[2][16];
+  for (int side = 0; side < 2; ++side) {
+    F distance[kSide], lowest_sum = set(kInfinity);
+    I where = seti(0);
+    for (int k = 0; k < intervals[side]; ++k) {
+      const int at = side * kSide + k;
+      const F d = max(max(set(low[at]) - y[axis[at]], y[axis[at]] - set(high[at])), none);
+      distance[k] = set(weight[at]) * d * d;
+    }
+    for (int l = 0; l < count[side]; l += 16) {
+      F t[16];
+      for (int m = 0; m < 16; ++m) {
+        t[m] = set(padding[side][l + m]);
+        for (int k = 0; k < dims[side]; ++k) t[m] = t[m] + distance[interval[side][k][l + m]];
+        keep_lower(t[m], seti(l + m), lowest_sum, where);
+      }
+      transpose(t);
+      for (int q = 0; q < 16; ++q) store(sums[side][q] + l, t[q]);
+    }
+    store(least[side], lowest_sum), store(place[side], where);
+  }
+
+  const I lane = load(kLane);
+  for (int q = 0; q < items; ++q) {
+    F best = set(kInfinity);
+    I which = seti(0);
+    const auto score = [&](int v) {
+      keep_lower(score16<V>(entry + (size_t)v * kStride, upper + q, lower + q, 16, seti(0), steps[q]), seti(v), best, which);
+    };
+    const int home = place[1][q] * count[0] + place[0][q];
+    for (int v = first[home]; v < first[home + 1]; ++v) score(v);
+    const float bound = depth * (lowest(best) + rests[q]);
+    int32_t boxes[kMaxBoxes], open[kOpen + 16];
+    int nearer = 0, opened = 0;
+    for (int h = 0; h < count[1]; h += 16)
+      for (int rows = below(load(sums[1][q] + h), bound - least[0][q]); rows; rows &= rows - 1) {
+        const int row = h + __builtin_ctz(rows);
+        for (int l = 0; l < count[0]; l += 16)
+          nearer += compress(boxes + nearer, lane + seti(row * count[0] + l), below(load(sums[0][q] + l), bound - sums[1][q][row]));
+      }
+    for (int i = 0; i <= nearer; ++i) {
+      if (i == nearer || opened > kOpen) {
+        for (int j = 0; j < opened; ++j) score(open[j]);
+        opened = 0;
+        if (i == nearer) break;
+      }
+      const int end = first[boxes[i] + 1], most = boxes[i] == home ? 0 : 16;
+      int v = first[boxes[i]];
+      do store(open + opened, lane + seti(v)), opened += end - v < most ? end - v : most;
+      while ((v += 16) < end);
+    }
+    int32_t vectors[16];
+    store(vectors, which);
+    const int at = __builtin_ctz(equal_lanes(best, lowest(best)));
+    codes[q * code_stride] = code[16 * vectors[at] + at];
+  }
+}
+
+// The entry c with the least sum w (y - c)^2 for y = target / scale, exactly. `warm` is an entry thought to be near, or -1. Reads 16
+// floats of `target`.
+template <int V> int Boxes<V>::nearest(const float* target, float scale, int warm) const {
+  const F y = min(max(load(target) * set(scale < 1e-36f ? 0.0f : 1 / scale), set(-kFarthest)), set(kFarthest));
   const F a = load(minus_2w) * y;
   const float zero = sum(load(w) * y * y), largest = -lowest(min(a, set(0) - a));
   // The query in 16 bits, as 256 times a signed byte plus another.
@@ -141,7 +247,7 @@ template <int V> int Boxes<V>::nearest(const float* target, float scale, float d
   const I q = truncate(fma(a, set(per_step), set(65536.5f))) + seti(-65536);
   int32_t upper[4], lower[4];
   store_bytes(upper, over256(q + seti(128))), store_bytes(lower, q);
-  const int32_t offset = -128 * (int32_t)sum(to_float(q));  // the bytes of entries are 128 more than their values
+  const I start = seti(-128 * (int32_t)sum(to_float(q)));  // the bytes of entries are 128 more than their values
   const float rounding = step * (66 * V) + 1e-5f * zero;  // of the 16-bit query (codebooks reach 127) and of float sums
 
   // Distances of the boxes, as sums over the sides.
@@ -168,7 +274,7 @@ template <int V> int Boxes<V>::nearest(const float* target, float scale, float d
   int candidate[kCandidates];
   const auto lower_to = [&](float most) {
     const float next = most + rounding + 1e-5f * (most < 0 ? -most : most);
-    if (next < limit) limit = next, bound = depth * (next + zero);
+    if (next < limit) limit = next, bound = next + zero;
   };
   const auto rank = [&] {
     for (int k = 0; k < candidates; ++k) {
@@ -179,16 +285,10 @@ template <int V> int Boxes<V>::nearest(const float* target, float scale, float d
     }
     candidates = 0;
   };
-  I up[V / 4], lo[V / 4];
-  for (int k = 0; k < V / 4; ++k) up[k] = seti(upper[k]), lo[k] = seti(lower[k]);
-  const I start = seti(offset);
-  const F steps = set(step);
   const auto open = [&](int box) {
     for (int v = first[box]; v < first[box + 1]; ++v) {
       const int32_t* p = entry + (size_t)v * kStride;
-      I above = seti(0), rest = start;
-      for (int k = 0; k < V / 4; ++k) above = dot4(above, load(p + 16 * k), up[k]), rest = dot4(rest, load(p + 16 * k), lo[k]);
-      const F error = fma(steps, to_float(times256(above) + rest), load((const float*)p + kStride - 16));
+      const F error = score16<V>(p, upper, lower, 1, start, step);
       if (!below(error, limit)) continue;
       lower_to(lowest(error) + rounding);
       float errors[16];

@@ -115,10 +115,11 @@ template <int V> void Search::boxed(Boxes<V>* boxes, int items, int variant) {
   for (int p = 0; p < per; ++p) {
     Boxes<V>& box = boxes[variant * per + p];
     box.build(f, variant, item_w[0] + p * V);
-    for (int it = 0; it < items; ++it) {
-      const float scale = scales[it] < 0 ? -scales[it] : scales[it];
-      code[it * per + p] = box.nearest(value + it * n + p * V, scale, depth, item_warm[it] ? item_warm[it][p] : -1);
-    }
+    const float* targets = value + p * V;
+    for (int it = 0; depth < 1 && it < items; it += 16)
+      box.near(targets + it * n, n, scales + it, items - it < 16 ? items - it : 16, depth, code + it * per + p, per);
+    for (int it = 0; depth == 1 && it < items; ++it)
+      code[it * per + p] = box.nearest(targets + it * n, scales[it] < 0 ? -scales[it] : scales[it], item_warm[it] ? item_warm[it][p] : -1);
   }
 }
 

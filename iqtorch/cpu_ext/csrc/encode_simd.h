@@ -59,7 +59,12 @@ IQ_FN float sum(F a) {
   return _mm_cvtss_f32(_mm_add_ss(q, _mm_movehdup_ps(q)));
 }
 IQ_FN float lowest(F a) { return _mm512_reduce_min_ps(a.v); }
-IQ_FN int first_equal(F a, float c) { return __builtin_ctz(_mm512_cmp_ps_mask(a.v, _mm512_set1_ps(c), _CMP_EQ_OQ) | 0x10000); }
+IQ_FN int equal_lanes(F a, float c) { return _mm512_cmp_ps_mask(a.v, _mm512_set1_ps(c), _CMP_EQ_OQ); }
+// Stores the lanes of a whose bits are set, one after the other, and perhaps more behind them; returns their number.
+IQ_FN int compress(int32_t* p, I a, int lanes) {
+  _mm512_storeu_si512(p, _mm512_maskz_compress_epi32((__mmask16)lanes, a.v));
+  return __builtin_popcount(lanes);
+}
 
 // Comparisons lane by lane, and what is chosen by them.
 struct M { __mmask16 v; };
@@ -167,10 +172,9 @@ IQ_FN float lowest(F a) {
   q = _mm_min_ps(q, _mm_movehl_ps(q, q));
   return _mm_cvtss_f32(_mm_min_ss(q, _mm_movehdup_ps(q)));
 }
-IQ_FN int first_equal(F a, float c) {
+IQ_FN int equal_lanes(F a, float c) {
   const __m256 b = _mm256_set1_ps(c);
-  const int low = _mm256_movemask_ps(_mm256_cmp_ps(a.v[0], b, _CMP_EQ_OQ)), high = _mm256_movemask_ps(_mm256_cmp_ps(a.v[1], b, _CMP_EQ_OQ));
-  return __builtin_ctz(low | high << 8 | 0x10000);
+  return _mm256_movemask_ps(_mm256_cmp_ps(a.v[0], b, _CMP_EQ_OQ)) | _mm256_movemask_ps(_mm256_cmp_ps(a.v[1], b, _CMP_EQ_OQ)) << 8;
 }
 
 struct M { __m256 v[2]; };
@@ -294,11 +298,7 @@ IQ_FN float lowest(F a) {
     for (int i = 0; i < step; ++i) a.v[i] = a.v[i + step] < a.v[i] ? a.v[i + step] : a.v[i];
   return a.v[0];
 }
-IQ_FN int first_equal(F a, float c) {
-  int i = 0;
-  while (i < 16 && a.v[i] != c) ++i;
-  return i;
-}
+IQ_FN int equal_lanes(F a, float c) { int m = 0; IQ_EACH m |= (a.v[i] == c) << i; return m; }
 
 struct M { bool v[16]; };
 IQ_FN F operator/(F a, F b) { IQ_EACH a.v[i] /= b.v[i]; return a; }
@@ -317,6 +317,16 @@ IQ_FN void transpose(F* t) {
     for (int j = 0; j < i; ++j) { const float a = t[i].v[j]; t[i].v[j] = t[j].v[i], t[j].v[i] = a; }
 }
 
+#endif
+
+#if !defined(__AVX512F__)
+IQ_FN int compress(int32_t* p, I a, int lanes) {
+  int32_t t[16];
+  store(t, a);
+  int n = 0;
+  for (; lanes; lanes &= lanes - 1) p[n++] = t[__builtin_ctz(lanes)];
+  return n;
+}
 #endif
 
 // The index of the lowest lane; among equal lanes the lowest index.
