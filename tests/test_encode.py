@@ -80,7 +80,7 @@ def test_error_against_the_reference(fmt: Format) -> None:
     # Gaussian, Student-t, few outliers, zeros, times 1e-6, constant, times 1e3, varying by block
     ordinary = [0, 1, 2, 6, 7]
     assert (ours[ordinary] <= 1.03 * reference[ordinary]).all(), (ours / reference)[ordinary]
-    assert ours[ordinary].square().sum() < reference[ordinary].square().sum() * (1.002 if fmt.name in ("q8_0", "mxfp4") else 1.0)
+    assert ours[ordinary].square().sum() < reference[ordinary].square().sum() * (1.002 if fmt.name == "q8_0" else 1.0)
     assert ours[4] <= 1.02 * reference[4]
     assert ours[5] <= max(1.02 * float(reference[5]), 4e-3)
     assert (effective(fmt, encode(weight, fmt, importance, "rmse"))[3] == 0).all()
@@ -371,6 +371,20 @@ def test_nearest_vectors(name: str) -> None:
     all_errors = (weights[..., None, :] * (target[..., None, :] - s.double()[:, None, None, None] * book).square()).sum(-1)
     found = (w * (x - s[:, None] * value).square()).double().unflatten(1, (-1, fmt.vec)).sum(-1)
     torch.testing.assert_close(found, all_errors.amin(-1), rtol=1e-4, atol=1e-6)
+
+
+def test_scales_that_are_powers_of_two_are_the_best_there_are(engine: str) -> None:
+    fmt = get_format("mxfp4")
+    weight, importance = sample(8, 512)
+    found = errors(weight, effective(fmt, encode(weight, fmt, importance, "rmse")), importance)
+    x, w = weight.double().view(-1, 32), importance.double().expand(8, -1).reshape(-1, 32)
+    book = torch.from_numpy(fmt.codebook.values[0, :, 0].astype(np.float64))
+    least = (w * x * x).sum(1)
+    for power in range(-12, 6):
+        nearest_one = book[(x[..., None] / 2.0**power - book).abs().argmin(-1)]
+        least = torch.minimum(least, (w * (x - 2.0**power * nearest_one).square()).sum(1))
+    best = (least.view(8, -1).sum(1) / (w * x * x).view(8, -1).sum(1)).sqrt()
+    torch.testing.assert_close(found, best, rtol=1e-5, atol=0)
 
 
 def test_even_signs() -> None:

@@ -250,7 +250,7 @@ def _prepared(fmt: Format, groups: int, effort: Effort) -> tuple[Tensor, Tensor,
     else:
         t.counted(search.trial_ratios(fmt, effort.trials))
         t.counted([])
-        t.counted(search.reach_ratios(scales, fmt.d_kind, effort.steps))
+        t.counted(search.reach_ratios(scales, effort.steps))
         t.counted([])
     return t.tensors()
 

@@ -120,7 +120,8 @@ def _encode_rows(weight: Tensor, fmt: Format, importance: Tensor, objective: Obj
     rows, k = weight.shape
     # Rows are scaled by powers of two to about 1, so that squares of tiny and huge weights stay finite.
     exponent = torch.frexp(weight.abs().amax(1)).exponent.clamp(-120, 126).to(torch.int32)
-    scaled = torch.ldexp(weight, -exponent[:, None])
+    down = torch.ldexp(torch.ones_like(weight[:, :1]), -exponent[:, None])
+    scaled = weight * down
     per_row = "d" not in fmt.fields
     unit = k if per_row else fmt.block_size
     n = fmt.group_size
@@ -133,7 +134,7 @@ def _encode_rows(weight: Tensor, fmt: Format, importance: Tensor, objective: Obj
     found = _search(units, fmt, effort)
     parts = _parts(found, fmt, rows)
     if objective == "model":
-        _unshrink(parts, fmt, scaled, importance, exponent)
+        _unshrink(parts, fmt, scaled, importance, down)
     return parts
 
 
@@ -144,13 +145,13 @@ def _search(units: Units, fmt: Format, effort: Effort) -> Found:
     return (search_affine if fmt.affine else search)(units, fmt, near, effort)
 
 
-def _unshrink(parts: Parts, fmt: Format, weight: Tensor, importance: Tensor, exponent: Tensor) -> None:
+def _unshrink(parts: Parts, fmt: Format, weight: Tensor, importance: Tensor, down: Tensor) -> None:
     """Multiplies `d` (and `dmin`) of each row by one factor, so that sum w x q = sum w x x for its decoded weights q.
 
     Least squares shrinks: its q is the projection of the row x, with sum w x q = sum w q q < sum w x x, so every output comes out
     too small by that factor on average. The squared error grows only in second order; divergence of a model falls.
     """
-    decoded = torch.ldexp(fmt.weights(parts) * fmt.runtime_scale, -exponent[:, None])
+    decoded = fmt.weights(parts).mul_(down * fmt.runtime_scale)
     weighted = importance * weight
     kept = (weighted * decoded).sum(1) / (weighted * weight).sum(1)
     factor = torch.where(kept > 1 / LARGEST_FACTOR, 1 / kept, 1.0).clamp(min=1.0)[:, None]

@@ -129,8 +129,8 @@ SPANS = {
 
 def trial_ratios(fmt: Format, trials: int) -> list[float]:
     """Trial scales, relative to that of `reference`."""
-    if fmt.d_kind == "e8m0":  # powers of two, often far from the best scale: a wide fan
-        return np.geomspace(0.125, 1.5, trials).tolist()
+    if fmt.d_kind == "e8m0":  # the trial scales are the only ones there are
+        return [2.0**power for power in range(-4, 2)]
     spans, bits = SPANS[fmt.vec == 1], int(np.log2(fmt.codebook.entries))
     low, high = spans[max(b for b in spans if b <= bits)]
     return np.linspace(low, high, trials).tolist()
@@ -147,12 +147,12 @@ def reference(fmt: Format) -> float:
     return float(np.abs(book).max() if fmt.vec == 1 else (book**4).mean() ** 0.25)
 
 
-def reach_ratios(grid: ScaleGrid, kind: str, steps: int) -> list[float]:
+def reach_ratios(grid: ScaleGrid, steps: int) -> list[float]:
     """Trial values of `d`: the largest scale of a unit becomes this multiple of the largest integer (or, without integers, of `d`)."""
     if grid.count > 1:
         # Besides a fan, those that give the largest scale exactly an integer: constant weights need it.
         return np.linspace(0.6, 1.25, steps).tolist() + grid.top
-    return [1.0] if kind != "e8m0" else [1.0, 2**0.5, 2**-0.5, 2.0, 0.5]
+    return [1.0]
 
 
 def two_signs(fmt: Format) -> bool:
@@ -170,6 +170,9 @@ def propose(units: Units, fmt: Format, near: Nearest, effort: Effort) -> tuple[T
     wx = w * x
     start = x.abs().amax(1) if fmt.vec == 1 else (x**4).mean(1).sqrt().sqrt()
     start = start / reference(fmt)
+    powers = fmt.d_kind == "e8m0"
+    if powers:
+        start = StoredFloat(fmt.d_kind, units.exponent).round(start)
     ratios = trial_ratios(fmt, effort.trials)
     optimum: list[Tensor] = []
     curvature: list[Tensor] = []
@@ -179,8 +182,8 @@ def propose(units: Units, fmt: Format, near: Nearest, effort: Effort) -> tuple[T
     def trial(variant: int, ratio: float, again: bool) -> None:
         c = near.values(x, w, start * ratio, variant)
         xc, cc = wx.mul(c).sum(1), c.square_().mul_(w).sum(1)
-        best = divide(xc, cc)
-        won = best * xc
+        best = start * ratio if powers else divide(xc, cc)
+        won = best * (2 * xc - best * cc) if powers else best * xc
         if again:  # a parabola is kept once, not for every trial scale that leads to the same codes
             won = torch.where((best == optimum[-1]) & (cc == curvature[-1]), -INF, won)
         optimum.append(best)
@@ -217,7 +220,7 @@ def share(units: Units, grid: ScaleGrid, stored: StoredFloat, effort: Effort, op
 
     largest = optimum[0].view(count, groups)
     reach = largest.gather(1, largest.abs().argmax(1, keepdim=True))[:, 0]
-    ratios = reach_ratios(grid, stored.kind, effort.steps)
+    ratios = reach_ratios(grid, effort.steps)
     if grid.count == 1:
         candidates = [best * r / grid.largest for best in optimum for r in ratios]
     else:

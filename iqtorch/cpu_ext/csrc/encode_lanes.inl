@@ -50,7 +50,7 @@ template <class Near, bool AFFINE> struct Lanes {
   const Near near;
   const Ladder scales, minima;
   const int n, groups, keep;
-  int64_t first_unit;
+  int64_t first_unit, loaded = -1;  // the group that x and w hold
   Stored stored[kLanes];
   float x[kMaxSingles * kLanes], w[kMaxSingles * kLanes];  // of a group, [n][lanes]
   float *forms, *choices;                              // [groups][keep] and [groups]
@@ -76,6 +76,8 @@ template <class Near, bool AFFINE> struct Lanes {
   }
 
   void load_group(int g) {
+    if (loaded == first_unit * groups + g) return;
+    loaded = first_unit * groups + g;
     const size_t count = (size_t)n * groups, at = (size_t)g * n;
     const float *rows[kLanes], *weights[kLanes];
     for (int l = 0; l < kLanes; ++l) {
@@ -177,15 +179,17 @@ template <class Near, bool AFFINE> struct Lanes {
     F most = none;
     for (int j = 0; j < n; ++j) most = max(most, absolute(load(x + j * kLanes)));
     most = most / set(f.reference);
+    const bool powers = f.i.d_kind == kExponent;  // of two: the trial scales are all there are
+    if (powers) most = rounded(most);
     for (int pass = 0; pass < f.i.variants * (f.i.two_signs ? 2 : 1); ++pass) {
       const int variant = f.i.two_signs ? pass / 2 : pass;
       const F unit = f.i.two_signs && pass % 2 ? none - most : most, shift = set(f.values.shift[variant]), minus = none - shift;
       F last = none, last_cc = set(-1);
-      const auto found = [&](F xc, F cc) {
-        const F s = quotient(xc, cc);
+      const auto found = [&](F xc, F cc, F trial) {
+        const F s = powers ? trial : quotient(xc, cc);
         const M again = equal(s, last) & equal(cc, last_cc);  // the same codes as at the last trial scale
         last = s, last_cc = cc;
-        insert(g, {select(again, set(kInfinity), none - s * xc), s, none, cc, none, shift});
+        insert(g, {select(again, set(kInfinity), powers ? s * (s * cc - set(2) * xc) : none - s * xc), s, none, cc, none, shift});
       };
       if (f.i.code_parity) {
         for (int t = 0; t < f.trial_count; ++t) {
@@ -195,7 +199,7 @@ template <class Near, bool AFFINE> struct Lanes {
             const F vc = load(w + j * kLanes) * c[j];
             xc = fma(load(x + j * kLanes), vc, xc), cc = fma(vc, c[j], cc);
           }
-          found(xc, cc);
+          found(xc, cc, unit * set(f.trials[t]));
         }
         continue;
       }
@@ -209,8 +213,8 @@ template <class Near, bool AFFINE> struct Lanes {
           const F vc = v * c, vc2 = v * c2;
           xc = fma(xj, vc, xc), cc = fma(vc, c, cc), xc2 = fma(xj, vc2, xc2), cc2 = fma(vc2, c2, cc2);
         }
-        found(xc, cc);
-        if (both) found(xc2, cc2);
+        found(xc, cc, unit * set(f.trials[t]));
+        if (both) found(xc2, cc2, unit * set(f.trials[t + 1]));
       }
     }
     fill(g);
@@ -395,7 +399,8 @@ template <class Near, bool AFFINE> struct Lanes {
         error[k] = fma(e * e, q.cc, q.error);
       }
     }
-    for (int t = 0; t < f.i.shortlist && t < keep; ++t) {
+    const bool one = f.scale.count == 1 && (!AFFINE || f.minimum.count == 1) && f.i.variants == 1;  // pair to try
+    for (int t = 0; t < (one ? 1 : f.i.shortlist) && t < keep; ++t) {
       F lowest = set(kInfinity), r = none, lr = none, v = none;
       for (int k = 0; k < keep; ++k) {
         const M lower = less(error[k], lowest);

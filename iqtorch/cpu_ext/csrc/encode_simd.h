@@ -329,16 +329,4 @@ IQ_FN int compress(int32_t* p, I a, int lanes) {
 }
 #endif
 
-// The index of the lowest lane; among equal lanes the lowest index.
-IQ_FN int32_t index_of_lowest(F a, I which) {
-  float t[16];
-  int32_t n[16];
-  store(t, a), store(n, which);
-  int32_t found = n[0];
-  float best = t[0];
-  for (int i = 1; i < 16; ++i)
-    if (t[i] < best || (t[i] == best && n[i] < found)) best = t[i], found = n[i];
-  return found;
-}
-
 }}}  // namespace iqtorch::IQTORCH_ISA::encoder
