@@ -22,6 +22,7 @@ MAIN = Path(__file__).parent / "cpu" / "kernels_main.cpp"
 COMMON = ("-std=gnu++17", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-w", f"-I{SOURCES}")
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
 AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mavx512vbmi")
+AMX = (*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16")
 
 pytestmark = pytest.mark.slow
 
@@ -88,6 +89,16 @@ def test_neon_under_an_emulator(tmp_path: Path) -> None:
     assert "neon: this CPU lacks the dot-product instructions" in without
 
 
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="needs an x86-64 CPU")
+def test_amx_in_software(tmp_path: Path) -> None:
+    if iqtorch.cpu.capabilities()["avx512bf16"] != "available":
+        pytest.skip("needs AVX-512 with bfloat16")
+    emulation = ("-O2", "-include", str(MAIN.with_name("amx_emulated.h")))
+    program = build(tmp_path, "g++", emulation, {"scalar": (), "amx": AMX})
+    for seed, rows, m in ((7, 21, 5), (8, 33, 34)):
+        assert "amx: checked" in run([str(program)], tmp_path / "cases", seed, rows, m)
+
+
 @pytest.mark.skipif(platform.machine() != "x86_64" or not shutil.which("clang++"), reason="needs clang++ on x86-64")
 def test_sanitizers_on_random_bytes(tmp_path: Path) -> None:
     isas = {
@@ -96,7 +107,7 @@ def test_sanitizers_on_random_bytes(tmp_path: Path) -> None:
         "avxvnni": (*AVX2, "-mavxvnni"),
         "avx512": AVX512,
         "avx512bf16": (*AVX512, "-mavx512bf16"),
-        "amx": (*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
+        "amx": AMX,
     }
     flags = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
     program = str(build(tmp_path, "clang++", flags, isas))
