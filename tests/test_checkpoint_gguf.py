@@ -37,7 +37,13 @@ def loaded(folder: Path) -> Any:
     return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-3.1", "qwen3-moe", "gemma2", "deepseek-v2", "phi3", "gpt-oss"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "llama", "llama-3.1", "qwen3-moe", "gemma2", "deepseek-v2", "phi3", "gpt-oss", "gpt2", "bloom", "falcon-new", "mamba", "lfm2",
+        "qwen3-next",
+    ],
+)  # fmt: skip
 def test_every_way_gives_the_files_of_the_way_through_memory(tmp_path: Path, name: str) -> None:
     gguf_models.tiny(name).save_pretrained(tmp_path / "in")
     model = loaded(tmp_path / "in")
@@ -61,6 +67,22 @@ def test_every_way_gives_the_files_of_the_way_through_memory(tmp_path: Path, nam
 
     iqtorch.convert_checkpoint(tmp_path / "packed.gguf", tmp_path / "again.gguf", progress=False)
     assert same(tmp_path / "again.gguf", tmp_path / "packed.gguf")
+
+
+def test_columns_in_the_order_of_files(tmp_path: Path) -> None:
+    """What is quantized into a GGUF file has its columns as the file wants them; other ways are those through memory."""
+    gguf_models.tiny("qwen3.5-moe").save_pretrained(tmp_path / "in")
+    model = loaded(tmp_path / "in")
+    iqtorch.gguf.use_file_order(model)
+    iqtorch.quantize_model(model, PURE, progress=False)
+    iqtorch.save_gguf(model, tmp_path / "packed.gguf")
+    iqtorch.quantize_checkpoint(tmp_path / "in", tmp_path / "made.gguf", PURE, progress=False)
+    assert same(tmp_path / "made.gguf", tmp_path / "packed.gguf")
+    iqtorch.load_gguf(tmp_path / "made.gguf").save_pretrained(tmp_path / "back")
+    iqtorch.convert_checkpoint(tmp_path / "made.gguf", tmp_path / "made-back", progress=False)
+    assert_same(tmp_path / "made-back", tmp_path / "back")
+    iqtorch.save_gguf(loaded(tmp_path / "back"), tmp_path / "again.gguf")
+    assert same(tmp_path / "again.gguf", tmp_path / "made.gguf")
 
 
 @pytest.fixture(scope="module")

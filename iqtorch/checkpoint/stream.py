@@ -53,7 +53,8 @@ def quantize_checkpoint(
     overwrite: bool = False,
     progress: bool = True,
 ) -> Report:
-    """Quantizes a checkpoint from file to file: bit for bit what `quantize_model` and then `save_pretrained` or `save_gguf` make of it.
+    """Quantizes a checkpoint from file to file: bit for bit what `quantize_model` and then `save_pretrained` or `save_gguf` (for
+    Qwen3.5: after `gguf.use_file_order`) make of it.
 
     Rows are read, quantized and written a few megabytes at a time, so that memory does not grow with the model. A run that was
     killed goes on where it was when it is started again with the same arguments; until the end its files have hidden names.
@@ -85,6 +86,10 @@ def quantize_checkpoint(
     chosen, table = Recipe.of(recipe), importance_table(importance)
     model, files = _open(source)
     _unpack(model, source, requantize)
+    if _is_gguf(output):
+        from ..gguf import use_file_order
+
+        use_file_order(model)
     plan, notes = plan_packing(model, chosen, table, skip, has_importance=bool(table))
     packed = ((site, _lazily_packed(site, fmt, weights, objective, speed)) for site, fmt, weights in plan)
     install_packed(model, packed, notes, chosen)

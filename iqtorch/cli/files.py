@@ -90,6 +90,10 @@ def quantize(
         loaded, tokenizer = open_model(model)
         ids = hf.encode(tokenizer, calibration.read_text(encoding="utf-8"))
         batches = evaluate.windows(loaded, ids)[:windows].split(4)
+        if output.suffix == ".gguf":
+            from ..gguf import use_file_order
+
+            use_file_order(loaded)
         how.apply(loaded, model, rounding=rounding, calibration=batches)
         _save(loaded, tokenizer, output)
         made = report(loaded)
