@@ -70,6 +70,8 @@ class LazyTensor(torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         kwargs = {key: value for key, value in (kwargs or {}).items() if key not in ("device", "pin_memory", "non_blocking")}
+        if func is _aten.empty_like.default:  # nothing but the shape is asked for
+            return torch.empty_like(args[0].like, device="cpu", **{k: v for k, v in kwargs.items() if k != "device"})
         if func._schema.is_mutable:
             raise UnsupportedOperationError(f"{func} writes into a tensor whose values are still in a file")
         like = func(*tree_map(_to_meta, args), **tree_map(_to_meta, kwargs))

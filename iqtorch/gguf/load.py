@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import re
@@ -118,6 +119,9 @@ def _empty_model(hf: Any, config: Any, dtype: torch.dtype) -> nn.Module:
         config = hf.AutoConfig.for_model(attributes.pop("model_type", None), **attributes)
     elif isinstance(config, (str, Path)):
         config = hf.AutoConfig.from_pretrained(config)
+    else:
+        config = copy.deepcopy(config)
+    config._experts_implementation_internal = None  # that of a packed model, of which it may be
     with torch.device("meta"):
         model: nn.Module = hf.AutoModelForCausalLM.from_config(config, dtype=dtype)
     return model
