@@ -7,6 +7,9 @@ Protocol: every matrix of the layers in one format, the tied embedding and outpu
 the package's calibration text, scores from its held-out text (100 windows of 512 tokens, second half scored), float activations.
 `results/quality_reference.csv` has what ik_llama.cpp's own programs (commit 8337e4c) reach by the same protocol with int8
 activations, whose noise is about 0.0003 nats. Rows that the CSV has already are not computed again.
+
+`results/quality_losses.csv` has the mean loss of each held-out window, for comparing two roundings of a format window by window: the
+perplexities of two models differ by less than either is uncertain, because a window that is hard for one is hard for the other.
 """
 
 from __future__ import annotations
@@ -30,9 +33,26 @@ ROUNDINGS = ("nearest", "ldlq", "yaqa", "yaqa+refine")
 WINDOW = 512
 #: Formats whose labels stand left of their marks in the plot, and how many points above it: there are others at their right.
 LEFT = {"iq2_kt": 0, "iq3_ks": 0, "iq4_kss": 0, "iq4_xs": 4, "iq4_ks": -4}
+KEYS = ("format", "rounding", "windows", "seed")
 COLUMNS = (
     "format", "bpw", "rounding", "windows", "seed", "mean_kl", "stderr", "perplexity", "same_top", "reference_kl", "ratio"
 )  # fmt: skip
+
+
+class Watched(nn.Module):
+    """A model, and the mean loss of the scored tokens of each window that it saw."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model, self.config = model, model.config
+        self.losses: list[float] = []
+
+    def forward(self, ids: Tensor) -> Tensor:
+        logits = self.model(ids).logits
+        half = ids.shape[1] // 2
+        for own, row in zip(logits[:, half:-1], ids[:, half + 1 :], strict=True):
+            self.losses.append(float(nn.functional.cross_entropy(own.float(), row)))
+        return logits
 
 
 class Remembered(nn.Module):
@@ -76,14 +96,16 @@ def quantized(base: nn.Module, windows: Tensor, every: Tensor, name: str, roundi
     return model
 
 
-def measure(base: Remembered, ids: Tensor, windows: Tensor, every: Tensor, name: str, rounding: str) -> dict[str, Any]:
-    score = evaluate.kl_divergence(dense(quantized(base.model, windows, every, name, rounding)), base, ids)
+def measure(base: Remembered, ids: Tensor, windows: Tensor, every: Tensor, name: str, rounding: str) -> tuple[dict[str, Any], list[float]]:
+    """Columns of the CSV, and the loss of each window."""
+    model = Watched(dense(quantized(base.model, windows, every, name, rounding)))
+    score = evaluate.kl_divergence(model, base, ids)
     return {
         "mean_kl": f"{score.mean_kl:.5f}",
         "stderr": f"{score.stderr:.5f}",
         "perplexity": f"{score.perplexity:.3f}",
         "same_top": f"{score.same_top:.4f}",
-    }
+    }, model.losses
 
 
 def dense(model: nn.Module) -> nn.Module:
@@ -95,6 +117,25 @@ def dense(model: nn.Module) -> nn.Module:
     return model
 
 
+def paired(before: list[float], after: list[float]) -> tuple[float, float]:
+    """By how many percent the perplexity of `after` is above that of `before`, and half of the 95 % interval of that, window by window."""
+    change = torch.tensor(after, dtype=torch.float64) - torch.tensor(before, dtype=torch.float64)
+    return 100 * float(change.mean()), 100 * 1.98 * float(change.std()) / len(change) ** 0.5
+
+
+def comparison(path: Path, reference: str = "nearest") -> str:
+    """Markdown: how perplexity changes from rounding to nearest to the others, where both are in the file of losses."""
+    losses = {tuple(row[k] for k in KEYS): [float(v) for v in row["losses"].split()] for row in read(path)}
+    lines = ["| format | rounding | perplexity against nearest, % | 95 % interval | |", "|---|---|---:|---:|---|"]
+    for (name, rounding, *same), own in losses.items():
+        other = losses.get((name, reference, *same))
+        if rounding != reference and other is not None:
+            change, half = paired(other, own)
+            verdict = "lower" if change < -half else "higher" if change > half else "no difference seen"
+            lines.append(f"| `{name}` | {rounding} | {change:+.3f} | {half:.3f} | {verdict} |")
+    return "\n".join(lines)
+
+
 def read(path: Path) -> list[dict[str, str]]:
     if not path.exists():
         return []
@@ -102,10 +143,14 @@ def read(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def write(path: Path, rows: list[dict[str, Any]]) -> None:
-    rows = sorted(rows, key=lambda r: (float(r["bpw"]), r["format"], ROUNDINGS.index(r["rounding"]), int(r["windows"]), int(r["seed"])))
+def write(path: Path, rows: list[dict[str, Any]], columns: tuple[str, ...]) -> None:
+    def place(row: dict[str, Any]) -> tuple[object, ...]:
+        bits = iqtorch.get_format(row["format"]).bits_per_weight()
+        return bits, row["format"], ROUNDINGS.index(row["rounding"]), int(row["windows"]), int(row["seed"])
+
+    rows = sorted(rows, key=place)
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
 
@@ -169,6 +214,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="which windows: 0 = the first, others = random places")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--csv", type=Path, default=RESULTS / "quality.csv")
+    parser.add_argument("--losses", type=Path, default=RESULTS / "quality_losses.csv")
+    parser.add_argument("--again", action="store_true", help="compute rows that the CSV has, and replace them")
     parser.add_argument("--plot", type=Path, default=RESULTS / "quality.png")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -183,20 +230,20 @@ def main() -> None:
         for name in options.formats:
             for rounding in options.roundings:
                 key = {"format": name, "rounding": rounding, "windows": str(len(windows)), "seed": str(seed)}
-                if any(all(row[k] == v for k, v in key.items()) for row in read(options.csv)):
+                known = [row for row in read(options.csv) if all(row[k] == v for k, v in key.items())]
+                if known and not options.again:
                     continue
-                row = {
-                    **key,
-                    "bpw": f"{iqtorch.get_format(name).bits_per_weight():.4f}",
-                    **measure(base, heldout, windows, every, name, rounding),
-                }
+                found, losses = measure(base, heldout, windows, every, name, rounding)
+                row = {**key, "bpw": f"{iqtorch.get_format(name).bits_per_weight():.4f}", **found}
                 if name in reference:
                     row["reference_kl"] = reference[name]["mean_kl"]
                     row["ratio"] = f"{float(row['mean_kl']) / float(row['reference_kl']):.3f}"
                 print({k: row[k] for k in COLUMNS if k in row}, flush=True)
-                write(options.csv, [*read(options.csv), row])
+                write(options.csv, [*(r for r in read(options.csv) if r not in known), row], COLUMNS)
+                others = [r for r in read(options.losses) if any(r[k] != key[k] for k in KEYS)]
+                write(options.losses, [*others, {**key, "losses": " ".join(f"{v:.5f}" for v in losses)}], (*KEYS, "losses"))
     rows = [r for r in read(options.csv) if r["seed"] == "0" and r["windows"] == "48"]
-    print(table(rows, reference))
+    print(table(rows, reference), comparison(options.losses), sep="\n\n")
     plot(rows, options.plot)
 
 

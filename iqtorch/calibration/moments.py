@@ -344,10 +344,12 @@ def _report(name: str, found: tuple[Moments, ...]) -> None:
     unseen = [e for e, m in enumerate(found) if not m.tokens]
     if unseen:
         logger.warning("experts %s of %r saw no token: rounded by the moments of all experts; use more text", unseen, name)
-    few = [m.tokens for m in found if m.tokens and m.deficient]
-    if few:
-        logger.warning(
-            "%r has %d columns and saw only %d tokens: its moments are damped; use more text", name, len(found[0].matrix), min(few)
-        )
-    if found[0].dead:
-        logger.warning("%d of the %d inputs of %r were always zero", found[0].dead, len(found[0].matrix), name)
+    warn_of_few(name, len(found[0].matrix), min((m.tokens for m in found if m.tokens), default=0), found[0].dead)
+
+
+def warn_of_few(name: str, columns: int, tokens: int, dead: int) -> None:
+    """Warns of moments of fewer tokens than columns (if any), and of columns that were always zero."""
+    if 0 < tokens < columns:
+        logger.warning("%r has %d columns and saw only %d tokens: its moments are damped; use more text", name, columns, tokens)
+    if dead:
+        logger.warning("%d of the %d inputs of %r were always zero", dead, columns, name)

@@ -30,7 +30,7 @@ from ..linear import is_conv1d
 from ..tensor import IQTensor
 from .checkpoint import Checkpoint
 from .curvature import Curvatures, block_gradients, frozen
-from .moments import HELD_OUT, SAMPLE, Batch, Calibration, add_products, calibrate, checked_batches, zero_products
+from .moments import HELD_OUT, SAMPLE, Batch, Calibration, add_products, calibrate, checked_batches, warn_of_few, zero_products
 from .rounding import DAMPING, FEEDBACK, NEAREST, best_of, quantize_calibrated, shrunk
 
 logger = logging.getLogger("iqtorch")
@@ -146,6 +146,7 @@ def quantize_in_sequence(
                     _put(twin.get_submodule(paths[name]), weight)
                     found[name] = weight, note
                     yield name, weight, note
+                del seen, statistics  # before the next input's are collected
             if saved is not None and finished is None:
                 saved.save(block.name, _originals(mine.values()), found)
             for i in range(len(texts)):
@@ -386,6 +387,7 @@ class _Pairs:
         if not bool(torch.isfinite(self.products.diagonal()).all()):
             raise CalibrationError(f"the inputs of {name!r} are not finite; look for NaN or Inf in the model, or use float32")
         k = len(self.products)
+        warn_of_few(name, k, self.count, int((self.products.diagonal() == 0).sum()))
         moments = shrunk(self.products / self.count, self.count).float()
         cross = (self.cross / (self.count + k)).float()
         x, y = (torch.cat(t) for t in zip(*self.sample, strict=True))
