@@ -34,12 +34,12 @@ def random_blocks(fmt: Format, n: int, k: int) -> Tensor:
     """Random bytes whose float scales are small: canonical blocks of a matrix."""
     generator = torch.Generator().manual_seed(0)
     blocks = torch.randint(0, 256, (n, fmt.row_bytes(k)), dtype=torch.uint8, generator=generator)
-    for name in {"d", "dmin"} & fmt.fields.keys():  # the top byte of a half near 0.01, or the exponent of 2^-8
-        top = fmt.fields[name].runs[-1]
-        if top.width >= 8:
-            blocks[:, fmt.row_header_bytes :].view(n, -1, fmt.block_bytes)[..., int(top.start[0] + top.width) // 8 - 1] = (
-                0x20 if fmt.d_kind == "f16" else 120
-            )
+    for name in {"d", "dmin"} & fmt.fields.keys():  # the top byte of a half near 0.01 (or its upper part), or the exponent of 2^-8
+        run = fmt.fields[name].runs[-1]
+        end, width = int(run.start[0]) + run.width, min(run.width, 8)
+        top = blocks[:, fmt.row_header_bytes :].view(n, -1, fmt.block_bytes)[..., (end - 1) // 8]
+        shift = (end - width) % 8
+        top.bitwise_and_(~(((1 << width) - 1) << shift) & 255).bitwise_or_((0x20 if fmt.d_kind == "f16" else 120) >> (8 - width) << shift)
     if fmt.row_header_bytes:
         header = torch.full((n, 1), 0.01, dtype=torch.float16 if fmt.row_header_bytes == 2 else torch.float32)
         blocks[:, : fmt.row_header_bytes] = header.view(torch.uint8)

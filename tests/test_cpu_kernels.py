@@ -378,6 +378,31 @@ def test_not_a_number_and_infinity_stay_in_their_row(isa: str) -> None:
                 assert finite.sum() == 20 * (m - 1)
 
 
+def test_float16_extremes(isa: str) -> None:
+    """The largest and the smallest halves: what fits a half is right, what does not is an infinity of the right sign."""
+    fmt = get_format("iq4_ks")
+    blocks = random_blocks(fmt, 33, 256)
+    packed, exact = cpu_ext.pack(blocks, fmt), weights(fmt, blocks).double()
+    largest, smallest = 65504.0, 2.0**-24
+    for m in (1, 5, 20):
+        sign = torch.where(torch.arange(m * 256).view(m, 256) % 3 == 0, -1.0, 1.0)
+        spike = torch.zeros(m, 256)
+        spike[:, 7] = largest
+        for x in (largest * sign, spike / 16, smallest * sign, smallest * 1000 * sign):
+            x = x.half()
+            expected = x.double() @ exact.T
+            for precision in (0, 1):
+                actual = cpu_ext.linear(x, packed, fmt, 33, None, precision).double()
+                large = expected.abs() > 70000
+                assert torch.equal(actual[large], expected[large].sign() * torch.inf)
+                fits = expected.abs() < 60000
+                assert bool(((actual - expected)[fits].abs() <= 1e-2 * expected.norm() / expected.numel() ** 0.5 + smallest).all())
+            back = cpu_ext.linear_transposed(x[:, :33], packed, fmt, 256).double()
+            wanted = x[:, :33].double() @ exact
+            assert torch.equal(back.isinf() | (wanted.abs() > 65000), wanted.abs() > 65000)
+            assert bool(((back - wanted)[back.isfinite()].abs() <= 1e-3 * wanted.abs()[back.isfinite()] + smallest).all())
+
+
 @pytest.mark.parametrize("name", ["q4_0", "iq2_kl"])
 def test_zero_and_tiny_activations(name: str, isa: str) -> None:
     fmt = get_format(name)
@@ -394,11 +419,25 @@ def test_transposed_product(fmt: Format, isa: str) -> None:
     for shape in ((37,), (5, 37), (2, 3, 37), (35, 37)):
         g = activations(*shape)
         assert error(cpu_ext.linear_transposed(g, packed, fmt, 512), g.double() @ exact) < 2e-6
+    wide = activations(70, 37, dtype=torch.bfloat16)  # many rows: bfloat16 weights where there are bfloat16 products
+    assert error(cpu_ext.linear_transposed(wide, packed, fmt, 512), wide.double() @ exact) < 4e-3
+    assert error(cpu_ext.linear_transposed(wide.float(), packed, fmt, 512), wide.double() @ exact) < 2e-6
     few = activations(3, 5)
     assert error(cpu_ext.linear_transposed(few, cpu_ext.pack(blocks[:5], fmt), fmt, 512), few.double() @ exact[:5]) < 2e-6
     half = activations(3, 74, dtype=torch.bfloat16)[:, ::2]
     assert error(cpu_ext.linear_transposed(half, packed, fmt, 512), half.double() @ exact) < 4e-3
     assert cpu_ext.linear_transposed(torch.empty(0, 37), packed, fmt, 512).shape == (0, 512)
+
+
+@pytest.mark.parametrize(("name", "rows", "k"), [("iq2_kl", 530, 5120), ("q4_0", 8, 288), ("iq4_kss", 16, 512)])
+def test_transposed_product_by_slices(name: str, rows: int, k: int) -> None:
+    """More columns than are made dense at a time, and fewer rows than are interleaved."""
+    fmt = get_format(name)
+    blocks = random_blocks(fmt, rows, k)
+    packed, exact = cpu_ext.pack(blocks, fmt), weights(fmt, blocks).double()
+    for dtype, bound in ((torch.bfloat16, 4e-3), (torch.float16, 5e-4), (torch.float32, 2e-6)):
+        g = activations(33, rows, dtype=dtype)
+        assert error(cpu_ext.linear_transposed(g, packed, fmt, k), g.double() @ exact) < bound
 
 
 @kinds
@@ -411,6 +450,7 @@ def test_grouped_linear(fmt: Format, isa: str) -> None:
     actual = cpu_ext.grouped_linear(x, packed, offsets, fmt, 33, 0)
     assert error(actual[:26], expected) < 3e-3
     assert not actual[26:].any()
+    assert cpu_ext.grouped_linear(x[:0], packed, torch.zeros(4, dtype=torch.int32), fmt, 33, 1).shape == (0, 33)
 
 
 @kinds

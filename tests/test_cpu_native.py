@@ -1,4 +1,4 @@
-"""The CPU kernels without torch: NEON under an emulator, and every x86 path with the address and undefined-behaviour sanitizers."""
+"""The CPU kernels without torch: NEON under an emulator, and every x86 path with the address and the undefined-behaviour sanitizer."""
 
 from __future__ import annotations
 
@@ -80,13 +80,16 @@ def run(command: list[str], cases: Path, seed: int = 7, rows: int = 21, m: int =
     not shutil.which("aarch64-linux-gnu-g++") or not shutil.which("qemu-aarch64"), reason="needs a cross compiler and qemu-user"
 )
 def test_neon_under_an_emulator(tmp_path: Path) -> None:
-    isas = {"scalar": (), "neon": ("-march=armv8.2-a+dotprod",)}
+    isas = {"scalar": (), "neon": ("-march=armv8.2-a+dotprod",), "i8mm": ("-march=armv8.2-a+dotprod+i8mm",)}
     program = build(tmp_path, "aarch64-linux-gnu-g++", ("-O2", "-static"), isas)
-    with_dot = run(["qemu-aarch64", "-cpu", "max", str(program)], tmp_path / "cases")
-    assert "neon: checked" in with_dot
-    # an older core: the path is refused, not run into an illegal instruction
+    for m in (5, 6):
+        everything = run(["qemu-aarch64", "-cpu", "max", str(program)], tmp_path / "cases", m=m)
+        assert "neon: checked" in everything and "i8mm: checked" in everything
+    # older cores: a path is refused, not run into an illegal instruction
+    with_dot = run(["qemu-aarch64", "-cpu", "neoverse-n1", str(program)], tmp_path / "cases")
+    assert "neon: checked" in with_dot and "i8mm: this CPU lacks the 8-bit matrix products" in with_dot
     without = run(["qemu-aarch64", "-cpu", "cortex-a72", str(program)], tmp_path / "cases")
-    assert "neon: this CPU lacks the dot-product instructions" in without
+    assert "neon: this CPU lacks the dot-product instructions" in without and "i8mm: this CPU lacks the dot-product" in without
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="needs an x86-64 CPU")
@@ -99,8 +102,9 @@ def test_amx_in_software(tmp_path: Path) -> None:
         assert "amx: checked" in run([str(program)], tmp_path / "cases", seed, rows, m)
 
 
-@pytest.mark.skipif(platform.machine() != "x86_64" or not shutil.which("clang++"), reason="needs clang++ on x86-64")
-def test_sanitizers_on_random_bytes(tmp_path: Path) -> None:
+@pytest.mark.skipif(platform.machine() != "x86_64" or not shutil.which("g++"), reason="needs g++ on x86-64")
+@pytest.mark.parametrize("sanitizer", [("-g", "-fsanitize=address"), ("-fsanitize=undefined", "-fsanitize-undefined-trap-on-error")])
+def test_sanitizers_on_random_bytes(sanitizer: tuple[str, ...], tmp_path: Path) -> None:
     isas = {
         "scalar": (),
         "avx2": AVX2,
@@ -109,8 +113,9 @@ def test_sanitizers_on_random_bytes(tmp_path: Path) -> None:
         "avx512bf16": (*AVX512, "-mavx512bf16"),
         "amx": AMX,
     }
-    flags = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-    program = str(build(tmp_path, "clang++", flags, isas))
+    program = str(
+        build(tmp_path, "g++", ("-O1", *sanitizer), isas)
+    )  # one at a time, and traps: both, with messages, take minutes to compile
     here = {name for name, state in iqtorch.cpu.capabilities().items() if name in isas and state == "available"}
     for seed, rows, m in ((0, 40, 2), (255, 16, 2), (7, 21, 5), (8, 33, 34)):
         told = run([program], tmp_path / "cases", seed, rows, m)

@@ -104,7 +104,7 @@ def capabilities() -> dict[str, str]:
 
 
 def select_isa(isa: str | None) -> None:
-    """Uses one instruction set from now on (`"scalar"`, `"avx2"`, `"avxvnni"`, `"avx512"`, `"avx512bf16"`, `"amx"`, `"neon"`).
+    """Uses one instruction set from now on (`"scalar"`, `"avx2"`, `"avxvnni"`, `"avx512"`, `"avx512bf16"`, `"amx"`, `"i8mm"`, `"neon"`).
 
     None: `IQTORCH_ISA` or the best.
 

@@ -15,6 +15,8 @@
 #include <unistd.h>
 #elif defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 namespace iqtorch {
@@ -85,6 +87,20 @@ std::string neon_missing() {
   return "";
 #endif
 }
+
+std::string i8mm_missing() {
+  const std::string base = neon_missing();
+  if (!base.empty()) return base;
+  bool found = false;
+#if defined(__linux__)
+  found = getauxval(AT_HWCAP2) >> 13 & 1;  // HWCAP2_I8MM, which older headers do not have
+#elif defined(__APPLE__)
+  int value = 0;
+  size_t size = sizeof value;
+  found = sysctlbyname("hw.optional.arm.FEAT_I8MM", &value, &size, nullptr, 0) == 0 && value;
+#endif
+  return found ? "" : "this CPU lacks the 8-bit matrix products (i8mm)";
+}
 #endif
 
 std::vector<Isa> find_instruction_sets() {
@@ -104,11 +120,14 @@ std::vector<Isa> find_instruction_sets() {
 #if defined(IQTORCH_HAVE_AVX2)
   found.push_back({"avx2", kernels_avx2, avx2_missing()});
 #endif
+#if defined(IQTORCH_HAVE_I8MM)
+  found.push_back({"i8mm", kernels_i8mm, i8mm_missing()});
+#endif
 #if defined(IQTORCH_HAVE_NEON)
   found.push_back({"neon", kernels_neon, neon_missing()});
 #endif
   found.push_back({"scalar", kernels_scalar, ""});
-  for (const char* name : {"amx", "avx512bf16", "avx512", "avxvnni", "avx2", "neon"}) {
+  for (const char* name : {"amx", "avx512bf16", "avx512", "avxvnni", "avx2", "i8mm", "neon"}) {
     bool listed = false;
     for (const Isa& isa : found) listed |= !std::strcmp(isa.name, name);
     if (!listed) found.push_back({name, nullptr, "this build was made for another kind of CPU, or by a compiler without it"});
@@ -153,7 +172,7 @@ Vectors vectors_of(const char* isa) {
   const std::string name = isa;
   if (name == "amx" || name == "avx512bf16" || name == "avx512") return Vectors::kAvx512;
   if (name == "avxvnni" || name == "avx2") return Vectors::kAvx2;
-  if (name == "neon" || name == "scalar") return Vectors::kScalar;
+  if (name == "i8mm" || name == "neon" || name == "scalar") return Vectors::kScalar;
   throw std::logic_error("vectors_of: nothing is said of " + name);
 }
 

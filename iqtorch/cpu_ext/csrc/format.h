@@ -118,5 +118,6 @@ const Kernels* kernels_avx512();
 const Kernels* kernels_avx512bf16();
 const Kernels* kernels_amx();
 const Kernels* kernels_neon();
+const Kernels* kernels_i8mm();
 
 }  // namespace iqtorch

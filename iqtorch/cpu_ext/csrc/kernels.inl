@@ -109,6 +109,9 @@ template <class Decoder, class Side> static void gemv(const Matrix& w, const Act
 
 struct Panel {
   IQ_ALIGNED uint8_t operand[kMaxBlock * kRows];  // [cell][q][16 rows][4]
+#ifdef IQ_SIGNED_DOT
+  IQ_ALIGNED uint8_t size[kMaxBlock * kRows];  // magnitudes of signed operands
+#endif
   Sides side;
 };
 
@@ -123,6 +126,20 @@ template <class Decoder, class Side> static void expand(const Format& f, const u
       typename Side::Variant variant(f, tile, c, decoder.variant);
       decoder.decode(tile, c, variant, [&](int v, U8 value) IQ_INLINE { store(operand + kVector * (8 * c + v), value); });
     });
+}
+
+// Operands as the instruction set multiplies them.
+static void arrange([[maybe_unused]] Panel& panel, [[maybe_unused]] int cells, [[maybe_unused]] bool narrow) {
+#ifdef IQ_ROW_PAIRS
+  for (int v = 0; v < 8 * cells; v += 2) zip_vectors(panel.operand + kVector * v);
+#endif
+#ifdef IQ_SIGNED_DOT
+  for (int v = 0; !narrow && v < 8 * cells; ++v) {
+    const U8 operand = flip(load(panel.operand + kVector * v), 128);
+    store(panel.operand + kVector * v, operand);
+    store(panel.size + kVector * v, magnitude(operand));
+  }
+#endif
 }
 
 // M rows of activations times N groups of rows of weights, over the cells of a panel: `acc` is [N][kChunk][16].
@@ -142,6 +159,18 @@ IQ_FN void multiply_cells(const Panel* panel, int cells, const int8_t* q, const 
     IQ_UNROLL(4)
     for (int g = 0; g < Groups; ++g) {
       I32 d[N][M];
+#ifdef IQ_ROW_PAIRS
+      IQ_UNROLL(2)
+      for (int m = 0; m < M; m += 2) {
+        const int next = m + 1 < M ? m + 1 : m;
+        RowPairs two[N];
+        for (int n = 0; n < N; ++n) two[n] = Affine ? start_pairs(0, 0) : start_pairs(sums[m * sums_stride + g], sums[next * sums_stride + g]);
+        for (int at = g * per_group; at < (g + 1) * per_group; at += 2)
+          for (int n = 0; n < N; ++n)
+            add_pairs(two[n], panel[n].operand + kVector * (c * 8 + at), q + m * stride + 4 * at, q + next * stride + 4 * at);
+        for (int n = 0; n < N; ++n) d[n][m] = first_of(two[n]), d[n][next] = next > m ? second_of(two[n]) : d[n][m];
+      }
+#else
       IQ_UNROLL(4)
       for (int n = 0; n < N; ++n)
         IQ_UNROLL(4)
@@ -169,10 +198,19 @@ IQ_FN void multiply_cells(const Panel* panel, int cells, const int8_t* q, const 
           }
 #endif
           const U8 single = load(operand);
+#ifdef IQ_SIGNED_DOT
+          if constexpr (!Narrow) {
+            const U8 size = load(panel[n].size + kVector * (c * 8 + at));
+            IQ_UNROLL(4)
+            for (int m = 0; m < M; ++m) d[n][m] = dot_signed(d[n][m], single, size, q + m * stride + 4 * at);
+            continue;
+          }
+#endif
           IQ_UNROLL(4)
           for (int m = 0; m < M; ++m) d[n][m] = dot<Narrow>(d[n][m], single, q + m * stride + 4 * at);
         }
       }
+#endif
       IQ_UNROLL(4)
       for (int n = 0; n < N; ++n) {
         const Sides& side = panel[n].side;
@@ -382,6 +420,7 @@ static void linear_int8(const Matrix& w, const Activations& x, const Output& out
           const uint8_t* tile = w.tiles + ((g + n) * w.blocks + b) * f.i.tile_bytes;
           family.sides(f, tile, tiles, header_d(w, g + n), panel[n].side);
           family.expand(f, tile, tiles, panel[n].operand);
+          arrange(panel[n], tiles * cells, narrow);
         }
         run[count > 1](panel, tiles * cells, x, m0, m1, b * cells, acc);
       }

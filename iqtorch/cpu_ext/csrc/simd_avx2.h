@@ -9,6 +9,7 @@ namespace iqtorch { namespace IQTORCH_ISA {
 constexpr bool kSignedDot = false;
 #else
 constexpr bool kSignedDot = true;
+#define IQ_SIGNED_DOT
 #endif
 // Rows of activations, and groups of 16 rows of weights, whose sums fit the registers.
 constexpr int kBatch = 3, kBatchGroups = 1;
@@ -157,11 +158,16 @@ template <bool Narrow> IQ_FN __m256i dot1(__m256i acc, __m256i w, __m256i x) {
   }
   return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
+// A sum as it stands: GCC would make a tree of a chain of sums, whose leaves do not fit the 16 registers.
+template <class T> IQ_FN T in_order(T a) {
+  __asm__("" : "+x"(a.v[0]), "+x"(a.v[1]));
+  return a;
+}
 template <bool Narrow> IQ_FN I32 dot(I32 acc, U8 w, const void* x) {
   int32_t four;
   __builtin_memcpy(&four, x, 4);
   __m256i b = _mm256_set1_epi32(four);
-  return {{dot1<Narrow>(acc.v[0], w.v[0], b), dot1<Narrow>(acc.v[1], w.v[1], b)}};
+  return in_order(I32{{dot1<Narrow>(acc.v[0], w.v[0], b), dot1<Narrow>(acc.v[1], w.v[1], b)}});
 }
 IQ_FN void prefetch_line(const uint8_t* p) { __builtin_prefetch(p); }
 template <bool Narrow> IQ_FN I32 dot_once(I32 acc, U8 w, const void* x) { return dot<Narrow>(acc, w, x); }
@@ -180,10 +186,21 @@ IQ_FN Pairs pair_products(U8 w, const void* x) {
   const __m256i b = _mm256_set1_epi32(four);
   return {{_mm256_maddubs_epi16(w.v[0], b), _mm256_maddubs_epi16(w.v[1], b)}};
 }
-IQ_FN Pairs operator+(Pairs a, Pairs b) { return {{_mm256_add_epi16(a.v[0], b.v[0]), _mm256_add_epi16(a.v[1], b.v[1])}}; }
+IQ_FN Pairs operator+(Pairs a, Pairs b) { return in_order(Pairs{{_mm256_add_epi16(a.v[0], b.v[0]), _mm256_add_epi16(a.v[1], b.v[1])}}); }
 IQ_FN I32 add_pairs(I32 acc, Pairs a) {
   const __m256i one = _mm256_set1_epi16(1);
   return {{_mm256_add_epi32(acc.v[0], _mm256_madd_epi16(a.v[0], one)), _mm256_add_epi32(acc.v[1], _mm256_madd_epi16(a.v[1], one))}};
+}
+#endif
+
+#ifdef IQ_SIGNED_DOT
+IQ_FN U8 magnitude(U8 a) { return {{_mm256_abs_epi8(a.v[0]), _mm256_abs_epi8(a.v[1])}}; }
+// Signed bytes, whose magnitudes are known.
+IQ_FN I32 dot_signed(I32 acc, U8 w, U8 size, const void* x) {
+  int32_t four;
+  __builtin_memcpy(&four, x, 4);
+  const __m256i b = _mm256_set1_epi32(four);
+  return in_order(I32{{dot1<true>(acc.v[0], size.v[0], _mm256_sign_epi8(b, w.v[0])), dot1<true>(acc.v[1], size.v[1], _mm256_sign_epi8(b, w.v[1]))}});
 }
 #endif
 

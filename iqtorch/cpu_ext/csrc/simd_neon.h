@@ -1,13 +1,22 @@
-// NEON with the dot-product instructions of ARMv8.2: 16 rows are four registers.
+// NEON with the dot-product instructions of ARMv8.2, and with 8-bit matrix products if IQ_I8MM is defined: 16 rows are four registers.
 #pragma once
 #include <arm_neon.h>
 #include <cstdint>
 
 namespace iqtorch { namespace IQTORCH_ISA {
 
+#ifdef IQ_I8MM
+constexpr bool kSignedDot = false;
+#else
 constexpr bool kSignedDot = true;
+#define IQ_SIGNED_DOT
+#endif
 // Rows of activations, and groups of 16 rows of weights, whose sums fit the registers.
+#ifdef IQ_I8MM
+constexpr int kBatch = 4, kBatchGroups = 1;
+#else
 constexpr int kBatch = 3, kBatchGroups = 1;
+#endif
 constexpr int kFloatRows = 6, kFloatVectors = 1;  // the same in float32
 
 struct U8 { uint8x16_t v[4]; };
@@ -108,8 +117,11 @@ template <int Step> IQ_FN I32 gather(const uint8_t* base, I32 index) {
   for (int i = 0; i < 16; ++i) __builtin_memcpy(t + i, base + Step * (int64_t)t[i], 4);
   return IQ_FOUR(vld1q_s32(t + 4 * h));
 }
-// The dot product is of signed bytes: operands of 128 and more are taken minus 128.
+// Without IQ_I8MM the dot product is of signed bytes: operands of 128 and more are taken minus 128.
 template <bool Narrow> IQ_FN int32x4_t dot1(int32x4_t acc, uint8x16_t w, int8x16_t x) {
+#ifdef IQ_I8MM
+  return vusdotq_s32(acc, w, x);
+#endif
   if constexpr (!Narrow) w = veorq_u8(w, vdupq_n_u8(128));
   return vdotq_s32(acc, vreinterpretq_s8_u8(w), x);
 }
@@ -121,6 +133,34 @@ template <bool Narrow> IQ_FN I32 dot(I32 acc, U8 w, const void* x) {
 }
 IQ_FN void prefetch_line(const uint8_t* p) { __builtin_prefetch(p); }
 template <bool Narrow> IQ_FN I32 dot_once(I32 acc, U8 w, const void* x) { return dot<Narrow>(acc, w, x); }
+#ifdef IQ_I8MM
+// Sums of 16 rows of weights with two rows of activations: 2 x 2 to a register.
+#define IQ_ROW_PAIRS
+struct RowPairs { int32x4_t v[8]; };
+IQ_FN RowPairs start_pairs(int32_t first, int32_t second) {
+  const int32x4_t two = vzip1q_s32(vdupq_n_s32(first), vdupq_n_s32(second));
+  return {{two, two, two, two, two, two, two, two}};
+}
+// Two neighbouring vectors of operands -> eight weights of row 0, eight of row 1, ..
+IQ_FN void zip_vectors(uint8_t* p) {
+  const U8 a = load(p), b = load(p + 64);
+  for (int h = 0; h < 4; ++h) {
+    const uint32x4_t low = vreinterpretq_u32_u8(a.v[h]), high = vreinterpretq_u32_u8(b.v[h]);
+    vst1q_u8(p + 32 * h, vreinterpretq_u8_u32(vzip1q_u32(low, high)));
+    vst1q_u8(p + 32 * h + 16, vreinterpretq_u8_u32(vzip2q_u32(low, high)));
+  }
+}
+IQ_FN void add_pairs(RowPairs& acc, const uint8_t* w, const int8_t* first, const int8_t* second) {
+  const int8x16_t x = vcombine_s8(vld1_s8(first), vld1_s8(second));
+  for (int i = 0; i < 8; ++i) acc.v[i] = vusmmlaq_s32(acc.v[i], vld1q_u8(w + 16 * i), x);
+}
+IQ_FN I32 first_of(const RowPairs& a) { return IQ_FOUR(vuzp1q_s32(a.v[2 * h], a.v[2 * h + 1])); }
+IQ_FN I32 second_of(const RowPairs& a) { return IQ_FOUR(vuzp2q_s32(a.v[2 * h], a.v[2 * h + 1])); }
+#else
+// Signed bytes; their magnitudes are not needed here.
+IQ_FN U8 magnitude(U8 a) { return a; }
+IQ_FN I32 dot_signed(I32 acc, U8 w, U8, const void* x) { return dot<true>(acc, w, x); }
+#endif
 IQ_FN I32 byte_sums(I32 acc, I32 a) {
   return IQ_FOUR(vreinterpretq_s32_u32(vdotq_u32(vreinterpretq_u32_s32(acc.v[h]), vreinterpretq_u8_s32(a.v[h]), vdupq_n_u8(1))));
 }
