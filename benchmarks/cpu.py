@@ -2,11 +2,13 @@
 
     python benchmarks/cpu.py                                   # all formats, M = 1, 8, 512, the best instruction set
     python benchmarks/cpu.py --formats iq2_kl q4_k --isa avx2 avx512 amx --m 1 --megabytes 200
+    python benchmarks/cpu.py --transposed --m 8 512 --dtype float32
 
-Products are `x [M, K] @ W.T` with weights `[N, K]` of random bytes. `--megabytes` weights are used in turn, so that they come
-from memory (at least 190 on a machine with large caches) or from a cache. Each repeat times the dense product directly before
-the packed one, and with `--ik` the same product of a local ik_llama.cpp directly after it; figures are medians over repeats, and
-ratios medians of the ratios of neighbours. With one thread the clock is the thread's CPU time.
+Products are `x [M, K] @ W.T` with weights `[N, K]` of random bytes; `--transposed`: `x [M, N] @ W`, as gradients need it.
+`--megabytes` weights are used in turn, so that they come from memory (at least 190 on a machine with large caches) or from a cache.
+Each repeat times the dense product directly before the packed one, and with `--ik` the same product of a local ik_llama.cpp directly
+after it; figures are medians over repeats, and ratios medians of the ratios of neighbours. With one thread the clock is the thread's
+CPU time.
 """
 
 from __future__ import annotations
@@ -86,7 +88,7 @@ class Case:
     def measure(self, m: int) -> Iterator[dict[str, object]]:
         """A row of results for each instruction set and precision."""
         args, fmt = self.args, self.fmt
-        x = torch.randn(m, args.k).bfloat16()
+        x = torch.randn(m, args.n if args.transposed else args.k, dtype=args.dtype)
         peer = ik_ggml.Products(self.peer, x.float()) if self.peer else None
         for isa in args.isa:
             cpu_ext.select_isa(isa)
@@ -94,10 +96,12 @@ class Case:
                 code = int(precision == "int8")
 
                 def product(i: int, code: int = code) -> Tensor:
+                    if args.transposed:
+                        return cpu_ext.linear_transposed(x, self.weights[i], fmt, args.k)
                     return cpu_ext.linear(x, self.weights[i], fmt, args.n, None, code)
 
                 calls: list[tuple[Callable[[int], object], int]] = [
-                    (lambda i: F.linear(x, self.dense[i]), len(self.dense)),
+                    (lambda i: x @ self.dense[i] if args.transposed else F.linear(x, self.dense[i]), len(self.dense)),
                     (product, len(self.weights)),
                 ]
                 if peer:
@@ -145,6 +149,8 @@ def main() -> None:
     parser.add_argument("--m", nargs="+", type=int, default=[1, 8, 512])
     parser.add_argument("--isa", nargs="+", default=[cpu_ext.capabilities()["isa"]])
     parser.add_argument("--precision", nargs="+", choices=["float", "int8"], default=["int8"])
+    parser.add_argument("--transposed", action="store_true", help="products with the matrix itself, which are always in float precision")
+    parser.add_argument("--dtype", type=lambda name: getattr(torch, name), default=torch.bfloat16, help="of activations and dense weights")
     parser.add_argument("--n", type=int, default=4096)
     parser.add_argument("--k", type=int, default=4096)
     parser.add_argument("--megabytes", type=float, default=24, help="packed weights used in turn")
@@ -153,6 +159,8 @@ def main() -> None:
     parser.add_argument("--ik", type=Path, help="a build directory of ik_llama.cpp with a shared libggml, to measure beside (ik_ggml.py)")
     parser.add_argument("--csv", type=Path, help="file to write; a header of comment lines describes the machine")
     args = parser.parse_args()
+    if args.transposed:
+        args.precision, args.ik = ["float"], None
 
     torch.set_num_threads(args.threads)
     header = results_file.machine(args.threads)
@@ -161,11 +169,13 @@ def main() -> None:
         header.append(
             "ik: products of ik_llama.cpp's ggml in the same process; over_ik: its time / ours; difference: of the results, relative"
         )
+    if args.transposed or args.dtype != torch.bfloat16:
+        header.append(f"{'transposed products; ' if args.transposed else ''}activations and dense weights: {str(args.dtype)[6:]}")
     print("\n".join(header))
     library = ik_ggml.Library(args.ik, args.threads) if args.ik else None
     # as many dense matrices as keep them in the same kind of memory as the packed ones
     dense_count = max(1, min(8, round(args.megabytes * 1e6 / (2 * args.n * args.k))))
-    dense = [torch.randn(args.n, args.k).bfloat16() for _ in range(dense_count)]
+    dense = [torch.randn(args.n, args.k, dtype=args.dtype) for _ in range(dense_count)]
     rows: list[dict[str, object]] = []
     for name in args.formats:
         case = Case(get_format(name), args, dense, library)
