@@ -117,9 +117,8 @@ def test_sanitizers_on_random_bytes(sanitizer: tuple[str, ...], tmp_path: Path) 
         "avx512bf16": (*AVX512, "-mavx512bf16"),
         "amx": AMX,
     }
-    program = str(
-        build(tmp_path, "g++", ("-O1", *sanitizer), isas)
-    )  # one at a time, and traps: both, with messages, take minutes to compile
+    # one at a time, and traps instead of messages: else a file takes minutes to compile
+    program = str(build(tmp_path, "g++", ("-O1", *sanitizer), isas))
     here = {name for name, state in iqtorch.cpu.capabilities().items() if name in isas and state == "available"}
     for seed, rows, m in ((0, 40, 2), (255, 16, 2), (7, 21, 5), (8, 33, 34)):
         told = run([program], tmp_path / "cases", seed, rows, m)
