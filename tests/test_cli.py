@@ -282,6 +282,17 @@ def test_a_damaged_file_is_an_error_not_a_crash(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "not a whole safetensors file" in done.stderr
     assert "Traceback" not in done.stderr
+    run("convert", data.TINY_LLAMA, tmp_path / "a.gguf")
+    (tmp_path / "b.gguf").write_bytes((tmp_path / "a.gguf").read_bytes()[:100_000])
+    for arguments in (
+        ("inspect",),
+        ("perplexity", "--windows", "1"),
+        ("convert", tmp_path / "folder"),
+        ("quantize", tmp_path / "c", "-f", "q8_0"),
+    ):
+        done = process(arguments[0], tmp_path / "b.gguf", *arguments[1:])
+        assert done.returncode == 1 and not done.stdout
+        assert "b.gguf" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_starting_does_not_import_heavy_packages() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -193,6 +195,38 @@ def test_device_map(tmp_path: Path) -> None:
         assert_same_weights(load_gguf(tmp_path / "a.gguf", device_map=device_map), model)
 
 
+def test_architectures_without_a_decoder_alone(tmp_path: Path) -> None:
+    save_gguf(tiny("llama"), tmp_path / "a.gguf")
+    for arch in ("t5", "bert"):
+        path = rewrite(tmp_path / "a.gguf", tmp_path / "b.gguf", general__architecture=arch)
+        with pytest.raises(GGUFArchitectureError, match=f"'{arch}' is no causal language model"):
+            load_gguf(path)
+    for arch in ("deci", "rwkv6", "phi2"):  # not in the table
+        path = rewrite(tmp_path / "a.gguf", tmp_path / "c.gguf", general__architecture=arch)
+        with pytest.raises(GGUFArchitectureError, match=rf"architecture '{arch}' is not among llama, .*; pass config="):
+            load_gguf(path)
+    with pytest.raises(GGUFArchitectureError, match="config= makes no valid causal language model: .*T5Config"):
+        load_gguf(tmp_path / "a.gguf", config=transformers.T5Config())
+    with pytest.raises(OSError, match="nowhere"):
+        load_gguf(tmp_path / "a.gguf", config=tmp_path / "nowhere")
+
+
+def test_ids_of_another_program(tmp_path: Path) -> None:
+    """A type id that means something else there: the error names the remedy, the remedy loads the model."""
+    model = pack(tiny("llama"), {"layers": "q8_0"})
+    save_gguf(model, tmp_path / "a.gguf")
+    raw, wanted = (tmp_path / "a.gguf").read_bytes(), 0
+    for name, info in GGUFFile(tmp_path / "a.gguf").tensors.items():
+        if info.type_name == "q8_0":
+            at = raw.index(name.encode()) + len(name) + 4 + 8 * len(info.shape)
+            assert raw[at : at + 4] == (8).to_bytes(4, "little")
+            raw, wanted = raw[:at] + (7777).to_bytes(4, "little") + raw[at + 4 :], wanted + 1
+    (tmp_path / "b.gguf").write_bytes(raw)
+    with pytest.raises(GGUFError, match=r"type id 7777.*id_map"):
+        load_gguf(tmp_path / "b.gguf")
+    assert assert_same_weights(load_gguf(tmp_path / "b.gguf", id_map={7777: "q8_0"}), model) == wanted == 21
+
+
 def test_loading_owns_its_memory(tmp_path: Path) -> None:
     """No weight lives in the mapped file: it may change or vanish afterwards."""
     model = pack(tiny("llama"))
@@ -223,3 +257,10 @@ def test_configuration_of_a_file_is_a_dictionary(tmp_path: Path) -> None:
     assert config["model_type"] == "deepseek_v3"
     assert (config["qk_nope_head_dim"], config["qk_rope_head_dim"], config["v_head_dim"], config["q_lora_rank"]) == (16, 8, 16, 32)
     shutil.rmtree(tmp_path)
+
+
+def test_the_example_runs() -> None:
+    script = Path(__file__).parents[1] / "examples" / "gguf_roundtrip.py"
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True)
+    assert "same logits after the round trip: True" in done.stdout
+    assert "iq2_kl" in done.stdout

@@ -40,6 +40,19 @@ _TOKENS: Keys = (
     ("tokenizer.ggml.eos_token_id", "eos_token_id"),
     ("tokenizer.ggml.padding_token_id", "pad_token_id"),
 )
+#: Architectures of files that encode text, or have an encoder before the decoder.
+_NOT_CAUSAL = (
+    "bert",
+    "modern-bert",
+    "nomic-bert",
+    "nomic-bert-moe",
+    "neo-bert",
+    "jina-bert-v2",
+    "jina-bert-v3",
+    "eurobert",
+    "t5",
+    "t5encoder",
+)
 #: Attributes without which there is no model, where an architecture has their keys.
 _REQUIRED = ("max_position_embeddings", "hidden_size", "num_hidden_layers", "num_attention_heads")
 
@@ -54,6 +67,8 @@ def family_of_file(file: GGUFFile) -> Family:
     for family in FAMILIES:
         if family.arch == arch and (family.matches is None or family.matches(file.metadata)):
             return family
+    if arch in _NOT_CAUSAL:
+        raise GGUFArchitectureError(f"{file.path}: {arch!r} is no causal language model, and load_gguf makes nothing else")
     known = ", ".join(dict.fromkeys(family.arch for family in FAMILIES))
     raise GGUFArchitectureError(f"{file.path}: architecture {arch!r} is not among {known}; pass config= (the folder of the original model)")
 

@@ -69,15 +69,13 @@ def model_of(file: GGUFFile, config: Any, dtype: torch.dtype, device: torch.devi
             raise
         family = None
         logger.warning("%s: architecture %r is not known: tensors are taken as they are", path, file.metadata.get("general.architecture"))
-    if config is not None:
-        model = _empty_model(hf, config, dtype)
-    else:
-        try:
-            model = _empty_model(hf, config_from_gguf(file), dtype)
-        except GGUFError:
-            raise
-        except Exception as error:  # transformers checks settings with many kinds of exceptions
-            raise GGUFArchitectureError(f"{path}: its metadata make no valid configuration: {error}; pass config=") from error
+    try:
+        model = _empty_model(hf, config_from_gguf(file) if config is None else config, dtype)
+    except (GGUFError, OSError):
+        raise
+    except Exception as error:  # transformers checks settings with many kinds of exceptions
+        whose, remedy = ("config=", "") if config is not None else ("its metadata", "; pass config=")
+        raise GGUFArchitectureError(f"{path}: {whose} makes no valid causal language model: {error}{remedy}") from error
     text = model.config.get_text_config()  # type: ignore[union-attr,operator]
     wanted, bindings = _bound(model, file, family, text)
     if make_room(model, file, bindings):
