@@ -1,18 +1,19 @@
 """Error and speed of the encoders, per format, against the reference quantizer.
 
-    python benchmarks/quantize.py                              # every format, 128 rows, table and CSV
+    python benchmarks/quantize.py                              # every format, table and CSV
     python benchmarks/quantize.py --formats iq2_kl iq4_k --rows 1024 --speeds fast default best
     python benchmarks/quantize.py --ik libggml.so              # beside ik_llama.cpp, format by format in the same run
     python benchmarks/quantize.py --embedded                   # the matrices of the embedded model instead
     python benchmarks/quantize.py --device cuda                # the search in torch on a GPU
 
-Matrices of 1024 x 4096, Gaussian and Student-t (5 degrees of freedom), times 0.02; one log-normal importance per column (`--seed`
-and `--columns` for others). `--embedded`: the attention and the MLP matrices of the package's model, with their importance. Errors
-are relative, sqrt(sum w (x - q)^2 / sum w x^2), of the effective weights (`runtime_scale` included): `w` with importance, `ones` with
-equal weights. objective="rmse". Seconds are CPU seconds of one thread per million weights (on a GPU: wall seconds), set-up excluded,
-canonical bytes included. `results/quantize_reference.csv` has the figures of ik_llama.cpp's quantizer (commit 8337e4c) on all 1024
-rows, timed on another machine of two shared cores; with `--ik` they are measured here, on the same rows. Its `plain` column is the
-quantizer without importance, `ones` with equal importance.
+Matrices of 1024 x 4096 (32 rows of them; all for the trellis formats, whose work is partly per column), Gaussian and Student-t (5
+degrees of freedom), times 0.02; one log-normal importance per column (`--seed` and `--columns` for others). `--embedded`: the
+attention and the MLP matrices of the package's model, with their importance. Errors are relative, sqrt(sum w (x - q)^2 / sum w x^2),
+of the effective weights (`runtime_scale` included): `w` with importance, `ones` with equal weights. objective="rmse". Seconds are CPU
+seconds of one thread per million weights (on a GPU: wall seconds), set-up excluded, canonical bytes included.
+`results/quantize_reference.csv` has the figures of ik_llama.cpp's quantizer (commit 8337e4c) on all 1024 rows, timed on another machine
+of two shared cores; with `--ik` they are measured here, on the same rows. Its `plain` column is the quantizer without importance, `ones`
+with equal importance.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import ctypes
 import itertools
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +37,7 @@ from iqtorch import cpu_ext
 from iqtorch.data import calibration_text, load_tiny_llama
 from iqtorch.encode import compiled, encode
 from iqtorch.encode.encoder import Speed
+from iqtorch.encode.search import large_codebook
 from iqtorch.formats import Format
 
 RESULTS = Path(__file__).parent / "results"
@@ -149,7 +152,7 @@ def machine(device: torch.device, reference: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--formats", nargs="+", default=[n for n in iqtorch.list_formats() if iqtorch.get_format(n).plain is None])
-    parser.add_argument("--rows", type=int, default=128, help="rows of the matrices to use (of 1024)")
+    parser.add_argument("--rows", type=int, help="rows of the matrices to use, of 1024 (default: 32, of trellis formats all)")
     parser.add_argument("--columns", type=int, default=4096, help="of the matrices")
     parser.add_argument("--speeds", nargs="+", default=["default"], choices=["fast", "default", "best"])
     parser.add_argument("--seed", type=int, default=20260101)
@@ -159,13 +162,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "quantize.csv")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    if options.embedded:
-        samples = embedded()
-    else:
-        weights, importance = matrices(options.rows, options.seed, options.columns)
-        samples = {name: [(weight, importance)] for name, weight in weights.items()}
+
+    @cache
+    def samples_of(rows: int) -> Samples:
+        if options.embedded:
+            return embedded()
+        weights, importance = matrices(rows, options.seed, options.columns)
+        return {name: [(weight, importance)] for name, weight in weights.items()}
+
+    samples = samples_of(1024)
     beside = Reference(options.ik) if options.ik else None
-    on_device = {name: [(w.to(options.device), i.to(options.device)) for w, i in sample] for name, sample in samples.items()}
     reference = {} if options.embedded or options.columns != 4096 else published_reference()
     errors = [f"{kind}_{name}" for name in samples for kind in ("w", "ones")]
     compared = [*errors, *(f"plain_{name}" for name in samples), "seconds"]
@@ -177,6 +183,10 @@ def main() -> None:
         if any(w.shape[1] % fmt.block_size for sample in samples.values() for w, _ in sample):
             print(f"{name}: rows do not fit")
             continue
+        rows = options.rows or (1024 if large_codebook(fmt) else 32)
+        if not options.embedded:
+            samples = samples_of(rows)
+        on_device = {name: [(w.to(options.device), i.to(options.device)) for w, i in sample] for name, sample in samples.items()}
         theirs = beside.measure(fmt, samples) if beside else reference.get(name, {})
         for speed in options.speeds:
             ours = measure(fmt, speed, on_device)
@@ -188,8 +198,8 @@ def main() -> None:
             print(line + f"{ours['seconds']:6.3f} {theirs.get('seconds', float('nan')):6.3f}", flush=True)
             known = [f"{theirs[e]:.3f}" if e == "seconds" and e in theirs else f"{theirs[e]:.5f}" if e in theirs else "" for e in compared]
             own = [*(f"{ours[e]:.5f}" for e in errors), f"{ours['seconds']:.3f}"]
-            rows = options.rows if not options.embedded else ""
-            lines.append([name, f"{fmt.bits_per_weight(samples_width(samples)):.4f}", speed, rows, *own, *known])
+            used = "" if options.embedded else rows
+            lines.append([name, f"{fmt.bits_per_weight(samples_width(samples)):.4f}", speed, used, *own, *known])
     columns = ["format", "bpw", "speed", "rows", *errors, "seconds", *(f"{e}_reference" for e in compared)]
     header = [machine(options.device, "reference measured beside" if beside else "reference from quantize_reference.csv")]
     if not options.embedded:

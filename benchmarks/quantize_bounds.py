@@ -38,8 +38,6 @@ FORMATS = (
     "q4_0", "q5_0", "q6_0", "q8_0", "iq4_nl", "q4_1", "q5_1", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_xs", "mxfp4",
     "iq2_ks", "iq2_k", "iq3_ks", "iq3_k", "iq4_ks", "iq4_k", "iq5_ks", "iq5_k", "iq6_k", "iq2_kl",
 )  # fmt: skip
-#: Width of the cells of `d` in `shared_bound`, relative.
-CELL = 2e-4
 WEIGHTED_TARGETS = {"iq2_kl": (0.92, 0.91)}
 COLUMNS = ("format", "matrix", "weights", "rows", "bound", "best", "default", "reference", "plain_reference", "needed", "verdict")
 
@@ -88,7 +86,7 @@ def least_by_cell(x: np.ndarray, w: np.ndarray, values: np.ndarray, borders: np.
     return found
 
 
-def shared_bound(fmt: Format, x: np.ndarray, w: np.ndarray, groups: int) -> float:
+def shared_bound(fmt: Format, x: np.ndarray, w: np.ndarray, groups: int, cell: float) -> float:
     """Least error of units of `groups` groups whose scales are stored integers times a real `d` that they share: `[P, n]`, summed.
 
     `d` runs through narrow cells; in each, every group takes its least error over the cells that an integer times `d` may lie in, for
@@ -99,8 +97,8 @@ def shared_bound(fmt: Format, x: np.ndarray, w: np.ndarray, groups: int) -> floa
     for u in range(0, len(x), groups):
         xu, wu = x[u : u + groups], w[u : u + groups]
         lowest_d = np.abs(xu).max() / np.abs(fmt.codebook.values).max() / integers[-1] / 4
-        ds = int(np.log(16 * integers[-1] / integers[0]) / CELL)
-        scales = lowest_d * integers[0] * np.exp(CELL * np.arange(ds + int(np.log(integers[-1] / integers[0]) / CELL) + 3))
+        ds = int(np.log(16 * integers[-1] / integers[0]) / cell)
+        scales = lowest_d * integers[0] * np.exp(cell * np.arange(ds + int(np.log(integers[-1] / integers[0]) / cell) + 3))
         ends = np.array([1e-9 * lowest_d, lowest_d * integers[-1], scales[ds], 1e9 * scales[-1]])
         least, beyond = np.full((groups, len(scales) - 1), np.inf), np.full((groups, 3), np.inf)
         for variant, sign in itertools.product(fmt.codebook.values[:, :, 0].astype(np.float64), (1, -1)):
@@ -108,7 +106,7 @@ def shared_bound(fmt: Format, x: np.ndarray, w: np.ndarray, groups: int) -> floa
             beyond = np.minimum(beyond, least_by_cell(sign * xu, wu, np.unique(variant), ends))
         of_d = np.full((groups, ds), np.inf)
         for k in integers:
-            first = int(np.log(k / integers[0]) / CELL)
+            first = int(np.log(k / integers[0]) / cell)
             np.minimum(of_d, least[:, first : first + ds], out=of_d)
             np.minimum(of_d, least[:, first + 1 : first + 1 + ds], out=of_d)
         zero = (wu * xu * xu).sum(1) if 0 in (fmt.scale_values or ()) else np.full(groups, np.inf)
@@ -190,7 +188,7 @@ def row_search(fmt: Format, x: Tensor, w: Tensor, candidates: int) -> float:
     return total
 
 
-def bound(fmt: Format, x: Tensor, w: Tensor, columns: int, grid: int) -> float:
+def bound(fmt: Format, x: Tensor, w: Tensor, columns: int, grid: int, cell: float) -> float:
     """Least possible error of groups `[P, n]`, summed."""
     if fmt.affine:
         positive = min(fmt.min_values or (1,)) >= 0
@@ -200,7 +198,7 @@ def bound(fmt: Format, x: Tensor, w: Tensor, columns: int, grid: int) -> float:
         return float(powers_bound(x.double().numpy(), w.double().numpy(), np.unique(book)).sum())
     if fmt.vec == 1 and fmt.scale_values:
         groups = (fmt.block_size if "d" in fmt.fields else columns) // fmt.group_size
-        return shared_bound(fmt, x.double().numpy(), w.double().numpy(), groups)
+        return shared_bound(fmt, x.double().numpy(), w.double().numpy(), groups, cell)
     if fmt.vec == 1:
         each = np.full(len(x), np.inf)
         for variant in book[:, :, 0]:
@@ -223,6 +221,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--kinds", nargs="+", default=["ones", "w"], choices=["ones", "w"], help="equal weights, with importance")
     parser.add_argument("--grid", type=int, default=16)
+    parser.add_argument("--cell", type=float, default=2e-4, help="relative width of the cells of a shared scale")
     parser.add_argument("--seed", type=int, default=20260101)
     parser.add_argument("--ik", type=Path, help="a shared library of ik_llama.cpp's ggml")
     parser.add_argument("--out", type=Path, default=RESULTS / "quantize_bounds.csv")
@@ -241,7 +240,9 @@ def main() -> None:
                 columns = torch.ones_like(importance) if kind == "ones" else importance
                 n, w = fmt.group_size, columns / columns.mean()
                 whole = float((w * rows.square()).sum())
-                least = bound(fmt, rows.reshape(-1, n), w.expand_as(rows).reshape(-1, n).contiguous(), rows.shape[1], options.grid)
+                least = bound(
+                    fmt, rows.reshape(-1, n), w.expand_as(rows).reshape(-1, n).contiguous(), rows.shape[1], options.grid, options.cell
+                )
                 given = None if kind == "ones" else importance
                 ours = {s: relative_error(rows, fmt, encode(rows, fmt, given, "rmse", s), columns) for s in ("best", "default")}
                 reference, plain = theirs.get(f"{kind}_{matrix}"), theirs.get(f"plain_{matrix}")
@@ -258,7 +259,10 @@ def main() -> None:
                     own = relative_error(rows[:2], fmt, encode(rows[:2], fmt, given, "rmse"), columns)
                     lines.append([f"{name}, row", matrix, kind, 2, f"{found:.5f}", "", f"{own:.5f}", "", "", "", ""])
                     print(" ".join(f"{c:>10}" for c in lines[-1]), flush=True)
-    header = [f"{results_file.cpu_name()}; reference {'on the same rows' if beside else 'of all 1024 rows'}; grid {options.grid}"]
+    header = [
+        f"{results_file.cpu_name()}; reference {'on the same rows' if beside else 'of all 1024 rows'}; "
+        f"grid {options.grid}, cell {options.cell}"
+    ]
     results_file.write(options.out, header, COLUMNS, lines)
 
 

@@ -18,8 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from iqtorch import cpu_ext
 from iqtorch.encode import compiled, encode
-from iqtorch.encode.encoder import EFFORTS, _encode_rows
-from iqtorch.encode.nearest import CellNearest, GridNearest, TableNearest, nearest
+from iqtorch.encode.encoder import CHUNK, EFFORTS, LANES, _encode_rows
+from iqtorch.encode.nearest import SCORE_ELEMENTS, CellNearest, GridNearest, TableNearest, nearest
 from iqtorch.encode.search import Effort, ScaleGrid, StoredFloat, large_codebook
 from iqtorch.errors import WeightError
 from iqtorch.formats import Format, get_format, list_formats
@@ -464,3 +464,27 @@ def test_the_search_in_torch_never_waits_for_the_device(fmt: Format, monkeypatch
     _encode_rows(weight, fmt, importance, "rmse", EFFORTS["fast"])  # tables are built once
     with _NoSync():
         _encode_rows(weight, fmt, importance, "model", EFFORTS["fast"])
+
+
+@pytest.mark.parametrize("fmt", [get_format(n) for n in ("iq4_k", "iq2_kl", "q4_k", "iq3_s", "iq1_m")], ids=lambda f: f.name)
+def test_memory_of_the_search_in_torch_is_that_of_a_chunk(fmt: Format, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More rows take no more memory, and a weight of a chunk takes less than 160 bytes: 0.7 GB for the chunks of a GPU."""
+    monkeypatch.setattr(compiled, "available", lambda device: False)
+    monkeypatch.setitem(CHUNK, "cpu", 8192 // torch.get_num_threads())
+    monkeypatch.setitem(SCORE_ELEMENTS, "cpu", 1 << 14)
+
+    def peak(rows: int) -> int:
+        weight, _ = sample(rows, 512)
+        with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as run:
+            blocks = encode(weight, fmt, None, "model", "fast")
+        now = most = 0
+        for event in run.profiler.kineto_results.events():  # type: ignore[union-attr]
+            if event.name() == "[memory]":
+                now += event.nbytes()
+                most = max(most, now)
+        return most - blocks.nbytes
+
+    peak(LANES)  # tables are built once
+    two = peak(2 * LANES)  # parts of a chunk live until those of the next are there
+    assert two <= 160 * LANES * 512
+    assert peak(4 * LANES) <= 1.02 * two
