@@ -6,7 +6,7 @@
 Protocol: every matrix of the layers in one format, the tied embedding and output layer in q8_0; importance and calibration from
 the package's calibration text, scores from its held-out text (100 windows of 512 tokens, second half scored), float activations.
 `results/quality_reference.csv` has what ik_llama.cpp's own programs (commit 8337e4c) reach by the same protocol with int8
-activations, whose noise is about 0.0003 nats. Rows that the CSV has already are not computed again.
+activations, whose noise is about 0.0003 nats. Rows that the CSV has already, of the present version, are not computed again.
 
 `results/quality_losses.csv` has the mean loss of each held-out window, for comparing two roundings of a format window by window: the
 perplexities of two models differ by less than either is uncertain, because a window that is hard for one is hard for the other.
@@ -33,9 +33,12 @@ ROUNDINGS = ("nearest", "ldlq", "yaqa", "yaqa+refine")
 WINDOW = 512
 #: Formats whose labels stand left of their marks in the plot, and how many points above it: there are others at their right.
 LEFT = {"iq2_kt": 0, "iq3_ks": 0, "iq4_kss": 0, "iq4_xs": 4, "iq4_ks": -4}
+#: What rounded a row. 1: two passes of error feedback; 2: one; 3: feedback in bfloat16, scales from a quicker search, and fewer of them for
+#: codebooks of vectors. Rounding to nearest: 3 is by the encoders of the same day, 1 by earlier ones.
+VERSION = "3"
 KEYS = ("format", "rounding", "windows", "seed")
 COLUMNS = (
-    "format", "bpw", "rounding", "windows", "seed", "mean_kl", "stderr", "perplexity", "same_top", "reference_kl", "ratio"
+    "format", "bpw", "rounding", "windows", "seed", "mean_kl", "stderr", "perplexity", "same_top", "reference_kl", "ratio", "version"
 )  # fmt: skip
 
 
@@ -215,7 +218,6 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--csv", type=Path, default=RESULTS / "quality.csv")
     parser.add_argument("--losses", type=Path, default=RESULTS / "quality_losses.csv")
-    parser.add_argument("--again", action="store_true", help="compute rows that the CSV has, and replace them")
     parser.add_argument("--plot", type=Path, default=RESULTS / "quality.png")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -231,10 +233,10 @@ def main() -> None:
             for rounding in options.roundings:
                 key = {"format": name, "rounding": rounding, "windows": str(len(windows)), "seed": str(seed)}
                 known = [row for row in read(options.csv) if all(row[k] == v for k, v in key.items())]
-                if known and not options.again:
+                if any(row["version"] == VERSION for row in known):
                     continue
                 found, losses = measure(base, heldout, windows, every, name, rounding)
-                row = {**key, "bpw": f"{iqtorch.get_format(name).bits_per_weight():.4f}", **found}
+                row = {**key, "bpw": f"{iqtorch.get_format(name).bits_per_weight():.4f}", **found, "version": VERSION}
                 if name in reference:
                     row["reference_kl"] = reference[name]["mean_kl"]
                     row["ratio"] = f"{float(row['mean_kl']) / float(row['reference_kl']):.3f}"

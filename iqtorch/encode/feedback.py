@@ -53,7 +53,7 @@ def feedback_effort(fmt: Format, speed: Speed = "default") -> Feedback:
     large, vectors = fmt.codebook.entries >= CELL_SEARCH_ENTRIES, fmt.vec >= 4
     reach = 1 if large else 3 if fmt.affine or "sign" in fmt.fields else 5
     if speed != "best" and vectors:
-        reach = 0 if fmt.codebook.entries >= 1 << 16 else 1 if fmt.vec == 8 or large else 2
+        reach = 0 if fmt.codebook.entries >= 1 << 15 else 1 if fmt.vec == 8 or large else 2
     if speed == "fast":
         reach = min(reach, 1)
     # Single values and pairs hardly depend on where the search of their scales starts.
