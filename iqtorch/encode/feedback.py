@@ -223,20 +223,25 @@ class Rounding:
 
     def sweep(self, want: bool = False) -> Tensor | None:
         """Rounds all columns; returns L^T times what the weight should be, `[K, rows]`, if that is wanted."""
-        unit, narrow, x, rest = self.metric.unit, self.metric.narrow, self.x, self.rest
+        metric, x, rest, rows = self.metric, self.x, self.rest, self.rows
         round_block = self._round_block_compiled if compiled.available(x.device) else self._round_block
         wanted = rest.clone() if want else None
+        #: the errors of the columns before, and the columns themselves: both are multiplied by L
+        both = x.new_empty((self.columns, 2 * rows if want else rows), dtype=metric.narrow.dtype)
+        if wanted is not None:
+            both[:, rows:] = x
         for start in range(0, self.columns, BLOCK):
-            own, after = slice(start, start + BLOCK), slice(start + BLOCK, None)
+            own, before = slice(start, start + BLOCK), slice(0, start)
+            if start:
+                passed_on = product(metric.narrow[before, own].T, both[before])
+                rest[own] += passed_on[:, :rows]
+            if wanted is not None:
+                wanted[own] += product(metric.unit[own, own].triu(1).T, x[own])
+                if start:
+                    wanted[own] += passed_on[:, rows:]
             error = torch.empty_like(rest[own])
-            round_block(start, min(start + BLOCK, self.columns), error)
-            if wanted is None:
-                rest[after] += product(narrow[own, after].T, error)
-                continue
-            wanted[own] += product(unit[own, own].triu(1).T, x[own])
-            from_errors, from_weights = product(narrow[own, after].T, torch.cat([error, x[own]], 1)).split(self.rows, 1)
-            rest[after] += from_errors
-            wanted[after] += from_weights
+            round_block(start, start + len(error), error)
+            both[own, :rows] = error
         return wanted
 
     def _round_block_compiled(self, start: int, stop: int, error: Tensor) -> None:

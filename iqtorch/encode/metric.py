@@ -143,11 +143,13 @@ class Metric:
 
     def _half_solved(self, right: Tensor) -> Tensor:
         """D^-1 L^-1 times `right` `[K, R]`, which is overwritten."""
+        solved = torch.empty_like(right, dtype=self.narrow.dtype)
         for start in reversed(range(0, len(right), BLOCK)):
-            own = slice(start, start + BLOCK)
+            own, after = slice(start, start + BLOCK), slice(start + BLOCK, None)
+            if start + BLOCK < len(right):
+                right[own] -= product(self.narrow[own, after], solved[after])
             right[own] = product(inverse_unit(self.unit[own, own]), right[own])
-            if start:
-                right[:start] -= product(self.narrow[:start, own], right[own])
+            solved[own] = right[own]
         step = self.form.shape[1]
         return right / self.form[:, :, 0] if step == 1 else (torch.linalg.inv(self.form) @ right.unflatten(0, (-1, step))).flatten(0, 1)
 
