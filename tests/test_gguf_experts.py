@@ -123,3 +123,23 @@ def test_a_packed_split_model_quantizes_the_rest(tmp_path: Path) -> None:
         iqtorch.quantize_model(load_gguf(path), {"up_proj": "iq4_nl"}, other, progress=False)
     again = iqtorch.quantize_model(load_gguf(path), {"up_proj": "iq4_nl"}, importance, progress=False)
     assert not torch.equal(again.model.layers[1].mlp.experts.up_proj.to_blocks(), weight.to_blocks())
+
+
+@pytest.mark.parametrize("kind", [None, "q8_0"])
+def test_gate_and_up_in_one_tensor(tmp_path: Path, kind: str | None) -> None:
+    """As some files have them."""
+    model = pack(tiny("qwen3-moe"), {"experts": kind, "self_attn": "q5_0"})
+    save_gguf(model, tmp_path / "a.gguf")
+    file = GGUFFile(tmp_path / "a.gguf")
+
+    def join(name: str, info: Any, source: TensorSource) -> TensorSource | None:
+        if not name.endswith(("ffn_gate_exps.weight", "ffn_up_exps.weight")):
+            return source
+        if "up_exps" in name:
+            return None
+        both = torch.cat([source.load(), file.data(name.replace("gate", "up"))], 1)
+        return TensorSource(name.replace("gate", "gate_up"), (4, 64, 64), source.type, lambda: both)
+
+    path = rewrite(tmp_path / "a.gguf", tmp_path / "b.gguf", join)
+    assert "blk.0.ffn_gate_up_exps.weight" in GGUFFile(path).tensors
+    assert_same_weights(load_gguf(path), model)

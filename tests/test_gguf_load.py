@@ -23,13 +23,16 @@ from iqtorch.gguf import (
     GGUFNameError,
     GGUFTensorError,
     TensorSource,
+    families,
     load_gguf,
     save_gguf,
     write_gguf,
 )
 from iqtorch.gguf.families import config_from_gguf
+from iqtorch.gguf.family import Family
 
 transformers = pytest.importorskip("transformers")
+import gguf_models  # noqa: E402 (imports transformers)
 from gguf_models import assert_same_weights, logits, pack, rewrite, tiny  # noqa: E402 (imports transformers)
 
 
@@ -193,6 +196,23 @@ def test_device_map(tmp_path: Path) -> None:
     save_gguf(model, tmp_path / "a.gguf")
     for device_map in ("cpu", torch.device("cpu"), "auto", {"": "cpu"}):
         assert_same_weights(load_gguf(tmp_path / "a.gguf", device_map=device_map), model)
+
+
+@pytest.mark.skipif(not hasattr(transformers, "Gemma4TextConfig"), reason="this transformers has no Gemma 4")
+def test_a_family_without_a_record_by_its_own_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gemma 4: its tensors lie in files as in the model, its configuration is not made from the metadata."""
+    settings = {
+        "num_hidden_layers": 6, "head_dim": 16, "global_head_dim": 32, "hidden_size_per_layer_input": 32, "vocab_size_per_layer_input": 96,
+        "pad_token_id": 0, "sliding_window": 16,
+    }  # fmt: skip
+    monkeypatch.setitem(gguf_models.MODELS, "gemma4", ("Gemma4TextConfig", settings))
+    model = pack(tiny("gemma4"), {"layers": "q8_0"})
+    with monkeypatch.context() as patch:  # only to write such a file
+        patch.setattr(families, "FAMILIES", (*families.FAMILIES, Family("gemma4", "gemma4_text", (), rope=False)))
+        save_gguf(model, tmp_path / "a.gguf")
+    with pytest.raises(GGUFArchitectureError, match=r"architecture 'gemma4' is not among llama.*; pass config="):
+        load_gguf(tmp_path / "a.gguf")
+    assert assert_same_weights(load_gguf(tmp_path / "a.gguf", config=model.config), model) > 40
 
 
 def test_architectures_without_a_decoder_alone(tmp_path: Path) -> None:

@@ -245,7 +245,9 @@ def make_room(model: torch.nn.Module, file: GGUFFile, bindings: Iterable[Binding
 
 
 def merged_halves(bindings: Iterable[Binding], present: Mapping[str, Any], config: Any) -> list[Binding]:
-    """Bindings for files that hold MLA's `attn_kv_b` only as two halves that are not quantized, or `ssm_in` of Qwen3-Next in two."""
+    """Bindings for files that lay tensors out in another way: MLA's `attn_kv_b` in two halves that are not quantized, `ssm_in` of
+    Qwen3-Next in two, gate and up experts in one.
+    """
     out = []
     for binding in bindings:
         whole = binding.tensors[0]
@@ -255,6 +257,9 @@ def merged_halves(bindings: Iterable[Binding], present: Mapping[str, Any], confi
         parts = tuple(whole.replace(".ssm_in.", f".{part}.") for part in ("attn_qkv", "attn_gate"))
         if whole.endswith(".ssm_in.weight") and whole not in present and all(part in present for part in parts):
             binding = Binding(binding.name, parts, order=partial(qkvz_rows, config))
+        fused = whole.replace(".ffn_gate_exps.", ".ffn_gate_up_exps.")
+        if len(binding.tensors) == 2 and not binding.alternating and whole not in present and fused in present:
+            binding = replace(binding, tensors=(fused,))
         out.append(binding)
     return out
 
