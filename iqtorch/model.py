@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -15,7 +15,6 @@ from .encode import Objective, Speed
 from .errors import CalibrationError, ImportanceError
 from .formats import get_format
 from .fuse import fuse as fuse_projections
-from .hf import adopt
 from .linear import is_conv1d, is_flat_experts, is_pointwise, matrix_of, packable, set_weight
 from .quantize import ROUNDINGS, Rounding, check_finite, check_importance, check_options, check_weight, quantize
 from .recipe import ModelFacts, Recipe, WeightFacts, layer_of, role_of
@@ -33,6 +32,9 @@ NOTES = "_iqtorch_notes"
 
 #: How the notes begin on weights that the caller asked to keep.
 ASKED = ("skipped by the caller", "rule ", "no rule names it")
+
+#: Called with each model whose weights were packed in memory, and the recipe: packages that build on this one add what their models need.
+WHEN_PACKED: list[Callable[[nn.Module, Recipe], None]] = []
 
 #: Weights that the reference never quantizes: routers, position and token-type tables, small projections of state-space layers.
 _NEVER = re.compile(
@@ -316,7 +318,8 @@ def install_packed(model: nn.Module, packed: Iterable[tuple[Site, IQTensor]], no
     for site, weight in packed:
         _install(model, site, weight)
     setattr(model, NOTES, {**getattr(model, NOTES, {}), **notes})
-    adopt(model, recipe)
+    for act in WHEN_PACKED:
+        act(model, recipe)
     from .report import warn_if_kept  # which imports this module
 
     warn_if_kept(model, stacklevel=4)  # whoever called quantize_model
@@ -404,10 +407,13 @@ def check_coverage(table: Mapping[str, Tensor], sites: Sequence[Site], packed: S
             f"its {len(table)} entries are named like {next(iter(table))!r}: was it made with another model?"
         )
     # a lookup of embeddings has no inputs, so nobody collects importance for it
-    missing = [site.name for site in packed if site.role != "embedding" and not known(site)]
+    lacking = [site for site in packed if site.role != "embedding" and not known(site)]
+    missing = [site.name for site in lacking]
     if missing:
         some = ", ".join(missing[:4]) + (", ..." if len(missing) > 4 else "")
-        logger.warning("no importance for %d of %d weights, taken as 1 for all their columns: %s", len(missing), len(packed), some)
+        # the reference's program leaves the output layer out unless it is asked for, and quantizes without
+        level = logging.INFO if all(site.role in ("output", "tied") for site in lacking) else logging.WARNING
+        logger.log(level, "no importance for %d of %d weights, taken as 1 for all their columns: %s", len(missing), len(packed), some)
 
 
 def lookup_importance(table: Mapping[str, Tensor], site: Site) -> Tensor | None:

@@ -60,17 +60,13 @@ def quantize(
 
 @torch.no_grad()
 def encode_blocks(weight: Tensor, fmt: Format, importance: Tensor | None, objective: Objective, speed: Speed) -> Tensor:
-    """uint8 `[..., N, row_bytes]`: `encode` for a matrix, or for each expert; arguments as `quantize` has checked them.
-
-    The same bytes wherever the weights lie in memory (sums of a transposed view would be rounded in another order).
-    """
+    """uint8 `[..., N, row_bytes]`: `encode` for a matrix, or for each expert; arguments as `quantize` has checked them."""
     if weight.dim() == 2:
-        return encode(weight.detach().float().contiguous(), fmt, importance, objective, speed)
-    experts = (
-        encode(expert.detach().float().contiguous(), fmt, None if importance is None else importance[e], objective, speed)
-        for e, expert in enumerate(weight)
-    )
-    return torch.stack(list(experts))
+        return encode(weight.detach(), fmt, importance, objective, speed)
+    blocks = weight.new_empty((*weight.shape[:-1], fmt.row_bytes(weight.shape[-1])), dtype=torch.uint8)
+    for e, expert in enumerate(weight.detach()):
+        blocks[e] = encode(expert, fmt, None if importance is None else importance[e], objective, speed)
+    return blocks
 
 
 def check_options(objective: str, speed: str) -> None:

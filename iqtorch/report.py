@@ -23,6 +23,11 @@ class Row:
     reason: str
     packed: bool
 
+    @property
+    def matrix(self) -> bool:
+        """Whether it is one, or one for each expert; the biases of all experts (`[E, N]`) are none."""
+        return len(self.shape) >= 2 and not self.name.endswith("bias")
+
 
 @dataclass(frozen=True)
 class Report:
@@ -52,7 +57,7 @@ class Report:
     @property
     def packed_fraction(self) -> float:
         """Share of the weights in matrices (two dimensions or more) that is packed."""
-        matrices = [row for row in self.rows if len(row.shape) >= 2]
+        matrices = [row for row in self.rows if row.matrix]
         return sum(_count(row) for row in matrices if row.packed) / max(1, sum(_count(row) for row in matrices))
 
     def __str__(self) -> str:
@@ -109,7 +114,7 @@ EXPECTED = 0.99
 
 def warn_if_kept(model: nn.Module, stacklevel: int = 3) -> None:
     """Warns if more than one in a hundred weights in matrices was kept that nobody asked to keep."""
-    rows = [row for row in report(model).rows if len(row.shape) >= 2 and (row.packed or not row.reason.startswith(ASKED))]
+    rows = [row for row in report(model).rows if row.matrix and (row.packed or not row.reason.startswith(ASKED))]
     kept = sorted((row for row in rows if not row.packed), key=_count, reverse=True)
     total = max(1, sum(map(_count, rows)))
     packed = 1 - sum(map(_count, kept)) / total

@@ -170,9 +170,15 @@ def trainer(path: str) -> dict[str, bool]:
     return {"world": arguments.world_size == dist.get_world_size(), "loss": losses[-1] < losses[0], "saved": saved.exists()}
 
 
-def split_by_transformers(path: str, saves: bool = True, **sizes: int) -> dict[str, bool]:
-    """Pipeline, FSDP2 or expert parallelism by `from_pretrained`: outputs, tokens, and what a process holds."""
-    whole, parts = load(path), load(path, distributed_config=DistributedConfig(**sizes))
+def split_by_transformers(path: str, saves: bool = True, quantize: bool = False, **sizes: Any) -> dict[str, bool]:
+    """Tensor, expert or pipeline parallelism, or FSDP2, by `from_pretrained`: outputs, tokens, and what a process holds.
+
+    Args:
+        saves: whether such a model can be saved, to the bytes of the whole one.
+        quantize: `path` is a plain checkpoint, which is quantized while it is loaded.
+    """
+    config = {"quantization_config": iqtorch.IQConfig(recipe=iqtorch.Recipe.pure("iq4_ks"))} if quantize else {}
+    whole, parts = load(path, **config), load(path, distributed_config=DistributedConfig(**sizes), **config)
     held = [getattr(p, "_local_tensor", p) for p in parts.parameters()]
     total = sum(p.to_blocks().nbytes for p in whole.parameters() if isinstance(p, IQTensor))
     feed = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
@@ -182,8 +188,10 @@ def split_by_transformers(path: str, saves: bool = True, **sizes: int) -> dict[s
     checks["tokens"] = torch.equal(parts.generate(IDS, **feed), whole.generate(IDS, **feed))
     if saves:
         parts.save_pretrained(f"{path}/again")
+        if dist.get_rank() == 0:
+            whole.save_pretrained(f"{path}/whole")
         dist.barrier()
-        checks["save"] = same_bytes(f"{path}/again", path)
+        checks["save"] = same_bytes(f"{path}/again", f"{path}/whole")
     else:
         checks["save"] = raises(UnsupportedOperationError, lambda: parts.save_pretrained(f"{path}/again"))
     return checks
@@ -237,6 +245,12 @@ def dtensor(path: str) -> dict[str, bool]:
     return checks
 
 
+SPLITS: dict[str, Any] = {
+    **{f"pp_size={n}": {"saves": False, "pp_size": n} for n in (2, 4)},
+    **{f"fsdp_size={n}": {"fsdp_size": n} for n in (2, 4)},
+    **{f"tp_size={n}": {"tp_size": n, "tp_plan": "auto"} for n in (2, 4)},
+    **{f"ep_size={n}": {"ep_size": n, "tp_size": n} for n in (2, 4)},
+}
 MODES = {
     "tensor_parallel": tensor_parallel,
     "fsdp": partial(fsdp, whole=False),
@@ -244,9 +258,8 @@ MODES = {
     "dtensor": dtensor,
     "data_parallel": data_parallel,
     "trainer": trainer,
-    **{f"pp_size={n}": partial(split_by_transformers, saves=False, pp_size=n) for n in (2, 4)},
-    **{f"fsdp_size={n}": partial(split_by_transformers, fsdp_size=n) for n in (2, 4)},
-    **{f"ep_size={n}": partial(split_by_transformers, ep_size=n, tp_size=n) for n in (2, 4)},
+    **{name: partial(split_by_transformers, **sizes) for name, sizes in SPLITS.items()},
+    **{f"quantizing, {name}": partial(split_by_transformers, quantize=True, **sizes) for name, sizes in SPLITS.items()},
     "refused": refused,
 }
 

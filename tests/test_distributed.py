@@ -48,8 +48,8 @@ def spawn() -> Iterator[Spawn]:
         server.stdin.close()
 
 
-def save(kind: str, path: Path, split: bool = False, **changes: object) -> Path:
-    """A packed model; `split`: with gate and up experts of different formats."""
+def save(kind: str, path: Path, split: bool = False, quantize: bool = True, **changes: object) -> Path:
+    """A packed model; `split`: with gate and up experts of different formats; or one that is not packed yet."""
     model = tiny_model(kind, **{"num_hidden_layers": 1, "hidden_size": 1024, "head_dim": 256, "intermediate_size": 1024, **changes})
     experts = [module for name, module in model.named_modules() if split and name.endswith(".experts")]
     for module in experts:
@@ -57,8 +57,10 @@ def save(kind: str, path: Path, split: bool = False, **changes: object) -> Path:
         split_experts(module)
         for name, half in zip(SPLIT, halves, strict=True):
             module._parameters[name] = torch.nn.Parameter(half.clone())
-    recipe = Recipe.pure("iq4_ks").with_rules([("experts.up_proj", "q8_0")])  # a format with row headers
-    iqtorch.quantize_model(model, recipe, progress=False).save_pretrained(path)
+    if quantize:
+        recipe = Recipe.pure("iq4_ks").with_rules([("experts.up_proj", "q8_0")])  # a format with row headers
+        iqtorch.quantize_model(model, recipe, progress=False)
+    model.save_pretrained(path)
     return path
 
 
@@ -117,6 +119,23 @@ def test_fsdp2(spawn: Spawn, mode: str, processes: int, kind: str, tmp_path: Pat
 def test_split_by_from_pretrained(spawn: Spawn, sizes: str, kind: str, tmp_path: Path) -> None:
     processes = int(sizes[-1])
     spawn(processes, sizes, save(kind, tmp_path, num_hidden_layers=processes if "pp" in sizes else 1, num_key_value_heads=4))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "kind"),
+    [
+        ("tp_size=2", "llama"),
+        ("ep_size=2", "mixtral"),
+        ("pp_size=2", "llama"),
+        pytest.param("tp_size=4", "mixtral", marks=pytest.mark.slow),
+        pytest.param("pp_size=4", "mixtral", marks=pytest.mark.slow),
+    ],
+)
+def test_quantizing_while_loading_in_several_processes(spawn: Spawn, sizes: str, kind: str, tmp_path: Path) -> None:
+    processes = int(sizes[-1])
+    layers = processes if "pp" in sizes else 1
+    plain = save(kind, tmp_path, quantize=False, num_hidden_layers=layers, num_key_value_heads=4)
+    spawn(processes, f"quantizing, {sizes}", plain)
 
 
 @pytest.mark.parametrize(

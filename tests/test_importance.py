@@ -408,6 +408,7 @@ def test_part_of_the_entries_is_enough(caplog: pytest.LogCaptureFixture) -> None
     packed_with(found)
     packed_with({name.removesuffix(".weight"): value for name, value in found.items()})
     packed_with(part, ("layers.1", "mlp", "lm_head", "[vo]_proj"))
+    packed_with({name: value for name, value in found.items() if name != "lm_head.weight"})  # as the reference's program leaves it
     assert "no importance" not in caplog.text
 
 

@@ -7,9 +7,12 @@ waste part of a huge page each time. Nothing is reserved: pages are taken when t
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import mmap
 import threading
 import weakref
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,3 +57,18 @@ def _give_back(memory: mmap.mmap, start: int, count: int) -> None:
     first, last = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, (start + count) // mmap.PAGESIZE * mmap.PAGESIZE
     if _DONTNEED is not None and last > first:
         memory.madvise(_DONTNEED, first, last - first)
+
+
+def trim() -> None:
+    """Has the C library return what it keeps of freed memory to the system: it may be as much as the two largest tensors freed so far."""
+    release = _malloc_trim()
+    if release is not None:
+        release(0)
+
+
+@functools.cache
+def _malloc_trim() -> Any:
+    try:
+        return ctypes.CDLL(None).malloc_trim  # glibc only
+    except (AttributeError, OSError, TypeError):
+        return None

@@ -45,7 +45,8 @@ def encode(weight: Tensor, fmt: Format, importance: Tensor | None, objective: Ob
     """Canonical bytes of a weight matrix.
 
     Args:
-        weight: float32 `[R, K]`, finite, K a multiple of the block size (and R of 4 for the `_r4` formats).
+        weight: floating `[R, K]`, finite, K a multiple of the block size (and R of 4 for the `_r4` formats); taken as float32. The
+            same bytes wherever the weights lie in memory.
         fmt: the format.
         importance: float32 `[K]`, finite and not negative: error weight of each column; None = all equal.
         objective: `"rmse"`: least importance-weighted squared error of the effective weights (`runtime_scale` included);
@@ -79,7 +80,8 @@ def _encode(weight: Tensor, fmt: Format, importance: Tensor | None, objective: O
     weights = _error_weights(importance, weight.shape[1], weight.device)
     effort = effort_of(fmt, speed)
     for part in weight.split(_rows_at_a_time(fmt, weight.shape[1], weight.device)):
-        yield _encode_rows(part.float(), fmt, weights, objective, effort)
+        # a copy of these rows only; sums of a transposed view would be rounded in another order
+        yield _encode_rows(part.float().contiguous(), fmt, weights, objective, effort)
 
 
 def _rows_at_a_time(fmt: Format, k: int, device: torch.device) -> int:
@@ -121,12 +123,12 @@ def _encode_rows(weight: Tensor, fmt: Format, importance: Tensor, objective: Obj
     # Rows are scaled by powers of two to about 1, so that squares of tiny and huge weights stay finite.
     exponent = torch.frexp(weight.abs().amax(1)).exponent.clamp(-120, 126).to(torch.int32)
     down = torch.ldexp(torch.ones_like(weight[:, :1]), -exponent[:, None])
-    scaled = weight * down
+    weight = weight * down  # the caller keeps no copy of what it was
     per_row = "d" not in fmt.fields
     unit = k if per_row else fmt.block_size
     n = fmt.group_size
     units = Units(
-        scaled.reshape(-1, n),
+        weight.reshape(-1, n),
         importance,
         unit // n,
         exponent.repeat_interleave(k // unit),
@@ -134,7 +136,7 @@ def _encode_rows(weight: Tensor, fmt: Format, importance: Tensor, objective: Obj
     found = _search(units, fmt, effort)
     parts = _parts(found, fmt, rows)
     if objective == "model":
-        _unshrink(parts, fmt, scaled, importance, down)
+        _unshrink(parts, fmt, weight, importance, down)
     return parts
 
 
@@ -151,9 +153,14 @@ def _unshrink(parts: Parts, fmt: Format, weight: Tensor, importance: Tensor, dow
     Least squares shrinks: its q is the projection of the row x, with sum w x q = sum w q q < sum w x x, so every output comes out
     too small by that factor on average. The squared error grows only in second order; divergence of a model falls.
     """
-    decoded = fmt.weights(parts).mul_(down * fmt.runtime_scale)
-    weighted = importance * weight
-    kept = (weighted * decoded).sum(1) / (weighted * weight).sum(1)
+    step = max(1, CHUNK["cpu" if weight.is_cpu else "gpu"] // weight.shape[1])
+    ratios = []
+    for i in range(0, len(weight), step):  # what is decoded takes several times the memory of the weights
+        rows = slice(i, i + step)
+        decoded = fmt.weights({name: values[rows] for name, values in parts.items()}).mul_(down[rows] * fmt.runtime_scale)
+        weighted = importance * weight[rows]
+        ratios.append((weighted * decoded).sum(1) / (weighted * weight[rows]).sum(1))
+    kept = torch.cat(ratios)
     factor = torch.where(kept > 1 / LARGEST_FACTOR, 1 / kept, 1.0).clamp(min=1.0)[:, None]
     for name in ("d", "dmin") if fmt.affine else ("d",):
         parts[name] = float_to_bits(bits_to_float(parts[name], fmt.d_kind) * factor, fmt.d_kind)

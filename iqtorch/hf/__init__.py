@@ -15,9 +15,10 @@ import torch
 from torch import nn
 
 from ..errors import MissingDependencyError
+from ..model import WHEN_PACKED
+from ..recipe import Recipe
 
 if TYPE_CHECKING:
-    from ..recipe import Recipe
     from .config import IQConfig
 
 __all__ = ["IQConfig", "adopt", "encode", "load_causal_lm", "transformers"]
@@ -62,6 +63,9 @@ def adopt(model: nn.Module, recipe: Recipe) -> None:
         return
     for child in model.children():  # a sentence transformer, for example
         adopt(child, recipe)
+
+
+WHEN_PACKED.append(adopt)
 
 
 def load_causal_lm(path: str | Path, dtype: torch.dtype | str = "auto") -> tuple[nn.Module, Any]:

@@ -21,7 +21,7 @@ def install() -> None:
 
 
 def _register() -> None:
-    importlib.import_module("iqtorch.hf.quantizer").register()
+    importlib.import_module("iqtorch.hf.quantizer")  # which registers itself
 
 
 class _Finder(MetaPathFinder):

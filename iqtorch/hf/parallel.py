@@ -15,7 +15,6 @@ from transformers.distributed.tensor_parallel import TensorParallelLayer
 from ..as_stored import TiledInputs
 from ..errors import ShapeError, UnsupportedOperationError
 from ..experts import SPLIT, is_split
-from ..formats import Format
 from ..linear import packed_parameter
 from ..mla import SplitKV
 from ..sharding import SHARDS, split_blocks, stored_dim
@@ -108,20 +107,23 @@ def _plan_as_stored(model: Any, plan: dict[str, str]) -> None:
             plan |= {f"{key}.{half}": "colwise" if style == "packed_colwise" else style for half in SPLIT}
 
 
-def local_part(module: nn.Module, attribute: str, blocks: Tensor, fmt: Format, transposed: bool, name: str) -> Tensor:
-    """This process's part of a weight's canonical bytes; all of them if the weight is not split.
+def local_part(module: nn.Module, attribute: str, weight: IQTensor, name: str) -> IQTensor:
+    """This process's part of a weight; the weight itself if it is not split.
 
     Raises:
         ShapeError: the plan cuts a row within a block.
     """
     mesh, placements = getattr(module, SHARDS, {}).get(attribute, (None, ()))
+    blocks = whole = weight.to_blocks()
     for axis, placement in enumerate(placements):
         if not hasattr(placement, "dim"):
             continue
-        dim = stored_dim(placement.dim, blocks.ndim, transposed)
+        dim = stored_dim(placement.dim, blocks.ndim, weight.transposed)
         parts, rank = mesh.size(axis), mesh.get_local_rank(axis)
-        blocks = split_blocks(blocks, fmt, dim, parts, rank, getattr(placement, "split_factor", 1), name)
-    return blocks.contiguous()
+        blocks = split_blocks(blocks, weight.format, dim, parts, rank, getattr(placement, "split_factor", 1), name)
+    if blocks is whole:
+        return weight
+    return IQTensor.from_blocks(blocks.contiguous(), weight.format, weight.dtype, transposed=weight.transposed, defer=True)
 
 
 def fsdp_part(model: Any, name: str, blocks: Tensor, stored: StoredTensor, dtype: torch.dtype) -> nn.Parameter:

@@ -21,8 +21,9 @@ from transformers.quantizers.base import HfQuantizer
 
 from ..as_stored import keep_as_stored
 from ..calibration import Calibration, quantize_calibrated
+from ..cpu_ext import memory
 from ..errors import CheckpointError, IQTorchError, MissingDependencyError, UnsupportedOperationError
-from ..formats import Format, get_format
+from ..formats import get_format
 from ..linear import PACKED_CLASS, matrix_of, packable, packed_parameter
 from ..model import NOTES, check_coverage, importance_table, lookup_importance, plan_formats, replace_module
 from ..quantize import check_finite, check_weight, quantize
@@ -31,6 +32,9 @@ from ..sharding import SHARDS, gather_blocks
 from ..tensor import IQTensor
 from .config import METHOD, IQConfig, StoredTensor
 from .experts import use_packed_experts
+
+#: Bytes of a weight before whose quantization freed memory is returned: experts have just been put together, twice over.
+TRIMMED = 1 << 24
 
 
 def register() -> None:
@@ -203,6 +207,8 @@ class IQQuantizer(HfQuantizer):
         if self.error is not None:
             return None
         plan = self.planned[name]
+        if weight.nbytes >= TRIMMED:
+            memory.trim()
         try:
             if hasattr(model.get_parameter(name), "device_mesh"):
                 raise UnsupportedOperationError(
@@ -219,7 +225,7 @@ class IQQuantizer(HfQuantizer):
                 self._notes[name] = f"{self._notes[name]}; {note}" if name in self._notes else note
             else:
                 packed = quantize(matrix, fmt, plan.importance, config.objective, speed=config.speed, name=name)
-            return self._parameter(model, name, packed.to_blocks(), packed.format, packed.dtype, plan.transposed)
+            return self._parameter(model, name, packed._swapped() if plan.transposed else packed)
         except (IQTorchError, ValueError) as error:
             self.error = error
             return None
@@ -239,24 +245,23 @@ class IQQuantizer(HfQuantizer):
 
                 return fsdp_part(model, name, blocks, stored, stored.dtype or self.dtype)
             stored.check(name, blocks)
-            return self._parameter(
-                model, name, blocks, get_format(stored.format), stored.dtype or self.dtype, stored.transposed, defer=True
-            )
+            dtype = stored.dtype or self.dtype
+            weight = IQTensor.from_blocks(blocks, stored.format, dtype, transposed=stored.transposed, defer=True)
+            return self._parameter(model, name, weight)
         except IQTorchError as error:
             self.error = error
             return None
 
     @staticmethod
-    def _parameter(
-        model: nn.Module, name: str, blocks: Tensor, fmt: Format, dtype: torch.dtype, transposed: bool, defer: bool = False
-    ) -> nn.Parameter:
+    def _parameter(model: nn.Module, name: str, weight: IQTensor) -> nn.Parameter:
+        """The parameter for a packed weight: all of it, or this process's part."""
         path, _, attribute = name.rpartition(".")
         module = model.get_submodule(path)
         if hasattr(module, SHARDS):
             from .parallel import local_part
 
-            blocks = local_part(module, attribute, blocks, fmt, transposed, name)
-        parameter = packed_parameter(IQTensor.from_blocks(blocks, fmt, dtype, transposed=transposed, defer=defer))
+            weight = local_part(module, attribute, weight, name)
+        parameter = packed_parameter(weight)
         # transformers must not initialize it; before 5.9 it looks only at the module, which must not hide a bias that is missing, nor
         # buffers that no file holds (Gemma's scale of embeddings).
         parameter._is_hf_initialized = True  # type: ignore[attr-defined]
@@ -410,3 +415,6 @@ def count_packed_bytes() -> None:
 def name_patterns(names: Any) -> list[str]:
     """Few regular expressions, without groups, that match exactly a model's names up to their numbers."""
     return sorted({re.sub(r"(?<=\.)\d+(?=\\\.)", r"\\d+", re.escape(name)) for name in names})
+
+
+register()
