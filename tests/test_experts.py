@@ -175,7 +175,9 @@ AUTO = {
 def test_every_architecture_with_experts(model_type: str, tmp_path: Path) -> None:
     model = tiny_model(model_type, AUTO.get(model_type, "AutoModelForCausalLM"))
     iqtorch.quantize_model(model, Recipe.pure("q8_0"), progress=False)
-    assert iqtorch.report(model).packed_fraction >= 0.99
+    report = iqtorch.report(model)
+    assert report.packed_fraction >= 0.99
+    assert not any(row.matrix for row in report.rows if re.search(r"bias$|norm\.weight$", row.name))
     got = run(model)
     plain = dequantized(model)
     if getattr(plain.config, "_experts_implementation", None) == "iqtorch":

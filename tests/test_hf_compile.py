@@ -65,6 +65,29 @@ def test_static_cache_generates_with_one_graph_for_the_prompt_and_one_for_all_to
     assert counter.frame_count == 2, "a graph was compiled again for a later token"
 
 
+@pytest.mark.parametrize(
+    "device",
+    [
+        pytest.param("cpu", marks=pytest.mark.slow),  # where the mode changes nothing: it is the test that is tested
+        pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")),
+    ],
+)
+def test_reduce_overhead_compiles_once(device: str) -> None:
+    iqtorch.set_activation_precision("float")
+    model = packed("llama", num_hidden_layers=1).to(device)
+    feed = {
+        "max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "cache_implementation": "static", "disable_compile": True,
+        "output_logits": True, "return_dict_in_generate": True,
+    }  # fmt: skip
+    want = model.generate(IDS.to(device), **feed).logits[0]
+    model.forward = torch.compile(model.forward, fullgraph=True, mode="reduce-overhead")
+    torch._dynamo.utils.counters.clear()
+    for _ in range(2):
+        got = model.generate(IDS.to(device), **feed).logits
+        assert len(got) == 6 and (got[0] - want).norm() <= 0.02 * want.norm()
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2, "one graph for the prompt, and one for all tokens"
+
+
 @pytest.mark.parametrize("kind", ["llama", "qwen3_moe"])
 def test_fullgraph_with_dynamic_length(kind: str) -> None:
     model = Logits(packed(kind, num_hidden_layers=1))
