@@ -19,7 +19,7 @@ SPLIT = ("gate_proj", "up_proj")
 
 def is_split(module: Any) -> bool:
     """Whether gate and up projections are parameters of their own."""
-    return SPLIT[0] in module._parameters
+    return SPLIT[0] in getattr(module, "_parameters", ())
 
 
 def split_experts(module: nn.Module) -> None:
