@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from iqtorch.formats import get_format
-from iqtorch.kernels import matrix, routed, vector
+from iqtorch.kernels import matrix, repack, routed, vector
 from iqtorch.kernels.choices import all_registers
 from iqtorch.kernels.layout import layout
 
@@ -84,6 +85,20 @@ def dequantize(name: str, arch: int | str = 90, asm: bool = True) -> Any:
     return compile_kernel(matrix.dequantize, constants, pointers, arch, 4, enable_fp_fusion=False)
 
 
+def moves(name: str, way: str, arch: int | str = 90) -> Iterator[tuple[repack.Region, Any]]:
+    """The kernels that pack (or `unpack`) long rows of a format: of each region, and the units that a thread makes: `MOVED`."""
+    fmt = get_format(name)
+    for region in (repack.packing if way == "pack" else repack.unpacking)(name):
+        tile = repack.tile(8192, region.move.size * 8192 // fmt.block_size)
+        assert tile[0] * tile[1] == MOVED * 32 * tile[2]
+        pointers = {"source": "*i32", "target": {1: "*u8", 2: "*i16", 4: "*i32"}[region.move.unit], "table": "*i32", "places": "*i64"}
+        yield region, compile_kernel(repack.move_bits, {"M": region.move, "ROWS": tile[0], "BLOCK": tile[1]}, pointers, arch, tile[2])
+
+
+#: Units per thread of `moves`.
+MOVED = 16
+
+
 def _cuobjdump(kernel: Any, *options: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin", delete=False) as file:
         file.write(kernel.asm["cubin"])
@@ -99,9 +114,15 @@ def resources(kernel: Any) -> dict[str, int]:
     return {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", line)}
 
 
+def listing_of(kernel: Any) -> list[tuple[int, str]]:
+    """Address and text of every instruction."""
+    found = [(int(m[1], 16), m[2].strip()) for m in map(INSTRUCTION.match, _cuobjdump(kernel, "-sass").splitlines()) if m]
+    return [(address, text) for address, text in found if not text.startswith("NOP")]
+
+
 def loop(kernel: Any) -> collections.Counter[str]:
     """Instructions of the main loop, by name up to the first dot: the shortest one with tensor cores, else the longest innermost one."""
-    listing = [(int(m[1], 16), m[2].strip()) for m in map(INSTRUCTION.match, _cuobjdump(kernel, "-sass").splitlines()) if m]
+    listing = listing_of(kernel)
     backward = []
     for address, text in listing:
         target = re.search(r"0x([0-9a-f]+)", text) if "BRA" in text else None
@@ -118,4 +139,4 @@ def loop(kernel: Any) -> collections.Counter[str]:
         inner = [a for a in backward if not any(a != b and b[0] >= a[0] and b[1] <= a[1] for b in backward)]
         low, high = max(inner, key=lambda pair: pair[1] - pair[0])
     names = [re.sub(r"^@!?U?P[T0-9]+\s+", "", text).split()[0] for address, text in listing if low <= address <= high]
-    return collections.Counter(name.split(".")[0] for name in names if not name.startswith("NOP"))
+    return collections.Counter(name.split(".")[0] for name in names)
