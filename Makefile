@@ -23,11 +23,14 @@ demo: $(READY)
 test: check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 
-# The tests of docs/huggingface.md and of GGUF files with the oldest transformers that pyproject.toml allows; all else is shared with $(VENV).
+# The tests of docs/huggingface.md and of GGUF files with the oldest transformers that pyproject.toml allows, and of GPU kernels with its
+# oldest Triton (whose interpreter needs a NumPy of its time); all else is shared with $(VENV).
 test-oldest: $(READY)
 	test -x $(VENV)/oldest/bin/python || $(BIN)/python -m venv $(VENV)/oldest
 	$(BIN)/python -c 'import sysconfig as s; print("import site; site.addsitedir(%r)" % s.get_path("purelib"))' > $$(echo $(VENV)/oldest/lib/python*/site-packages)/shared.pth
-	$(VENV)/oldest/bin/pip install -q 'transformers==5.4.*'
+	$(VENV)/oldest/bin/pip install -q 'transformers==5.4.*' 'triton==3.6.*' 'numpy==2.2.*'
+	OMP_NUM_THREADS=1 $(VENV)/oldest/bin/python -m pytest -q -p no:cacheprovider tests/test_triton_compile.py -k "every_kernel or vector_kernel or matrix_kernel or two_seconds or amd"
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(VENV)/oldest/bin/python -m pytest -q -p no:cacheprovider tests/triton_cases.py -k "(iq2_kl or iq3_kt or q4_k) and not experts"
 	OMP_NUM_THREADS=1 $(VENV)/oldest/bin/python -m pytest -q -p no:cacheprovider tests/test_hf.py tests/test_hf_placement.py tests/test_training.py \
 		tests/test_gguf.py tests/test_gguf_load.py
 

@@ -329,6 +329,12 @@ def _addmm_dispatch(func: Any, args: Any, kwargs: Any) -> Tensor:
     return _addmm(bias, x, w)
 
 
+@dispatch_handler(aten._grouped_mm.default)
+def _grouped_mm_dispatch(func: Any, args: Any, kwargs: Any) -> Tensor:
+    x, w = args[:2]
+    return _grouped_mm(*args, **kwargs) if type(w) is IQTensor and not isinstance(x, IQTensor) else fallback(func, args, kwargs)
+
+
 @dispatch_handler(aten.embedding.default)
 def _embedding_dispatch(func: Any, args: Any, kwargs: Any) -> Tensor:
     w, ids = args[:2]

@@ -7,6 +7,9 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,9 +34,11 @@ LIMITS = {
     "iq2_kl": 2.6,
     "iq2_kt": 4.2,
     **dict.fromkeys(["iq4_k", "iq4_ks", "iq4_kss", "iq4_nl", "iq4_xs", "mxfp4", "q4_0", "q4_1", "q4_k"], 3.6),
-    # beyond the general limit of 6: a value of the generator takes three instructions, then packing and its sign two more (docs/gpu.md)
-    "iq3_kt": 6.2,
 }
+LIMIT = 6.0
+#: One format of every family.
+FAMILIES = ["q4_k", "iq4_k", "iq6_k", "iq2_kl", "iq3_s", "iq3_kt"]
+OLD = version("triton") < "3.7"
 
 
 def assert_no_spill(kernel: object) -> None:
@@ -61,6 +66,60 @@ def test_every_kernel_compiles(arch: int | str) -> None:
     for kernel in kernels:
         assert "cubin" in kernel.asm if asm else "hsaco" in kernel.asm
         assert_no_spill(kernel)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_plain_twins_compile_for_amd(name: str) -> None:
+    s = layout(get_format(name)).scheme
+    tile = launch.gemv_tile(8192, 8192 // s.run, 1, 304, s, asm=False)
+    assert_no_spill(sass.gemv(name, "gfx942", asm=False, rows=tile.rows, passes=tile.passes)[0])
+    kernel, _ = sass.gemm(name, "gfx942", asm=False)
+    assert_no_spill(kernel)
+    assert "mfma" in kernel.asm["amdgcn"]
+    assert_no_spill(sass.dequantize(name, "gfx942", asm=False))
+
+
+#: Most instructions per weight of packing, by count at or below what leaves it to the memory of an H200: 128 of a processor per clock,
+#: 16.45 bytes moved per clock, so 15.6 per byte of canonical blocks (docs/gpu.md).
+PACKING = {"iq2_kl": 4.2, "q4_k": 5.8, "iq4_ks": 6.0, "q8_0": 7.0}
+
+
+@pytest.mark.parametrize("name", PACKING)
+def test_packing_is_not_bound_by_instructions(name: str) -> None:
+    total = 0.0
+    for region, kernel in sass.moves(name, "pack"):
+        assert_no_spill(kernel)
+        total += len(sass.listing_of(kernel)) / sass.MOVED * region.move.size / get_format(name).block_size
+    assert total <= PACKING[name] <= 15.6 * get_format(name).block_bytes / get_format(name).block_size, total
+
+
+@pytest.mark.parametrize(
+    "what",
+    [("gemv", "iq2_kl", 1, 1), ("gemv", "iq3_s", 1, 1), ("gemv", "iq2_kt", 2, 1), ("gemv", "iq5_k", 2, 2), ("gemm", "iq2_kl", 16)],
+    ids=str,
+)
+def test_a_kernel_compiles_within_two_seconds(what: tuple[Any, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processor time, of ptxas too, so that other work on the machine hardly counts; the best of three, from an empty cache."""
+    kind, name, *rest = what
+
+    def compile_() -> None:
+        if kind == "gemv":
+            s = layout(get_format(name)).scheme
+            tile = launch.gemv_tile(8192, 8192 // s.run, 1, 132, s, *rest)
+            sass.gemv(name, digits=rest[0], rows=tile.rows, passes=tile.passes, tokens=rest[1])
+        else:
+            sass.gemm(name, tokens=rest[0])
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "first"))
+    sass.dequantize("q8_0")  # loads the compiler
+    spent = []
+    while len(spent) < 3 and not (spent and min(spent) < 2.0):
+        monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / str(len(spent))))
+        before = sum(os.times()[:4])
+        compile_()
+        spent.append(sum(os.times()[:4]) - before)
+        assert list((tmp_path / str(len(spent) - 1)).rglob("*.cubin")), "nothing was compiled"
+    assert min(spent) < 2.0, spent
 
 
 def test_experts_are_addressed_in_64_bits() -> None:
@@ -96,29 +155,38 @@ def test_matrix_kernel_keeps_weights_in_registers(arch: int) -> None:
         kernel, weights = sass.gemm(name, arch)
         assert_weights_stay_in_registers(sass.loop(kernel), arch)
         assert_no_spill(kernel)
-        check_sass(kernel, weights, 6.0)
+        # (Triton 3.6 reads the activations word by word on sm_80, and moves more on sm_100)
+        check_sass(kernel, weights, 8.5 if OLD and arch != 90 else 6.0)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FORMATS)
-def test_instructions_of_every_vector_kernel(name: str) -> None:
-    tile = launch.gemv_tile(8192, 8192 // layout(get_format(name)).scheme.run, 1, 132, layout(get_format(name)).scheme)
-    kernel, weights = sass.gemv(name, rows=tile.rows, passes=tile.passes)
-    check_sass(kernel, weights, LIMITS.get(name, 6.0))
-    assert_registers_only(sass.loop(kernel))
-    assert_no_spill(kernel)
+def test_every_vector_kernel(name: str) -> None:
+    """Every format on sm_90: instructions, no spills, nothing through shared memory, for one and two tokens of every precision."""
+    s = layout(get_format(name)).scheme
+    for digits in (1, 2, 3):
+        for tokens in (1, 2):
+            tile = launch.gemv_tile(8192, 8192 // s.run, 1, 132, s, digits, tokens)
+            kernel, weights = sass.gemv(name, 90, digits, True, tile.rows, tile.passes, tokens=tokens)
+            if digits == tokens == 1:
+                check_sass(kernel, weights, LIMITS.get(name, LIMIT))
+            assert_registers_only(sass.loop(kernel))
+            assert_no_spill(kernel)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHES)
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_format_compiles_everywhere(name: str, arch: int | str) -> None:
+    """The vector kernel is the same code on all NVIDIA cards (sm_90: see above), so here the one with most registers stands for it."""
     asm = not isinstance(arch, str)
     s = layout(get_format(name)).scheme
-    for digits in (1, 2, 3):
-        for tokens in (1, 2):
-            tile = launch.gemv_tile(8192, 8192 // s.run, 1, 132, s, digits, tokens, asm)
-            assert_no_spill(sass.gemv(name, arch, digits, asm, tile.rows, tile.passes, tokens=tokens)[0])
+    if arch != 90:
+        tile = launch.gemv_tile(8192, 8192 // s.run, 1, 132, s, 2, 2, asm)
+        kernel = sass.gemv(name, arch, 2, asm, tile.rows, tile.passes, tokens=2)[0]
+        assert_no_spill(kernel)
+        if asm:
+            assert_registers_only(sass.loop(kernel))
     for tokens in (16, 32) if arch == 80 else (16, 128):
         kernel, _ = sass.gemm(name, arch, tokens, asm=asm)
         assert_no_spill(kernel)
@@ -126,6 +194,17 @@ def test_every_format_compiles_everywhere(name: str, arch: int | str) -> None:
             assert_weights_stay_in_registers(sass.loop(kernel), arch)
     assert_no_spill(sass.gemm(name, arch, 16, asm=asm, grouped=True)[0])
     assert_no_spill(sass.dequantize(name, arch, asm))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_is_packed_by_words(name: str) -> None:
+    """At most 1.6 times the instructions that memory leaves time for (see `PACKING`)."""
+    total = 0.0
+    for region, kernel in sass.moves(name, "pack"):
+        assert_no_spill(kernel)
+        total += len(sass.listing_of(kernel)) / sass.MOVED * region.move.size
+    assert total <= 1.6 * 15.6 * get_format(name).block_bytes, total / get_format(name).block_size
 
 
 @pytest.mark.parametrize("name", FORMATS)

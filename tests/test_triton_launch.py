@@ -18,7 +18,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from iqtorch.errors import KernelUnavailableError
+from iqtorch import kernels, ops
+from iqtorch.errors import KernelUnavailableError, UnsupportedOperationError
 from iqtorch.formats import get_format
 from iqtorch.kernels import choices, launch, matrix, routed, tuning, vector
 from iqtorch.kernels.layout import layout
@@ -127,6 +128,65 @@ def test_routing_is_not_seen_by_the_host(recorded: dict[str, Recorder]) -> None:
             assert out.shape == (tokens, 64)
         grids += [recorder.grids[-1] for recorder in recorded.values() if recorder.grids]
         assert all(isinstance(n, int) for grid in grids for n in grid)
+
+
+def test_operands_on_other_devices_are_refused(recorded: dict[str, Recorder]) -> None:
+    """By every operator, before any kernel: a message that names what is where."""
+    fmt, data = get_format("iq2_kl"), packed("iq2_kl", 64, 512, 4)
+    kind, x, far = fmt.ggml_type, torch.zeros(2, 512), torch.device("meta")
+    ids, mix = torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, 1)
+    for what, call in (
+        ("activations", lambda: launch.linear(x.to(far), data[0], kind, 64, None, 1)),
+        ("activations", lambda: launch.linear(x, data[0].to(far), kind, 64, None, 1)),
+        ("biases", lambda: launch.linear(x, data[0], kind, 64, torch.zeros(64, device=far), 1)),
+        ("gradients", lambda: launch.linear_transposed(torch.zeros(2, 64, device=far), data[0], kind, 512)),
+        ("ids", lambda: launch.embedding(torch.zeros(1, dtype=torch.int64, device=far), data[0], kind, 64, 512, torch.float32)),
+        ("offsets", lambda: launch.grouped_linear(x, data, torch.zeros(4, dtype=torch.int32, device=far), kind, 64, 1)),
+        ("expert ids", lambda: launch.routed_linear(x, data, ids.to(far), kind, 64, 1)),
+        ("expert ids", lambda: routed.routed_gated(x, data, ids.to(far), kind, 64, "silu", 1)),
+        ("routing weights", lambda: routed.routed_weighted(x[:, None], data, ids, mix.to(far), kind, 64, 1)),
+    ):
+        with pytest.raises(UnsupportedOperationError, match=f"{what} are on .*meta|{what} are on cpu, the packed weight is on meta"):
+            call()
+    assert not any(recorder.grids for recorder in recorded.values())
+
+
+@pytest.mark.parametrize("operator", ["linear", "embedding", "grouped_linear", "routed_gated"])
+def test_processor_tensors_have_no_gpu_operator(operator: str) -> None:
+    """The dispatcher says so, and names the operator; nothing falls back in silence."""
+    fmt, data = get_format("iq2_kl"), packed("iq2_kl", 64, 512, 4)
+    kind, x, ids = fmt.ggml_type, torch.zeros(2, 512), torch.zeros(2, 1, dtype=torch.int64)
+    arguments: dict[str, tuple[Any, ...]] = {
+        "linear": (x, data[0], kind, 64, None, 1),
+        "embedding": (ids, data[0], kind, 64, 512, torch.float32),
+        "grouped_linear": (x, data, torch.zeros(4, dtype=torch.int32), kind, 64, 1),
+        "routed_gated": (x, data, ids, kind, 64, "silu", 1),
+    }
+    with pytest.raises(NotImplementedError, match=rf"iqtorch_triton::{operator}.* 'CPU' backend"):
+        getattr(torch.ops.iqtorch_triton, operator)(*arguments[operator])
+
+
+def test_a_card_that_is_too_old_falls_back_visibly(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Plain torch, a line in the log, and an entry in `kernel_info`; a forced backend refuses."""
+    fmt, cuda = get_format("iq2_kl"), torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: (7, 5))
+    monkeypatch.setattr(ops, "_fallbacks", {})
+    kernels._unusable.cache_clear()
+    try:
+        with caplog.at_level("INFO", logger="iqtorch"):
+            assert ops.choose_backend(fmt, 64, 512, cuda) == "torch"
+        reason = "the GPU has compute capability 7.5, the kernels need 8.0"
+        assert reason in caplog.text
+        info = ops.kernel_info()
+        assert info["backends"]["triton"] == reason
+        assert {"format": "iq2_kl", "backend": "triton", "reason": reason} in info["fallbacks"]
+        monkeypatch.setattr(ops, "_forced", "triton")
+        with pytest.raises(KernelUnavailableError, match=reason):
+            ops.choose_backend(fmt, 64, 512, cuda)
+    finally:
+        kernels._unusable.cache_clear()
 
 
 def test_pairs_of_tokens_and_experts_compile_by_powers_of_two(recorded: dict[str, Recorder]) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from iqtorch.errors import BlockSizeError, ShapeError, UnsupportedOperationError
 from iqtorch.formats import Format, get_format, list_formats
+from iqtorch.tensor import IQTensor
 
 launch = pytest.importorskip("iqtorch.kernels.launch")
 kernels = pytest.importorskip("iqtorch.kernels")
@@ -365,3 +366,105 @@ def test_opcheck(operator: str) -> None:
         "routed_weighted": (x[:, None], experts, torch.zeros(3, 1, dtype=torch.int64), x[:, :1].clone(), kind, rows, 1),
     }
     torch.library.opcheck(getattr(OPS, operator).default, arguments[operator])
+
+
+def packed_tensor(name: str, leading: tuple[int, ...] = ()) -> tuple[IQTensor, Tensor]:
+    """An `IQTensor` of the triton backend, and its weights."""
+    fmt, blocks, _, w = matrix(name)
+    blocks, w = blocks.expand(*leading, *blocks.shape).contiguous(), w.expand(*leading, *w.shape).clone()
+    return IQTensor(kernels.pack(blocks, fmt), fmt, "triton", tuple(w.shape), torch.float32), w
+
+
+def test_gradients_pass_through_packed_weights() -> None:
+    """Autograd of products, with and without a bias, transposed and not, and of grouped products."""
+    packed, w = packed_tensor("iq4_k")
+    for weight, dense in ((packed, w), (packed.T, w.T)):
+        results = []
+        for one in (weight, dense):
+            x = activations(3, dense.shape[1], torch.float32).requires_grad_()
+            bias = torch.zeros(dense.shape[0], requires_grad=True)
+            y = torch.nn.functional.linear(x, one, bias)
+            y.square().sum().backward()
+            results.append((y.detach(), x.grad, bias.grad))
+        for got, want in zip(*results, strict=True):
+            assert got is not None and want is not None and (got - want).norm() <= 1e-4 * want.norm()
+
+
+@pytest.mark.parametrize("name", ["iq2_kl", "q4_k"])
+def test_grouped_mm_of_torch(name: str) -> None:
+    """`F.grouped_mm`, which calls `aten._grouped_mm`, on packed experts; and its gradient."""
+    packed, w = packed_tensor(name, (3,))
+    ends = torch.tensor([2, 2, 7], dtype=torch.int32)
+    x = activations(7, w.shape[2], torch.float32).requires_grad_()
+    y = torch.nn.functional.grouped_mm(x, packed.transpose(-2, -1), offs=ends)
+    want = torch.cat([x[:2] @ w[0].T, x[2:] @ w[2].T])
+    assert (y - want).norm() <= 1e-4 * want.norm()
+    (got,) = torch.autograd.grad(y.sum(), x)
+    assert (got - torch.autograd.grad(want.sum(), x)[0]).norm() <= 1e-4 * got.norm()
+    with torch.no_grad():
+        again = torch.ops.aten._grouped_mm(x.bfloat16(), packed.transpose(-2, -1), ends)
+    assert again.dtype == torch.bfloat16 and (again - want).norm() <= 2e-2 * want.norm()
+
+
+def test_misaligned_activations_are_copied_and_weights_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model of the assembly refuses loads that a card would refuse."""
+    import ptx_model
+
+    fmt, _, packed, w = matrix("iq2_kl")
+    rows, k = w.shape
+    want = OPS.linear(activations(2, k, torch.float16), packed, fmt.ggml_type, rows, None, 0)
+    ptx_model.install(monkeypatch)
+    monkeypatch.setattr(launch, "device_facts", lambda device: launch.Device(1, True))
+    for offset, stride in ((1, k), (0, k + 1), (3, k + 5)):
+        memory = torch.full((offset + 2 * stride,), float("nan"), dtype=torch.float16)
+        x = memory[offset:].as_strided((2, k), (stride, 1))
+        x.copy_(activations(2, k, torch.float16))
+        assert torch.equal(OPS.linear(x, packed, fmt.ggml_type, rows, None, 0), want)
+    shifted = torch.cat([packed.new_zeros(1), packed])[1:]
+    for call in (
+        lambda: OPS.linear(x, shifted, fmt.ggml_type, rows, None, 0),
+        lambda: kernels.dequantize(shifted, fmt, rows, k, torch.float32),
+        lambda: kernels.embedding(torch.tensor([0]), shifted, fmt, rows, k, torch.float32),
+    ):
+        with pytest.raises(UnsupportedOperationError, match=r"multiple of 16 bytes; copy it with \.clone"):
+            call()
+
+
+def test_no_tokens() -> None:
+    fmt, _, packed, w = matrix("iq2_kl")
+    rows, k = w.shape
+    experts, x = packed[None], torch.zeros(0, k)
+    none = torch.zeros(0, 2, dtype=torch.int64)
+    assert kernels.linear(x, packed, fmt, rows, None, 1).shape == (0, rows)
+    assert kernels.linear_transposed(torch.zeros(0, rows), packed, fmt, k).shape == (0, k)
+    assert kernels.grouped_linear(x, experts, torch.tensor([0], dtype=torch.int32), fmt, rows, 1).shape == (0, rows)
+    assert kernels.routed_linear(x, experts, none, fmt, rows, 1).shape == (0, 2, rows)
+    assert kernels.routed_gated(x, experts, none, fmt, rows, "silu", 1).shape == (0, 2, rows // 2)
+    assert kernels.routed_weighted(x[:, None].expand(0, 2, k), experts, none, torch.zeros(0, 2), fmt, rows, 1).shape == (0, rows)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_packing_few_rows_and_within_a_larger_tensor(rows: int) -> None:
+    """Rows at the ends of a tensor, and a matrix that begins at an odd byte of its memory."""
+    from iqtorch.kernels import repack
+
+    for name in ("iq2_kl", "mxfp4", "iq4_kss"):
+        fmt, blocks, _, _ = matrix(name)
+        some = torch.cat([blocks.new_zeros(1), blocks[:rows].flatten()])[1:].view(rows, -1)
+        packed = launch.layout(fmt).pack(some)
+        assert torch.equal(repack.pack(some, name), packed)
+        assert torch.equal(repack.unpack(packed, name, rows, 512), some)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_packing_reads_one_word_around_a_row(name: str) -> None:
+    """Not more than `repack.pack` provides; unpacking no word behind the last, and none before the first."""
+    from iqtorch.kernels import repack
+
+    fmt = get_format(name)
+    for region in repack.packing(name):
+        first = region.table[:, 0]
+        assert first.min() >= -31 and first.max() < 8 * fmt.block_bytes
+    for region in repack.unpacking(name):
+        for place, aligned in zip(region.places, region.move.aligned, strict=True):
+            assert aligned or (place > 0 and region.move.clamped)

@@ -48,24 +48,28 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
 # -- checks --------------------------------------------------------------------------------------------------
 
 
-def _prepare(x: Tensor, data: Tensor, format: int, rows: int, what: str = "activations") -> tuple[Format, Layout, int]:
+def _prepare(x: Tensor, data: Tensor, format: int, rows: int) -> tuple[Format, Layout, int]:
     """Format, layout and K of a product of `x [..., K]` with a packed matrix.
 
     Raises:
         UnsupportedOperationError: operands on different devices, or a dtype that is no float.
         BlockSizeError: `data` is not a packed matrix of `rows` rows for this K.
     """
-    if x.device != data.device:
-        raise UnsupportedOperationError(f"{what} are on {x.device}, the packed weight is on {data.device}; move one with .to(device)")
+    _same_device("activations", x, data)
     if not x.is_floating_point():
         raise UnsupportedOperationError(
-            f"{what} must be float32, bfloat16, float16 or float64, got {x.dtype}; convert them with .to(dtype)"
+            f"activations must be float32, bfloat16, float16 or float64, got {x.dtype}; convert them with .to(dtype)"
         )
     fmt = format_by_ggml_type(format)
     k = x.shape[-1]
     plan = layout(fmt)
     _check_data(data, plan, rows, k)
     return fmt, plan, k
+
+
+def _same_device(what: str, tensor: Tensor | None, data: Tensor) -> None:
+    if tensor is not None and tensor.device != data.device:
+        raise UnsupportedOperationError(f"{what} are on {tensor.device}, the packed weight is on {data.device}; move one with .to(device)")
 
 
 def _check_data(data: Tensor, plan: Layout, rows: int, k: int) -> None:
@@ -101,6 +105,7 @@ def _aligned(x: Tensor) -> bool:
 
 def linear(x: Tensor, data: Tensor, format: int, rows: int, bias: Tensor | None, precision: int) -> Tensor:
     fmt, plan, k = _prepare(x, data, format, rows)
+    _same_device("biases", bias, data)
     flat = _rows_of(x, k)
     tokens = flat.shape[0]
     if tokens == 0:
@@ -227,8 +232,7 @@ def linear_transposed(g: Tensor, data: Tensor, format: int, k: int) -> Tensor:
 
 
 def _prepare_transposed(g: Tensor, data: Tensor, fmt: Format, rows: int, k: int) -> None:
-    if g.device != data.device:
-        raise UnsupportedOperationError(f"gradients are on {g.device}, the packed weight is on {data.device}; move one with .to(device)")
+    _same_device("gradients", g, data)
     _check_data(data, layout(fmt), rows, k)
 
 
@@ -266,8 +270,7 @@ def dequantize(data: Tensor, format: int, rows: int, k: int, dtype: torch.dtype)
 def embedding(ids: Tensor, data: Tensor, format: int, rows: int, k: int, dtype: torch.dtype) -> Tensor:
     plan = layout(format_by_ggml_type(format))
     _check_data(data, plan, rows, k)
-    if ids.device != data.device:
-        raise UnsupportedOperationError(f"ids are on {ids.device}, the packed weight is on {data.device}; move one with .to(device)")
+    _same_device("ids", ids, data)
     flat = ids.reshape(-1)
     if flat.device.type == "cpu" and flat.numel() and (int(flat.min()) < 0 or int(flat.max()) >= rows):
         raise IndexError(f"embedding ids must be in 0 .. {rows - 1}, got {int(flat.min())} .. {int(flat.max())}")
@@ -277,6 +280,7 @@ def embedding(ids: Tensor, data: Tensor, format: int, rows: int, k: int, dtype: 
 
 def grouped_linear(x: Tensor, data: Tensor, offsets: Tensor, format: int, rows: int, precision: int) -> Tensor:
     _fmt, plan, k = _prepare(x, data, format, rows)
+    _same_device("offsets", offsets, data)
     flat = _rows_of(x, k)
     tokens, experts = flat.shape[0], data.shape[0]
     if tokens == 0:
@@ -291,6 +295,7 @@ def grouped_linear(x: Tensor, data: Tensor, offsets: Tensor, format: int, rows: 
 
 def routed_linear(x: Tensor, data: Tensor, ids: Tensor, format: int, rows: int, precision: int) -> Tensor:
     _fmt, plan, k = _prepare(x, data, format, rows)
+    _same_device("expert ids", ids, data)
     flat = _rows_of(x, k)
     if ids.numel() == 0 or flat.shape[0] == 0:
         return x.new_empty((*ids.shape, rows))

@@ -54,6 +54,7 @@ class Move:
         aligned: whether each place consists of whole words; else a segment may lie across two.
         swaps: bits of words of each place that are swapped before they are used (see `_swaps`).
         after: the same, of the target's words, at the end.
+        clamped: the source may end with the last word that is used.
     """
 
     size: int
@@ -64,6 +65,7 @@ class Move:
     aligned: tuple[bool, ...]
     swaps: tuple[Swaps, ...]
     after: Swaps
+    clamped: bool
 
 
 @triton.jit
@@ -76,10 +78,11 @@ def swap_bits(v, swaps: tl.constexpr):
 
 
 @triton.jit
-def segment(words, bit, table, p: tl.constexpr, M: tl.constexpr):
+def segment(words, bit, table, last, p: tl.constexpr, M: tl.constexpr):
     """What a segment gives to the units: 32 bits of place p from `bit + table` on, as far as the mask goes.
 
-    It may begin in the word before the block, or end in the one behind it, although nothing of those is used: there must be such words.
+    It may begin in the word before the block, or end in the one behind it, although nothing of those is used: there must be such words
+    (but none behind the word `last`, if `M.clamped`).
     """
     here = bit + tl.load(table)
     mask = tl.load(table + M.size).to(tl.uint32, bitcast=True)
@@ -88,20 +91,22 @@ def segment(words, bit, table, p: tl.constexpr, M: tl.constexpr):
     low = swap_bits(low, M.swaps[p])
     high = low
     if not M.aligned[p]:
+        if M.clamped:
+            word = tl.minimum(word, last - 1)
         high = tl.load(words + word + 1).to(tl.uint32, bitcast=True)
     both = high.to(tl.uint64) << 32 | low.to(tl.uint64)
     return (both >> (here & 31).to(tl.uint64)).to(tl.uint32) & mask
 
 
-@triton.jit(do_not_specialize=["rows", "row_items", "first", "row_bytes", "matrix_bytes", "source_bytes"])
+@triton.jit(do_not_specialize=["rows", "row_items", "first", "row_bytes", "matrix_bytes", "source_bytes", "source_words"])
 def move_bits(
-    source, target, table, places, rows, row_items, first, row_bytes, matrix_bytes, source_bytes,
+    source, target, table, places, rows, row_items, first, row_bytes, matrix_bytes, source_bytes, source_words,
     M: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """`M.size` units for each block of a row, `row_items` in all, from byte `first + row * row_bytes` of each matrix of the target on.
 
     `source` points to words, `target` to units. `table` int32 `[segments, 2, M.size]`: of each segment the first bit within the block, and
-    its mask. `places` int64 `[places, 2]`: first byte and bytes per row.
+    its mask. `places` int64 `[places, 2]`: first byte and bytes per row. `source_words`: in all.
     """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
@@ -115,14 +120,15 @@ def move_bits(
     for p in tl.static_range(tl.constexpr(len(M.segments))):
         at = matrix * source_bytes + tl.load(places + 2 * p) + row * tl.load(places + 2 * p + 1)
         words = source + (at >> 2)
+        last = tl.minimum(source_words - 1 - (at >> 2), 2147483647).to(tl.int32)
         bit = block * M.bits[p] + (at & 3).to(tl.int32) * 8
         if M.segments[p] <= UNROLLED:
             for _ in tl.static_range(tl.constexpr(M.segments[p])):
-                out ^= segment(words, bit, table, p, M)
+                out ^= segment(words, bit, table, last, p, M)
                 table += 2 * M.size
         else:
             for _ in range(M.segments[p]):
-                out ^= segment(words, bit, table, p, M)
+                out ^= segment(words, bit, table, last, p, M)
                 table += 2 * M.size
     out = swap_bits(out, M.after)
     to = (matrix * matrix_bytes + first + row * row_bytes) // M.unit
@@ -217,7 +223,9 @@ def _region(
         swaps.append(_swaps(_inverse(order)) if of_source else ())
         after = after if of_source else _swaps(order)
     table = torch.from_numpy(np.array(rows, np.int64).astype(np.uint32).view(np.int32))
-    move = Move(units, stride // unit, unit, tuple(segments), tuple(places[p][0] for p in parts), tuple(whole), tuple(swaps), after)
+    move = Move(
+        units, stride // unit, unit, tuple(segments), tuple(places[p][0] for p in parts), tuple(whole), tuple(swaps), after, of_source
+    )
     return Region(first, tuple(parts), move, table)
 
 
@@ -315,9 +323,10 @@ def _move(
     tile_rows, block, warps = tile(rows, items)
     where = torch.tensor(places, dtype=torch.int64).to(source.device, non_blocking=True)
     units = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[move.unit]
+    words = _words(source)
     move_bits[(triton.cdiv(rows, tile_rows), triton.cdiv(items, block), source.shape[0])](
-        _words(source), target.view(units), table, where, rows, items, first + region.first, row_bytes, target.shape[1], source.shape[1],
-        M=move, ROWS=tile_rows, BLOCK=block, num_warps=warps,
+        words, target.view(units), table, where, rows, items, first + region.first, row_bytes, target.shape[1], source.shape[1],
+        words.numel(), M=move, ROWS=tile_rows, BLOCK=block, num_warps=warps,
     )  # fmt: skip
 
 

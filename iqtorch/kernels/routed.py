@@ -137,8 +137,7 @@ def weighted(
 def _prepare(x: Tensor, data: Tensor, format: int, rows: int, ids: Tensor, leading: tuple[int, ...]) -> tuple[Layout, int, Tensor]:
     """Layout, K, and activations as rows that the kernels can read."""
     _fmt, plan, k = launch._prepare(x, data, format, rows)
-    if ids.device != x.device:
-        raise UnsupportedOperationError(f"expert ids are on {ids.device}, activations on {x.device}; move one with .to(device)")
+    launch._same_device("expert ids", ids, data)
     if ids.dim() != 2 or tuple(x.shape[:-1]) != leading or data.dim() != 2:
         raise ShapeError(f"activations {tuple(x.shape)}, ids {tuple(ids.shape)} and {data.dim() - 1}-fold experts do not fit together")
     flat = launch._rows_of(x, k)
@@ -168,8 +167,9 @@ def routed_gated(x: Tensor, data: Tensor, ids: Tensor, format: int, rows: int, a
 
 def routed_weighted(x: Tensor, data: Tensor, ids: Tensor, weights: Tensor, format: int, rows: int, precision: int) -> Tensor:
     plan, k, flat = _prepare(x, data, format, rows, ids, tuple(ids.shape))
-    if weights.shape != ids.shape or weights.device != ids.device:
-        raise ShapeError(f"routing weights {tuple(weights.shape)} on {weights.device} for ids {tuple(ids.shape)} on {ids.device}")
+    launch._same_device("routing weights", weights, data)
+    if weights.shape != ids.shape:
+        raise ShapeError(f"routing weights {tuple(weights.shape)} for ids {tuple(ids.shape)}")
     out = torch.empty((ids.shape[0], rows), dtype=flat.dtype, device=x.device)
     s, facts = plan.scheme, launch._facts(x.device)
     runs, tokens = k // s.run, ids.shape[0]
