@@ -23,17 +23,13 @@ product is outside its error bound (timings are still written).
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
 import csv
 import dataclasses
 import datetime
-import multiprocessing
-import os
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,238 +37,23 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]  # in processes of its own, and without an installation
 
-from gpu_model import TINY, Model, Shape
+from gpu_checks import case, check_product, correctness, random_blocks
+from gpu_model import Model
+from gpu_plan import REHEARSAL, Plan
 from torch import Tensor
 
 import iqtorch
 from iqtorch import kernels
 from iqtorch.formats import Format, get_format, list_formats
 from iqtorch.kernels import launch, tuning
-from iqtorch.kernels.layout import layout
 from iqtorch.kernels.timing import REPLAYS, copies_of, microseconds, repeated, synchronize
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-EPS = {torch.float32: 2.0**-23, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Sizes of a run. `checked`: rows and K of the correctness part; `experts`: number, top, inner, hidden."""
-
-    device: torch.device = field(default_factory=lambda: torch.device("cuda"))
-    tokens: tuple[int, ...] = (1, 2, 3, 4, 7, 8, 9, 16, 17, 33, 64, 65, 128, 129, 512, 1000, 4096)
-    timed: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
-    checked: tuple[tuple[int, int], ...] = ((257, 1024), (8191, 8192))
-    large_tokens: tuple[int, ...] = (1, 2, 16, 64, 129, 512)
-    exact: tuple[torch.dtype, ...] = DTYPES
-    shapes: tuple[tuple[int, int], ...] = ((8192, 8192), (4096, 4096), (14336, 4096), (4096, 14336))
-    copy_bytes: int = 1 << 30
-    experts: tuple[int, int, int, int] = (128, 8, 768, 2048)
-    expert_tokens: tuple[int, ...] = (1, 64, 4096)
-    routes: int = 8
-    model: Shape = field(default_factory=Shape)
-    prompt: int = 2048
-    steps: int = 64
-    workers: int = min(12, os.cpu_count() or 1)
-    tiles: int = 0
-    seconds: float = 0.0
-    deadline: float = float("inf")
-    compile_decode: dict[str, Any] = field(default_factory=lambda: {"mode": "reduce-overhead"})
-    compile_prefill: dict[str, Any] = field(default_factory=dict)
-    quick: tuple[str, ...] = ("iq2_kl", "iq4_ks", "iq2_kt", "iq4_kt", "iq4_k", "q4_k")
-    first_tokens: tuple[int, ...] = (1, 16, 512, 2048)
-
-
-#: On the CPU in the interpreter (which is slow, and cannot round to bfloat16, hence `exact`): runs every line, measures nothing.
-REHEARSAL = Plan(
-    device=torch.device("cpu"), tokens=(1, 5), timed=(1, 16), checked=((9, 128), (5, 64)), large_tokens=(1,), workers=2,
-    tiles=1, first_tokens=(1,), exact=(torch.float32, torch.float16),
-    shapes=((16, 64),), copy_bytes=1 << 12, experts=(3, 2, 32, 64), expert_tokens=(1, 3), routes=1, model=TINY, prompt=3, steps=1,
-    compile_decode={"backend": "eager"}, compile_prefill={"backend": "eager"}, quick=("iq4_nl",),
-)  # fmt: skip
+#: Of the run; `main` replaces it.
 plan = Plan()
-
-
-def late(share: float = 1.0) -> bool:
-    """Whether the time of the run is over, or this share of it."""
-    return time.time() > plan.deadline - (1 - share) * plan.seconds
 
 
 def plain_formats(quick: bool) -> list[str]:
     return list(plan.quick) if quick else [n for n in list_formats() if get_format(n).interleave == 1]
-
-
-def random_blocks(fmt: Format, rows: int, k: int, seed: int = 0) -> Tensor:
-    """Random bytes with scales of ordinary size, on the GPU: every bit pattern of codes, signs and small scales occurs."""
-    generator = torch.Generator(device=plan.device).manual_seed(seed)
-    blocks = torch.randint(0, 256, (rows, fmt.row_bytes(k)), dtype=torch.uint8, device=plan.device, generator=generator)
-    step = max(1, (1 << 24) // k)
-    for i in range(0, rows, step):
-        parts = fmt.unpack(blocks[i : i + step])
-        for name in ("d", "dmin"):
-            if name in parts:
-                size = 1e-4 * (1 + torch.rand(parts[name].shape, device=plan.device, generator=generator))
-                if fmt.d_kind == "e8m0":
-                    parts[name] = torch.randint(110, 118, parts[name].shape, device=plan.device, dtype=torch.int32, generator=generator)
-                elif fmt.d_kind == "f16":
-                    parts[name] = size.half().view(torch.int16).to(torch.int32) & 0xFFFF
-                else:
-                    parts[name] = size.view(torch.int32)
-        blocks[i : i + step] = fmt.pack(parts)
-    return blocks
-
-
-# -- correctness ---------------------------------------------------------------------------------------------
-
-
-def check_product(y: Tensor, x: Tensor, w: Tensor, size: Tensor, dtype: torch.dtype, precision: int, fmt: Format) -> float:
-    """Largest error of y as a share of its bound (see docs/gpu.md, "Error bounds")."""
-    exact = x.double() @ w.double().T
-    sizes = x.double().abs() @ size.double().T
-    tokens, run = x.shape[0], layout(fmt).scheme.run
-    if tokens <= launch.vector_tokens(dtype):
-        top = {1: 127, 2: 32767, 3: 8388544}[launch._digits(dtype, precision)]
-        step = x.double().abs().unflatten(1, (-1, run)).amax(-1) / top
-        error = 0.505 * step.repeat_interleave(run, 1) @ w.double().abs().T
-    elif dtype != torch.float32 and tokens <= launch._fused_up_to(fmt, w.shape[0], w.shape[1], w.device):
-        error = sizes * 1.5 * 2.0**-10
-    else:
-        error = sizes * EPS[dtype]
-    error += sizes * 2.0**-19 + EPS[dtype] * exact.abs() + 1e-30
-    share = ((y.double() - exact).abs() / error).max()
-    return float(share) if torch.isfinite(y).all() else float("inf")
-
-
-def correctness(names: list[str]) -> Iterator[dict[str, Any]]:
-    """The checks of the formats, each in a process of its own, several at a time."""
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(min(plan.workers, len(names)), context) as pool:
-        waiting = {pool.submit(checks_of, name, plan): name for name in names}
-        try:
-            left = plan.deadline - 0.3 * plan.seconds - time.time()
-            for done in concurrent.futures.as_completed(waiting, None if left == float("inf") else max(left, 0.0)):
-                yield from done.result()
-        except concurrent.futures.TimeoutError:
-            print(f"time is over: unchecked {[name for job, name in waiting.items() if not job.done()]}")
-            for process in list(pool._processes.values()):
-                process.terminate()
-
-
-def checks_of(name: str, with_plan: Plan) -> list[dict[str, Any]]:
-    global plan
-    plan = with_plan
-    try:
-        return [*checks(name), *large_checks(name)]
-    except Exception as error:
-        traceback.print_exc()
-        failed = {"kernel": f"{type(error).__name__}: {error}"[:300].replace("\n", " "), "dtype": "", "tokens": 0, "precision": 0}
-        return [{"format": name, **failed, "error_of_bound": "", "ok": False}]
-
-
-def check_row(name: str, kernel: str, dtype: Any, tokens: int, precision: int, share: float) -> dict[str, Any]:
-    return {
-        "format": name, "kernel": kernel, "dtype": str(dtype), "tokens": tokens, "precision": precision,
-        "error_of_bound": f"{share:.4g}", "ok": share <= 1.0,
-    }  # fmt: skip
-
-
-@dataclass
-class Case:
-    """A matrix of random bytes: packed, decoded, and bounds of the terms of its weights."""
-
-    fmt: Format
-    blocks: Tensor
-    packed: Tensor
-    w: Tensor
-    size: Tensor
-
-
-def case(name: str, rows: int, k: int) -> Case:
-    fmt = get_format(name)
-    blocks = random_blocks(fmt, rows, k)
-    w = fmt.decode(blocks) * fmt.runtime_scale
-    low = fmt.scales(fmt.unpack(blocks))[1]
-    size = w.abs() if low is None else w.abs() + 2 * low.abs().repeat_interleave(k // low.shape[1], 1)
-    return Case(fmt, blocks, kernels.pack(blocks, fmt), w, size)
-
-
-def large_checks(name: str) -> Iterator[dict[str, Any]]:
-    """Products with a matrix for which the kernels have their full tiles."""
-    rows, k = plan.checked[1]
-    c = case(name, rows, k)
-    for tokens in plan.large_tokens:
-        x = torch.randn(tokens, k, device=plan.device, dtype=torch.bfloat16)
-        for precision in (0, 1) if tokens <= launch.vector_tokens(x.dtype) else (0,):
-            y = kernels.linear(x, c.packed, c.fmt, rows, None, precision)
-            share = check_product(y, x, c.w, c.size, x.dtype, precision, c.fmt)
-            yield check_row(name, f"linear {rows}x{k}", x.dtype, tokens, precision, share)
-
-
-def checks(name: str) -> Iterator[dict[str, Any]]:
-    rows, k = plan.checked[0]
-    for c in (case(name, rows, k),):
-        fmt, blocks, packed, w, size = c.fmt, c.blocks, c.packed, c.w, c.size
-
-        def row(kernel: str, dtype: Any, tokens: int, precision: int, share: float) -> dict[str, Any]:
-            return check_row(name, kernel, dtype, tokens, precision, share)
-
-        same = torch.equal(packed, layout(fmt).pack(blocks)) and torch.equal(kernels.unpack(packed, fmt, rows, k), blocks)
-        yield row("pack", "uint8", 0, 0, 0.0 if same else 9.0)
-        for dtype in DTYPES:
-            if dtype in plan.exact:
-                same = torch.equal(kernels.dequantize(packed, fmt, rows, k, dtype), w.to(dtype))
-                yield row("dequantize", dtype, 0, 0, 0.0 if same else 9.0)
-                ids = torch.randint(0, rows, (3, 5), device=plan.device)
-                same = torch.equal(kernels.embedding(ids, packed, fmt, rows, k, dtype), w[ids].to(dtype))
-                yield row("embedding", dtype, 0, 0, 0.0 if same else 9.0)
-            for tokens in plan.tokens:
-                x = torch.randn(tokens, k, device=plan.device, dtype=dtype)
-                for precision in (0, 1):
-                    y = kernels.linear(x, packed, fmt, rows, None, precision)
-                    yield row("linear", dtype, tokens, precision, check_product(y, x, w, size, dtype, precision, fmt))
-                    again = kernels.linear(x, packed, fmt, rows, None, precision)
-                    if not torch.equal(y, again):
-                        yield row("linear: not deterministic", dtype, tokens, precision, 9.0)
-            g = torch.randn(9, rows, device=plan.device, dtype=dtype)
-            back, exact = kernels.linear_transposed(g, packed, fmt, k), g.double() @ w.double()
-            bound = (16 if dtype == torch.float32 else 2) * EPS[dtype] * (g.double().abs() @ size.double()) + 1e-30
-            yield row("linear_transposed", dtype, 9, 0, float(((back.double() - exact).abs() / bound).max()))
-            experts = torch.stack([packed, packed, packed])
-            ends = torch.tensor([3, 3, 90], dtype=torch.int32, device=plan.device)
-            x = torch.randn(100, k, device=plan.device, dtype=dtype)
-            y = kernels.grouped_linear(x, experts, ends, fmt, rows, 0)
-            # the same bound as a dense product of more than GEMV_TOKENS tokens, unless float32 (three digits)
-            share = check_grouped(y[:90], x[:90], w, size, dtype, fmt)
-            yield row("grouped_linear", dtype, 100, 0, share if bool((y[90:] == 0).all()) else 9.0)
-            chosen = torch.randint(0, 3, (4, 2), device=plan.device)
-            y = kernels.routed_linear(x[:4], experts, chosen, fmt, rows, 1).reshape(8, rows)
-            yield row(
-                "routed_linear",
-                dtype,
-                8,
-                1,
-                max(check_product(y[i : i + 1], x[i // 2 : i // 2 + 1], w, size, dtype, 1, fmt) for i in range(8)),
-            )
-            mix = torch.rand(4, 2, device=plan.device)
-            y = kernels.routed_weighted(x[:8].view(4, 2, k), experts, chosen, mix, fmt, rows, 0)
-            each, sizes = x[:8].double() @ w.double().T, x[:8].double().abs() @ size.double().T
-            exact = (each.view(4, 2, rows) * mix.double()[..., None]).sum(1)
-            bound = (2.0**-10 + EPS[dtype]) * (sizes.view(4, 2, rows) * mix.double()[..., None]).sum(1) + 1e-30
-            yield row("routed_weighted", dtype, 8, 0, float(((y.double() - exact).abs() / bound).max()))
-            even = rows // 2 * 2
-            part = kernels.pack(blocks[:even], fmt).expand(3, -1).contiguous()
-            y = kernels.routed_gated(x[:4], part, chosen, fmt, even, "silu", 0)[:, 0]
-            gate, up = (x[:4].double() @ w[:even].double().T).chunk(2, -1)
-            gate_size, up_size = (x[:4].double().abs() @ size[:even].double().T).chunk(2, -1)
-            exact = torch.nn.functional.silu(gate) * up
-            bound = (2.0**-9 + EPS[dtype]) * (gate_size * up.abs() + gate.abs() * up_size + gate_size * up_size * 2.0**-9) + 1e-30
-            yield row("routed_gated", dtype, 4, 0, float(((y.double() - exact).abs() / bound).max()))
-
-
-def check_grouped(y: Tensor, x: Tensor, w: Tensor, size: Tensor, dtype: torch.dtype, fmt: Format) -> float:
-    if dtype == torch.float32:
-        return max(check_product(y[i : i + 4], x[i : i + 4], w, size, dtype, 0, fmt) for i in range(0, len(x) - 3, 4))
-    return check_product(y, x, w, size, dtype, 0, fmt)
 
 
 # -- timing --------------------------------------------------------------------------------------------------
@@ -301,9 +82,9 @@ def linear_times(
             baseline[tokens] = timed(lambda i, x=x, dense=dense: torch.mm(x, dense[i].t()), len(dense))
         del dense
         for name in names:
-            if late(share):
+            if plan.late(share):
                 return
-            c = case(name, rows, k)
+            c = case(name, rows, k, plan.device)
             fmt, packed = c.fmt, c.packed
             data = packed.expand(copies_of(packed.numel(), plan.device), -1).contiguous()
             for tokens in counts:
@@ -337,7 +118,8 @@ def expert_times(names: list[str]) -> Iterator[dict[str, Any]]:
     for name in names:
         fmt = get_format(name)
         gate_up, down = (
-            kernels.pack(random_blocks(fmt, n, k), fmt).expand(experts, -1).contiguous() for n, k in ((2 * inner, hidden), (hidden, inner))
+            kernels.pack(random_blocks(fmt, n, k, plan.device), fmt).expand(experts, -1).contiguous()
+            for n, k in ((2 * inner, hidden), (hidden, inner))
         )
         for tokens in plan.expert_tokens:
             # another routing for every replay: the experts of one would stay in cache
@@ -357,7 +139,7 @@ def expert_times(names: list[str]) -> Iterator[dict[str, Any]]:
                 y = kernels.grouped_linear(torch.nn.functional.silu(gate) * up, down, ends, fmt, hidden, 1)  # noqa: B023
                 return (y[order.argsort()].view(len(x), top, hidden) * mix[..., None]).sum(1)
 
-            if late(0.8):
+            if plan.late(0.8):
                 return
             base = timed(lambda i, x=x, r=routes, m=mix: gpu_experts.experts(x, dense[0], dense[1], r[i], m), len(routes))
             for kernel, call in (("fused", fused), ("grouped", grouped)):
@@ -374,7 +156,7 @@ def pack_times(names: list[str]) -> Iterator[dict[str, Any]]:
     rows, k = plan.shapes[0]
     for name in names:
         fmt = get_format(name)
-        blocks = random_blocks(fmt, rows, k)
+        blocks = random_blocks(fmt, rows, k, plan.device)
         kernels.pack(blocks[: rows // 2], fmt)
         kernels.unpack(kernels.pack(blocks[: rows // 2], fmt), fmt, rows // 2, k)
         synchronize(plan.device)
@@ -389,7 +171,7 @@ def pack_times(names: list[str]) -> Iterator[dict[str, Any]]:
             "format": name, "rows": rows, "k": k, "pack_ms": f"{there * 1e3:.2f}", "pack_GB/s": f"{blocks.numel() / there / 1e9:.2f}",
             "unpack_ms": f"{back * 1e3:.2f}", "bytes_ratio": f"{packed.numel() / blocks.numel():.4f}", "ok": same,
         }  # fmt: skip
-        if late():
+        if plan.late():
             return
 
 
@@ -398,7 +180,7 @@ def tile_times(names: list[str], bandwidth: float) -> Iterator[dict[str, Any]]:
     rows, k = plan.shapes[0]
     for name, tokens in [(name, tokens) for name in names for tokens in (1, 16)]:
         fmt = get_format(name)
-        packed = kernels.pack(random_blocks(fmt, rows, k), fmt)
+        packed = kernels.pack(random_blocks(fmt, rows, k, plan.device), fmt)
         data = packed.expand(copies_of(packed.numel(), plan.device), -1).contiguous()
         x = torch.randn(tokens, k, device=plan.device, dtype=torch.bfloat16)
         if tokens <= launch.vector_tokens(x.dtype):
@@ -407,7 +189,7 @@ def tile_times(names: list[str], bandwidth: float) -> Iterator[dict[str, Any]]:
             kernel, key = "gemm", launch.key("gemm", name, rows, k, tokens)
         options = list(tuning.candidates(kernel))
         for option in [{}, *(options[: plan.tiles] if plan.tiles else options)]:
-            if late():
+            if plan.late():
                 return
             launch.override = {key: option} if option else {}
             try:
@@ -433,7 +215,7 @@ def model_times(names: list[str]) -> Iterator[dict[str, Any]]:
 
         def make(rows: int, k: int) -> Tensor:
             if (rows, k) not in made:
-                made[rows, k] = kernels.pack(random_blocks(fmt, rows, k), fmt)
+                made[rows, k] = kernels.pack(random_blocks(fmt, rows, k, plan.device), fmt)
             return iqtorch.IQTensor(made[rows, k].clone(), fmt, "triton", (rows, k), dtype)
 
         return make
@@ -443,7 +225,7 @@ def model_times(names: list[str]) -> Iterator[dict[str, Any]]:
 
     reference: dict[str, float] = {}
     for name, make in [("bf16", dense), *((n, packed(get_format(n))) for n in names)]:
-        if late(0.9):
+        if plan.late(0.9):
             return
         found, error = model_run(Model(shape, make, plan.device, dtype))
         torch._dynamo.reset()
@@ -575,7 +357,7 @@ def main(arguments: list[str] | None = None) -> int:
     print("\n".join(header))
     parts: list[tuple[str, Callable[[], Iterator[dict[str, Any]]]]] = [
         ("linear", lambda: linear_times(some, bandwidth, plan.shapes[:1], plan.first_tokens, 0.35)),
-        ("correctness", lambda: correctness(names)),
+        ("correctness", lambda: correctness(names, plan)),
         ("experts", lambda: expert_times(some[:1] if options.quick else some)),
         ("model", lambda: model_times(some[:1] if options.quick else some)),
         ("pack", lambda: pack_times(names)),
@@ -584,7 +366,7 @@ def main(arguments: list[str] | None = None) -> int:
     ]
     results: dict[str, list[dict[str, Any]]] = {}
     for part, rows in parts:
-        if late() or (part == "correctness" and options.skip_checks):
+        if plan.late() or (part == "correctness" and options.skip_checks):
             continue
         found = write(options.out / f"{part}.csv", header, rows(), part in results)
         results[part] = results.get(part, []) + found

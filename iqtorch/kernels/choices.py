@@ -41,8 +41,8 @@ class Device:
 
     @property
     def tile_tokens(self) -> int:
-        """Most tokens of a tile: with more, Triton gives `mma` 2 two warps for the same rows, which decode them twice."""
-        return 32 if self.mma == 2 else 128
+        """Most tokens of a tile: with more, Triton gives `mma` 2 two warps for the same rows, which decode them twice; AMD spills."""
+        return 32 if self.mma == 2 else 128 if self.asm else 64
 
     @property
     def fused_tokens(self) -> int:
