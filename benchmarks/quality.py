@@ -32,7 +32,7 @@ RESULTS = Path(__file__).parent / "results"
 ROUNDINGS = ("nearest", "ldlq", "yaqa", "yaqa+refine")
 WINDOW = 512
 #: Formats whose labels stand left of their marks in the plot, and how many points above it: there are others at their right.
-LEFT = {"iq2_kt": 0, "iq3_ks": 0, "iq4_kss": 0, "iq4_xs": 4, "iq4_ks": -4}
+LEFT = {"iq2_kt": 0, "iq2_k": -7, "iq3_ks": 0, "iq4_kss": 0, "iq4_xs": 4, "iq4_ks": -4}
 #: What rounded a row. 1: two passes of error feedback; 2: one; 3: feedback in bfloat16, scales from a quicker search, and fewer of them for
 #: codebooks of vectors. Rounding to nearest: 3 is by the encoders of the same day, 1 by earlier ones.
 VERSION = "3"
