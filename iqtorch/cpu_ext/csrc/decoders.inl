@@ -41,7 +41,7 @@ template <int Bits, int Count, bool Loose = false> IQ_FN I32 rows_element(const 
 }
 
 // The low byte of a number, in every byte.
-IQ_FN I32 bytes_of(int value) { return kept(set((value & 255) * 0x01010101)); }
+IQ_FN I32 bytes_of(int value) { return kept(set((int32_t)((value & 255u) * 0x01010101u))); }
 
 template <int Bits> struct PlainDecoder {
   static constexpr bool kNarrow = Bits < 8, kSmall = true;
