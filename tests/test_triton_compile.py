@@ -129,6 +129,14 @@ def test_experts_are_addressed_in_64_bits() -> None:
     assert re.search(rf"tt.addptr %data\S*, {re.escape(product)} : !tt.ptr<i8>, i64", text)
 
 
+def test_weights_and_blocks_are_addressed_in_64_bits() -> None:
+    """More than 2^31 elements come out of `dequantize`, more than 2^31 bytes go through `pack`: offsets of stores are int64."""
+    region, move = next(sass.moves("iq2_kl", "pack"))
+    for text in (sass.dequantize("iq2_kl").asm["ttir"], move.asm["ttir"]):
+        (pointers,) = re.findall(r"tt\.store (%\S+),", text)
+        assert re.search(rf"{re.escape(pointers)} = tt\.addptr .* tensor<\S*xi64>", text), region
+
+
 def test_vector_kernel_of_iq2_kl() -> None:
     kernel, weights = sass.gemv("iq2_kl")
     check_sass(kernel, weights, LIMITS["iq2_kl"])

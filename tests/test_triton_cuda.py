@@ -1,0 +1,50 @@
+"""What only a card can show: results there, and the same from a captured graph. Skipped without one; benchmarks/gpu.py checks far more."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import pytest
+import torch
+from conftest import golden
+from torch import Tensor
+
+from iqtorch import kernels
+from iqtorch.formats import get_format
+
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA or ROCm device"),
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter runs no graphs"),
+]
+
+
+@pytest.mark.parametrize("name", ["iq2_kl", "iq4_k", "q6_k", "iq3_s", "iq3_kt"])
+def test_products_and_their_graphs(name: str) -> None:
+    """Every operator: near the float64 product, the same bits again, and the same bits from a graph that sees new activations."""
+    fmt, blocks = get_format(name), golden(name)["blocks"]
+    w = (fmt.decode(blocks) * fmt.runtime_scale).double().cuda()
+    rows, k = w.shape
+    packed = kernels.pack(blocks.cuda(), fmt)
+    assert torch.equal(packed.cpu(), kernels.pack(blocks, fmt)) and torch.equal(kernels.unpack(packed, fmt, rows, k).cpu(), blocks)
+    experts = torch.stack([packed, packed])
+    ids = torch.tensor([[0, 1]], device="cuda").expand(64, 2).contiguous()
+    mix = torch.ones(64, 2, device="cuda")
+    ends = torch.tensor([20, 64], dtype=torch.int32, device="cuda")
+    cases: list[tuple[int, Callable[[Tensor], Tensor]]] = [
+        *((m, lambda x: kernels.linear(x, packed, fmt, rows, None, 0)) for m in (1, 2, 3, 16, 64, 1030)),
+        (64, lambda x: kernels.grouped_linear(x, experts, ends, fmt, rows, 0)),
+        (4, lambda x: kernels.routed_linear(x, experts, ids[: len(x)], fmt, rows, 0)[:, 1]),
+        (4, lambda x: kernels.routed_weighted(x[:, None].expand(-1, 2, -1), experts, ids[:4], mix[:4], fmt, rows, 0) / 2),
+    ]
+    for tokens, call in cases:
+        x = torch.randn(tokens, k, device="cuda", dtype=torch.bfloat16)
+        y = call(x)
+        assert ((y.double() - x.double() @ w.T).abs() <= 0.01 * (x.double().abs() @ w.abs().T) + 1e-30).all()
+        assert torch.equal(y, call(x))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            from_graph = call(x)
+        x.copy_(torch.randn_like(x))
+        graph.replay()
+        assert torch.equal(from_graph, call(x))
