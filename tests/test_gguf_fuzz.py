@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import iqtorch
-from iqtorch.gguf import GGUFError, GGUFFile, load_gguf, load_tokenizer, save_gguf
+from iqtorch.gguf import GGUFError, GGUFFile, load_gguf, load_tokenizer, save_gguf, use_file_order
 
 transformers = pytest.importorskip("transformers")
 from gguf_models import MODELS, byte_level, sentencepiece, tiny  # noqa: E402 (imports transformers)
@@ -26,7 +26,8 @@ SECONDS, MEGABYTES = 20, 1500
 
 
 def file_of(path: Path, name: str, tokenizer: bool = True) -> Path:
-    model = iqtorch.quantize_model(tiny(name, vocab_size=1024), iqtorch.Recipe.pure("q8_0"), progress=False)
+    use_file_order(model := tiny(name, vocab_size=1024))
+    iqtorch.quantize_model(model, iqtorch.Recipe.pure("q8_0"), progress=False)
     save_gguf(model, path, (byte_level("llama-bpe") if len(name) % 2 else sentencepiece()) if tokenizer else None)
     return path
 

@@ -243,6 +243,8 @@ def _write_smollm3(config: Any) -> dict[str, Any]:
 
 def _read_falcon(file: GGUFFile, config: dict[str, Any]) -> dict[str, Any]:
     heads = plausible(file, "falcon.attention.head_count_kv", file.metadata.get("falcon.attention.head_count_kv", 1))
+    if config["num_attention_heads"] % heads:
+        raise GGUFArchitectureError(f"{file.path}: falcon with {config['num_attention_heads']} heads and {heads} key heads; pass config=")
     new = "blk.0.attn_norm_2.weight" in file.tensors or heads not in (1, config["num_attention_heads"])
     return {
         "new_decoder_architecture": new, "multi_query": new or heads == 1, "parallel_attn": True,
@@ -312,8 +314,10 @@ def _read_qwen35(file: GGUFFile, config: dict[str, Any]) -> dict[str, Any]:
         file.metadata.get(f"{arch}.{key}", usual)
         for key, usual in (("ssm.inner_size", 0), ("full_attention_interval", 4), ("rope.dimension_sections", []))
     )
-    heads = config.get("linear_num_value_heads", 0)
-    if not heads or not isinstance(inner, int) or inner <= 0 or inner % heads or not isinstance(interval, int) or interval < 1:
+    heads, keys = (config.get(f"linear_num_{kind}_heads", 0) for kind in ("value", "key"))
+    if not keys or not heads or heads % keys:
+        raise GGUFArchitectureError(f"{file.path}: {arch} with {heads} value heads for {keys} key heads of linear attention; pass config=")
+    if not isinstance(inner, int) or inner <= 0 or inner % heads or not isinstance(interval, int) or interval < 1:
         raise GGUFArchitectureError(f"{file.path}: {arch}.ssm.inner_size is {inner!r} for {heads} value heads; pass config=")
     if not isinstance(sections, list) or not all(isinstance(n, int) and 0 <= n < 1 << 16 for n in sections):
         raise GGUFArchitectureError(f"{file.path}: {arch}.rope.dimension_sections is {sections!r:.80}, must be a list of sizes")
