@@ -105,7 +105,7 @@ def test_amx_in_software(tmp_path: Path) -> None:
 @pytest.mark.skipif(platform.machine() != "x86_64" or not shutil.which("g++"), reason="needs g++ on x86-64")
 @pytest.mark.parametrize(
     "sanitizer",
-    [("-g", "-fsanitize=address"), ("-fsanitize=undefined", "-fsanitize-undefined-trap-on-error")],
+    [("-g1", "-fsanitize=address"), ("-fsanitize=undefined", "-fsanitize-undefined-trap-on-error")],
     ids=["address", "undefined"],
 )
 def test_sanitizers_on_random_bytes(sanitizer: tuple[str, ...], tmp_path: Path) -> None:
