@@ -10,6 +10,7 @@ namespace iqtorch {
 constexpr int kMaxTrials = 160;  // trial scales of a group, both signs
 constexpr int kMaxKeep = 16;     // parabolas kept per group
 constexpr int kMaxPositions = 8; // vectors of a group, if searched by boxes
+constexpr int kMaxBoxBits = 12, kMaxBoxEntries = 1 << 16;
 constexpr int kMaxSingles = 32;    // weights of a group of single values
 constexpr int kLanes = 16;       // units of single values that are encoded at a time
 

@@ -102,7 +102,8 @@ void encode(const Tensor& x, const Tensor& w, const Tensor& exponent, const Tens
                          ints.numel(), floats.numel());
   STD_TORCH_CHECK(e.i.group > 0 && e.i.group % 16 == 0 && (e.i.vec > 1 || e.i.group <= kMaxSingles) && e.i.groups > 0 && e.i.group % e.i.vec == 0 && e.i.keep <= kMaxKeep &&
                       2 * e.trial_count <= kMaxTrials && e.i.variants <= 2 &&
-                      (!e.i.box_bits || ((e.i.vec == 4 || e.i.vec == 8) && e.i.group / e.i.vec <= kMaxPositions && e.i.box_bits <= 12)),
+                      (!e.i.box_bits || ((e.i.vec == 4 || e.i.vec == 8) && e.i.group / e.i.vec <= kMaxPositions &&
+                        e.i.box_bits <= kMaxBoxBits && e.i.entries <= kMaxBoxEntries)),
                   "encode: no room for groups of ", e.i.group, ", ", e.i.keep, " parabolas, ", e.trial_count, " trial scales and ",
                   e.i.box_bits, " bits of box; see encode.h");
   const int64_t units = exponent.numel(), count = (int64_t)e.i.group * e.i.groups;

@@ -9,7 +9,7 @@ constexpr int kLevels = 16, kSide = 32, kMaxSums = 64;  // quantiles; intervals 
 constexpr int kCandidates = 64;
 
 constexpr float kFarthest = 1e5f;  // beyond, the scale is too small to be chosen
-constexpr int kOpen = 256, kMaxBoxes = (1 << 12) + 16;
+constexpr int kMaxBoxes = 1 << kMaxBoxBits, kMaxVectors = kMaxBoxEntries / 16 + kMaxBoxes;
 constexpr int32_t kLane[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
 // Scores of 16 entries at p (as in `entry`): the products of their bytes with the query -2 w y, in steps, and their norms. The query is 256
@@ -210,7 +210,7 @@ void Boxes<V>::near(const float* targets, int stride, const float* scales, int i
     const int home = place[1][q] * count[0] + place[0][q];
     for (int v = first[home]; v < first[home + 1]; ++v) score(v);
     const float bound = depth * (lowest(best) + rests[q]);
-    int32_t boxes[kMaxBoxes], open[kOpen + 16];
+    int32_t boxes[kMaxBoxes + 16], open[kMaxVectors + 16];
     int nearer = 0, opened = 0;
     for (int h = 0; h < count[1]; h += 16)
       for (int rows = below(load(sums[1][q] + h), bound - least[0][q]); rows; rows &= rows - 1) {
@@ -218,17 +218,13 @@ void Boxes<V>::near(const float* targets, int stride, const float* scales, int i
         for (int l = 0; l < count[0]; l += 16)
           nearer += compress(boxes + nearer, lane + seti(row * count[0] + l), below(load(sums[0][q] + l), bound - sums[1][q][row]));
       }
-    for (int i = 0; i <= nearer; ++i) {
-      if (i == nearer || opened > kOpen) {
-        for (int j = 0; j < opened; ++j) score(open[j]);
-        opened = 0;
-        if (i == nearer) break;
-      }
+    for (int i = 0; i < nearer; ++i) {
       const int end = first[boxes[i] + 1], most = boxes[i] == home ? 0 : 16;
       int v = first[boxes[i]];
       do store(open + opened, lane + seti(v)), opened += end - v < most ? end - v : most;
       while ((v += 16) < end);
     }
+    for (int i = 0; i < opened; ++i) score(open[i]);
     int32_t vectors[16];
     store(vectors, which);
     const int at = __builtin_ctz(equal_lanes(best, lowest(best)));
