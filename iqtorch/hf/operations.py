@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps, WeightConverter
 
+from ..cpu_ext import memory
+
 if TYPE_CHECKING:
     from .quantizer import IQQuantizer
 
@@ -35,11 +37,20 @@ class _Operation(ConversionOps):
         return result
 
 
+#: Bytes of a weight around whose quantization freed memory is returned: experts have just been put together, twice over.
+TRIMMED = 1 << 24
+
+
 class Quantize(_Operation):
     """A plain weight becomes a packed parameter."""
 
     def _make(self, model: nn.Module, name: str, value: Tensor) -> nn.Parameter | None:
-        return self.quantizer.quantize_weight(model, name, value)
+        if value.nbytes < TRIMMED:
+            return self.quantizer.quantize_weight(model, name, value)
+        memory.trim()
+        parameter = self.quantizer.quantize_weight(model, name, value)
+        memory.trim()
+        return parameter
 
 
 class Unpack(_Operation):

@@ -21,7 +21,6 @@ from transformers.quantizers.base import HfQuantizer
 
 from ..as_stored import keep_as_stored
 from ..calibration import Calibration, quantize_calibrated
-from ..cpu_ext import memory
 from ..errors import CheckpointError, IQTorchError, MissingDependencyError, UnsupportedOperationError
 from ..formats import get_format
 from ..linear import PACKED_CLASS, matrix_of, packable, packed_parameter
@@ -32,9 +31,6 @@ from ..sharding import SHARDS, gather_blocks
 from ..tensor import IQTensor
 from .config import METHOD, IQConfig, StoredTensor
 from .experts import use_packed_experts
-
-#: Bytes of a weight before whose quantization freed memory is returned: experts have just been put together, twice over.
-TRIMMED = 1 << 24
 
 
 def register() -> None:
@@ -207,8 +203,6 @@ class IQQuantizer(HfQuantizer):
         if self.error is not None:
             return None
         plan = self.planned[name]
-        if weight.nbytes >= TRIMMED:
-            memory.trim()
         try:
             if hasattr(model.get_parameter(name), "device_mesh"):
                 raise UnsupportedOperationError(
