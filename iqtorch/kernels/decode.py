@@ -30,7 +30,7 @@ from .asm import (
     shift_right,
     two_byte_sums,
 )
-from .planes import flatten_last, halving, interleave, low_mask, plane, splat_mask, spread, unleave4, word_halves
+from .planes import flatten_last, halved, halving, interleave, low_mask, plane, splat_mask, spread, unleave4, word_halves
 from .scales import raw_scale
 
 
@@ -195,14 +195,24 @@ def five(word):
 
 
 @triton.jit
+def code_plane(planes, i: tl.constexpr, S: tl.constexpr):
+    """The i-th part of each code, in the lower bits of `[run / vec, A, B]`."""
+    words = plane(planes, S, S.code[i][0])
+    n: tl.constexpr = S.run // S.vec
+    if S.family == "trellis":
+        words = halved(words, S.code[i][1], tl.constexpr(n // words.shape[0]))
+    else:
+        words = spread(words, S.code[i][1], n)
+    return words
+
+
+@triton.jit
 def natural_codes(planes, S: tl.constexpr, ASM: tl.constexpr):
     """Whole codes `[run / vec, A, B]` of formats with four or eight weights per code."""
-    n: tl.constexpr = S.run // S.vec
     width: tl.constexpr = S.code[0][1]
-    code = spread(plane(planes, S, S.code[0][0]), width, n) & low_mask(width)
+    code = code_plane(planes, 0, S) & low_mask(width)
     for i in tl.static_range(1, tl.constexpr(len(S.code))):
-        part = spread(plane(planes, S, S.code[i][0]), S.code[i][1], n)
-        code |= (part & low_mask(S.code[i][1])) << code_low(S, i)
+        code |= (code_plane(planes, i, S) & low_mask(S.code[i][1])) << code_low(S, i)
     return code
 
 
