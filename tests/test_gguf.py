@@ -156,13 +156,13 @@ def test_row_operations_are_inverse() -> None:
     columns = torch.tensor([4, 0, 1, 3, 2])
     for binding in (
         Binding("w", ("a",)), Binding("w", ("a",), order=turned), Binding("w", ("a", "b")), Binding("w", ("a",), shift=1.0),
-        Binding("w", ("a",), columns=columns),
+        Binding("w", ("a",), columns=lambda _: columns),
     ):  # fmt: skip
         parts = binding.to_file(rows, 0)
         assert len(parts) == len(binding.tensors)
         assert torch.equal(binding.to_model(parts, 0), rows)
     assert not torch.equal(Binding("w", ("a",), order=turned).to_file(rows, 0)[0], rows)
-    assert torch.equal(Binding("w", ("a",), columns=columns).to_file(rows, 0)[0], rows[:, columns])
+    assert torch.equal(Binding("w", ("a",), columns=lambda _: columns).to_file(rows, 0)[0], rows[:, columns])
     decays = Binding("blk.0.ssm_a", ("a",), decay=True)
     values = torch.tensor([-1.0, 0.5, 2.0])
     assert torch.equal(decays.to_file(values, 0)[0], -values.exp())

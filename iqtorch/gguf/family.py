@@ -32,7 +32,7 @@ class Family:
         aliases: other model types that are saved as this family (the same computation under another name).
         rows: tensors (`attn_q`) whose rows have another order in files, with a function of the configuration and the number of rows:
             for each row of the file, its place in the model.
-        columns: the same of columns.
+        columns: tensors whose columns have another order, with a function of the configuration: None, or such a function of their number.
         norm_shift: files store norm weights plus this (Gemma: transformers adds 1 itself), those of state spaces excepted.
         rope: whether positions are rotary embeddings.
         rope_dims: dimensions that are rotated, from the configuration; None = the whole head.
@@ -53,7 +53,7 @@ class Family:
     detected: Mapping[str, str] = field(default_factory=dict)
     aliases: tuple[str, ...] = ()
     rows: Mapping[str, Order] = field(default_factory=dict)
-    columns: Mapping[str, Order] = field(default_factory=dict)
+    columns: Mapping[str, Callable[[Any], Callable[[int], Tensor] | None]] = field(default_factory=dict)
     norm_shift: float = 0.0
     rope: bool = True
     rope_dims: Callable[[Any], int] | None = None

@@ -7,6 +7,7 @@ keys mean to the programs that read them.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -68,6 +69,11 @@ def _tiled(config: Any, rows: int) -> Tensor:
     """Value heads of linear attention: with key head 0, 1, .. again and again in files, with one key head after the other in the model."""
     keys = config.linear_num_key_heads
     return torch.arange(rows).view(keys, config.linear_num_value_heads // keys, -1).transpose(0, 1).flatten()
+
+
+def _tiled_columns(config: Any) -> Callable[[int], Tensor] | None:
+    """The same of columns; None where that is their order anyway."""
+    return None if config.linear_num_key_heads in (1, config.linear_num_value_heads) else partial(_tiled, config)
 
 
 def _tiled_values(config: Any, rows: int) -> Tensor:
@@ -539,7 +545,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "qwen35", "qwen3_5_text", (*_DENSE, *_LINEAR_ATTENTION), implied={"hidden_act": "silu"}, detected=_LINEAR_BIASES,
-        rows=_TILED, columns={"ssm_out": _tiled}, norm_shift=1.0, rope_dims=partial_dims, read=_read_qwen35, write=_write_qwen35,
+        rows=_TILED, columns={"ssm_out": _tiled_columns}, norm_shift=1.0, rope_dims=partial_dims, read=_read_qwen35, write=_write_qwen35,
     ),
     Family(
         "qwen35moe", "qwen3_5_moe_text",
@@ -547,7 +553,7 @@ FAMILIES: tuple[Family, ...] = (
             *_DENSE[:3], *_DENSE[4:], *_LINEAR_ATTENTION, *_EXPERTS, ("expert_count", "num_experts"),
             ("expert_shared_feed_forward_length", "shared_expert_intermediate_size"),
         ),
-        implied={"hidden_act": "silu"}, detected=_LINEAR_BIASES, rows=_TILED, columns={"ssm_out": _tiled}, norm_shift=1.0,
+        implied={"hidden_act": "silu"}, detected=_LINEAR_BIASES, rows=_TILED, columns={"ssm_out": _tiled_columns}, norm_shift=1.0,
         rope_dims=partial_dims, read=_read_qwen35, write=_write_qwen35,
     ),
     Family(

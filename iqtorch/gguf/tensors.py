@@ -57,7 +57,7 @@ class Binding:
         name: parameter (or buffer) of the model.
         tensors: of the file; several are parts of its rows, one after the other.
         order: rows of the file have another order: for each, its place in the model, given their number.
-        columns: for each column of the file its place in the model, if not the same.
+        columns: the same of columns.
         shift: the file's values are larger by this.
         decay: the file's values are minus the exponentials of the model's.
         alternating: rows of the tensors alternate instead.
@@ -68,7 +68,7 @@ class Binding:
     name: str
     tensors: tuple[str, ...]
     order: Callable[[int], Tensor] | None = None
-    columns: Tensor | None = None
+    columns: Callable[[int], Tensor] | None = None
     shift: float = 0.0
     decay: bool = False
     alternating: bool = False
@@ -102,7 +102,7 @@ class Binding:
         if self.order is not None:
             rows = rows.index_select(rows_at, torch.argsort(self.order(rows.shape[rows_at])))
         if self.columns is not None:
-            rows = rows.index_select(rows.ndim - 1, torch.argsort(self.columns))
+            rows = rows.index_select(rows.ndim - 1, torch.argsort(self.columns(rows.shape[-1])))
         if self.decay:
             rows = (-rows).log()
         return rows - self.shift if self.shift else rows
@@ -112,7 +112,7 @@ class Binding:
         if self.order is not None:
             rows = rows.index_select(rows_at, self.order(rows.shape[rows_at]).to(rows.device))
         if self.columns is not None:
-            rows = rows.index_select(rows.ndim - 1, self.columns.to(rows.device))
+            rows = rows.index_select(rows.ndim - 1, self.columns(rows.shape[-1]).to(rows.device))
         if self.decay:
             rows = -rows.exp()
         if self.shift:
@@ -148,7 +148,7 @@ def bind(parameters: Mapping[str, Tensor], arch: str, family: Family | None, con
         raise GGUFNameError(f"architecture {arch!r} is unknown to the installed gguf package; update it: pip install -U gguf")
     table = gguf.get_tensor_name_map(archs[arch], config.num_hidden_layers)
     bindings, unknown = [], []
-    for name, value in parameters.items():
+    for name in parameters:
         tensors = _tensor_names(name, table)
         if not tensors:
             unknown.append(name)
@@ -162,7 +162,7 @@ def bind(parameters: Mapping[str, Tensor], arch: str, family: Family | None, con
             binding = replace(
                 binding,
                 order=partial(family.rows[stem], config) if stem in family.rows else None,
-                columns=_columns(family, stem, name, config, value),
+                columns=_columns(family, stem, name, config),
                 shift=family.norm_shift if tensors[0].endswith("norm.weight") and stem != "ssm_norm" else 0.0,
                 alternating=turned and len(tensors) > 1,
                 transposed=binding.transposed or (turned and tensors[0].endswith(".weight")),
@@ -173,12 +173,11 @@ def bind(parameters: Mapping[str, Tensor], arch: str, family: Family | None, con
     return bindings
 
 
-def _columns(family: Family, stem: str, name: str, config: Any, value: Tensor) -> Tensor | None:
+def _columns(family: Family, stem: str, name: str, config: Any) -> Callable[[int], Tensor] | None:
     """Where the columns of a matrix lie in the model; None if there, or if the layer takes them as files have them."""
     if stem not in family.columns or name.endswith((".bias", ".tiled.weight")):
         return None
-    order = family.columns[stem](config, value.shape[-1])
-    return None if torch.equal(order, torch.arange(len(order))) else order
+    return family.columns[stem](config)
 
 
 def _tensor_names(name: str, table: Any) -> tuple[str, ...]:
