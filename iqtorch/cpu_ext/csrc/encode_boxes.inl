@@ -173,8 +173,8 @@ void Boxes<V>::near(const float* targets, int stride, const float* scales, int i
     }
     store(upper + 16 * k, up), store(lower + 16 * k, low);
   }
-  float rests[16], steps[16];
-  store(rests, rest), store(steps, select(usable, largest * set(1 / 32512.0f), set(1e-34f)));
+  float steps[16];
+  store(steps, select(usable, largest * set(1 / 32512.0f), set(1e-34f)));
 
   // Distances of the boxes, as sums over the sides.
   float sums[2][16][kMaxSums], least[2][16];
@@ -200,16 +200,32 @@ void Boxes<V>::near(const float* targets, int stride, const float* scales, int i
     store(least[side], lowest_sum), store(place[side], where);
   }
 
+  // The lowest score of each query so far, 16 entries apart, and where it is. In passes over the queries, so that what decides how
+  // far a query goes on has long been known when it does.
+  F best[16];
+  I which[16];
+  const auto score = [&](int q, int v) {
+    keep_lower(score16<V>(entry + (size_t)v * kStride, upper + q, lower + q, 16, seti(0), steps[q]), seti(v), best[q], which[q]);
+  };
+  const auto lowest_of_each = [&](I& lane) {
+    F t[16], low = set(kInfinity);
+    for (int q = 0; q < 16; ++q) t[q] = best[q];
+    transpose(t);
+    for (int l = 0; l < 16; ++l) keep_lower(t[l], seti(l), low, lane);
+    return low;
+  };
   const I lane = load(kLane);
-  for (int q = 0; q < items; ++q) {
-    F best = set(kInfinity);
-    I which = seti(0);
-    const auto score = [&](int v) {
-      keep_lower(score16<V>(entry + (size_t)v * kStride, upper + q, lower + q, 16, seti(0), steps[q]), seti(v), best, which);
-    };
+  I at = seti(0);
+  for (int q = 0; q < 16; ++q) {
+    best[q] = set(kInfinity), which[q] = seti(0);
     const int home = place[1][q] * count[0] + place[0][q];
-    for (int v = first[home]; v < first[home + 1]; ++v) score(v);
-    const float bound = depth * (lowest(best) + rests[q]);
+    for (int v = first[home]; v < first[home + 1]; ++v) score(q, v);
+  }
+  float bounds[16];
+  store(bounds, set(depth) * (lowest_of_each(at) + rest));
+  for (int q = 0; q < items; ++q) {
+    const int home = place[1][q] * count[0] + place[0][q];
+    const float bound = bounds[q];
     int32_t boxes[kMaxBoxes + 16], open[kMaxVectors + 16];
     int nearer = 0, opened = 0;
     for (int h = 0; h < count[1]; h += 16)
@@ -224,12 +240,13 @@ void Boxes<V>::near(const float* targets, int stride, const float* scales, int i
       do store(open + opened, lane + seti(v)), opened += end - v < most ? end - v : most;
       while ((v += 16) < end);
     }
-    for (int i = 0; i < opened; ++i) score(open[i]);
-    int32_t vectors[16];
-    store(vectors, which);
-    const int at = __builtin_ctz(equal_lanes(best, lowest(best)));
-    codes[q * code_stride] = code[16 * vectors[at] + at];
+    for (int i = 0; i < opened; ++i) score(q, open[i]);
   }
+  int32_t lanes[16], vectors[16][16];
+  lowest_of_each(at);
+  store(lanes, at);
+  for (int q = 0; q < 16; ++q) store(vectors[q], which[q]);
+  for (int q = 0; q < items; ++q) codes[q * code_stride] = code[16 * vectors[q][lanes[q]] + lanes[q]];
 }
 
 // The entry c with the least sum w (y - c)^2 for y = target / scale, exactly. `warm` is an entry thought to be near, or -1. Reads 16
