@@ -204,8 +204,9 @@ void Boxes<V>::near(const float* targets, int stride, const float* scales, int i
   // far a query goes on has long been known when it does.
   F best[16];
   I which[16];
-  const auto score = [&](int q, int v) {
-    keep_lower(score16<V>(entry + (size_t)v * kStride, upper + q, lower + q, 16, seti(0), steps[q]), seti(v), best[q], which[q]);
+  // Keeps the lower of the scores of vector v in `low` and `at`.
+  const auto score = [&](int q, int v, F& low, I& at) {
+    keep_lower(score16<V>(entry + (size_t)v * kStride, upper + q, lower + q, 16, seti(0), steps[q]), seti(v), low, at);
   };
   const auto lowest_of_each = [&](I& lane) {
     F t[16], low = set(kInfinity);
@@ -217,9 +218,11 @@ void Boxes<V>::near(const float* targets, int stride, const float* scales, int i
   const I lane = load(kLane);
   I at = seti(0);
   for (int q = 0; q < 16; ++q) {
-    best[q] = set(kInfinity), which[q] = seti(0);
+    F low = set(kInfinity);
+    I where = seti(0);
     const int home = place[1][q] * count[0] + place[0][q];
-    for (int v = first[home]; v < first[home + 1]; ++v) score(q, v);
+    for (int v = first[home]; v < first[home + 1]; ++v) score(q, v, low, where);
+    best[q] = low, which[q] = where;
   }
   float bounds[16];
   store(bounds, set(depth) * (lowest_of_each(at) + rest));
@@ -240,7 +243,13 @@ void Boxes<V>::near(const float* targets, int stride, const float* scales, int i
       do store(open + opened, lane + seti(v)), opened += end - v < most ? end - v : most;
       while ((v += 16) < end);
     }
-    for (int i = 0; i < opened; ++i) score(q, open[i]);
+    // Two chains of comparisons hide their latency.
+    open[opened] = opened ? open[opened - 1] : 0;
+    F low = best[q], low2 = set(kInfinity);
+    I where = which[q], where2 = seti(0);
+    for (int i = 0; i < opened; i += 2) score(q, open[i], low, where), score(q, open[i + 1], low2, where2);
+    keep_lower(low2, where2, low, where);
+    best[q] = low, which[q] = where;
   }
   int32_t lanes[16], vectors[16][16];
   lowest_of_each(at);
