@@ -153,12 +153,16 @@ class Importance(Mapping[str, Tensor]):
         """The importance of all texts together: means weighted by their token counts.
 
         Raises:
-            ImportanceError: two entries of one name differ in shape.
+            ImportanceError: two entries of one name differ in shape, or no name is in both: they are of different models.
         """
         entries = dict(self._entries)
+        same = all(name in entries for other in others for name in other)  # and no table of names is needed
+        own = {} if same else {_canonical(name): name for name in reversed(entries)}
         for other in others:
+            if entries and len(other) and not any(name in entries or _canonical(name) in own for name in other):
+                raise ImportanceError(f"no weight in common, as {next(iter(entries))!r} and {next(iter(other))!r}: of different models?")
             for name, entry in other._entries.items():
-                key = name if name in entries else next((k for k in entries if _canonical(k) == _canonical(name)), name)
+                key = name if name in entries else own.setdefault(_canonical(name), name)
                 entries[key] = _combined(key, entries[key], entry) if key in entries else entry
         return Importance(
             entries,

@@ -346,6 +346,13 @@ def test_merge_by_name_of_either_world() -> None:
         ours.merge(Importance({"blk.0.ffn_up.weight": torch.ones(2)}))
 
 
+def test_merge_refuses_another_model() -> None:
+    ours, theirs = Importance({"blk.0.ffn_up.weight": torch.ones(1)}), Importance({"encoder.w": torch.ones(1)})
+    with pytest.raises(ImportanceError, match=r"no weight in common, as 'blk.0.ffn_up.weight' and 'encoder.w'"):
+        ours.merge(theirs)
+    assert list(ours.merge(Importance())) == list(Importance().merge(ours)) == ["blk.0.ffn_up.weight"]
+
+
 @pytest.mark.parametrize(
     ("value", "message"),
     [
