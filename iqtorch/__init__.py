@@ -49,6 +49,9 @@ __all__ = [
 
 #: Loaded on first use: name -> module and attribute ("" = the module itself).
 _LAZY = {
+    "data": ("data", ""),
+    "errors": ("errors", ""),
+    "gguf": ("gguf", ""),
     "Calibration": ("calibration", "Calibration"),
     "IQConfig": ("hf", "IQConfig"),
     "merge_adapter": ("hf.adapters", "merge_adapter"),
@@ -67,7 +70,10 @@ _LAZY = {
 
 if TYPE_CHECKING:
     from . import cpu_ext as cpu  # noqa: F401 (what iqtorch.cpu is)
+    from . import data as data
+    from . import errors as errors
     from . import evaluate as evaluate
+    from . import gguf as gguf
     from .calibration import Calibration as Calibration
     from .calibration import calibrate as calibrate
     from .calibration.refine import refine as refine
@@ -85,7 +91,7 @@ if TYPE_CHECKING:
 install_hook()
 
 
-def __getattr__(name: str) -> Any:
+def _lazy(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module 'iqtorch' has no attribute {name!r}")
     module, attribute = _LAZY[name]
@@ -93,5 +99,9 @@ def __getattr__(name: str) -> Any:
     return getattr(loaded, attribute) if attribute else loaded
 
 
+if not TYPE_CHECKING:  # a type checker would take any name for one of ours
+    __getattr__ = _lazy
+
+
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, *_LAZY})
+    return sorted({*__all__, *_LAZY, *(name for name in globals() if name.startswith("__"))})

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TimeElapsedColumn
 from rich.table import Table
 from torch import Tensor, nn
 
-from . import data, evaluate, hf, plot
+from . import data, evaluate, hf, plot, progress
 from .formats import get_format
 from .importance import Importance
 from .model import quantize_model
@@ -93,7 +93,8 @@ def run(
     rows: list[Row] = []
     texts: dict[str, str] = {}
 
-    with _one_thread(), _bars(console) as bars:
+    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with _one_thread(), progress.bars(*columns, console=console) as bars:
         overall = bars.add_task("all formats", total=len(formats))
         for name in formats:
             bar = bars.add_task(f"{name}: quantizing", total=None)
@@ -148,11 +149,6 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-def _bars(console: Console) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=console, transient=True)
 
 
 def _size(model: nn.Module) -> tuple[float, float]:

@@ -16,6 +16,7 @@ from .errors import CalibrationError, ImportanceError
 from .formats import get_format
 from .fuse import fuse as fuse_projections
 from .linear import is_conv1d, is_flat_experts, is_pointwise, matrix_of, packable, set_weight
+from .progress import bars
 from .quantize import ROUNDINGS, Rounding, check_finite, check_importance, check_options, check_weight, quantize
 from .recipe import ModelFacts, Recipe, WeightFacts, layer_of, role_of
 from .tensor import IQTensor
@@ -427,10 +428,9 @@ def lookup_importance(table: Mapping[str, Tensor], site: Site) -> Tensor | None:
 
 def _progress(packed: Iterator[tuple[Site, IQTensor]], plan: list[Planned], show: bool) -> Iterator[tuple[Site, IQTensor]]:
     """What is packed, under a progress bar that counts weights."""
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, TaskProgressColumn, TimeRemainingColumn
 
-    columns = (TextColumn("quantizing"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, disable=not show, transient=True) as bar:
+    with bars("quantizing", BarColumn(), TaskProgressColumn(), TimeRemainingColumn(), "{task.description}", show=show) as bar:
         task = bar.add_task("", total=sum(site.weight.numel() for site, _, _ in plan))
         for site, weight in packed:
             bar.update(task, advance=site.weight.numel(), description=f"{site.name} {weight.format.name}")

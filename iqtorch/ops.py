@@ -139,10 +139,11 @@ def choose_backend(fmt: Format, rows: int, k: int, device: torch.device) -> str:
 
 
 def kernel_info() -> dict[str, Any]:
-    """Which backends can run here and why, and every fallback to plain torch taken so far.
+    """Which backends can run here and why, the CPU's instruction set in use, and every fallback to plain torch taken so far.
 
     Returns:
-        `{"backends": {name: "available" or reason}, "forced": name or None, "fallbacks": [{format, backend, reason}]}`.
+        `{"backends": {name: "available" or reason}, "isa": name or None, "forced": name or None,
+        "fallbacks": [{format, backend, reason}]}`.
     """
     from .formats import get_format
 
@@ -153,8 +154,9 @@ def kernel_info() -> dict[str, Any]:
             backends[name] = get_backend(name).supports(probe, 256, 256) or "available"
         except KernelUnavailableError as error:
             backends[name] = str(error)
+    isa = cast(Any, get_backend("cpu")).capabilities()["isa"] if backends["cpu"] == "available" else None
     fallbacks = [{"format": f, "backend": backend, "reason": reason} for (f, reason), backend in _fallbacks.items()]
-    return {"backends": backends, "forced": _forced, "fallbacks": fallbacks}
+    return {"backends": backends, "isa": isa, "forced": _forced, "fallbacks": fallbacks}
 
 
 # -- precision of activations --------------------------------------------------------------------------------

@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from iqtorch import Recipe, bench, cli, data, evaluate, get_format, hf, list_formats, quantize_checkpoint
+import iqtorch
+from iqtorch import Recipe, bench, cli, cpu_ext, data, evaluate, get_format, hf, kernel_info, list_formats, quantize_checkpoint
 from iqtorch.errors import EvaluationError
 from iqtorch.importance import Importance, ImportanceEntry, collect_importance
 
@@ -61,6 +62,13 @@ def test_shell_completion() -> None:
     # What --show-completion prints; that option asks which shell runs this process, and the tests may run under any.
     assert "complete_bash" in complete(_IQTORCH_COMPLETE="source_bash")
     assert {"--install-completion", "--show-completion"} <= set(run("--help").split())
+
+
+def test_version_says_which_kernels_run() -> None:
+    shown = run("--version")
+    info = kernel_info()
+    assert f"iqtorch {iqtorch.__version__}, PyTorch {torch.__version__}\n" in shown
+    assert f"cpu: available ({info['isa']})\n" in shown and info["isa"] == cpu_ext.capabilities()["isa"]
 
 
 def test_formats_lists_all() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -539,6 +540,20 @@ def test_forcing_an_instruction_set() -> None:
         assert f"IQTORCH_ISA={forced}" in messages[0]
 
 
+#: Imports `cpu_ext` as where there are no compiled kernels, neither beside it nor among installed packages.
+HIDDEN = """
+import importlib.util as u, sys, warnings
+from pathlib import Path
+import torch, iqtorch
+find, path = u.find_spec, sys.path[:]
+u.find_spec = lambda name, *a: None if name.endswith("cpu_ext._C") else find(name, *a)
+sys.path[:] = [p for p in path if not Path(p, "iqtorch/cpu_ext/_C.so").exists()]
+with warnings.catch_warnings(record=True) as seen:
+    from iqtorch import cpu_ext
+u.find_spec, sys.path[:] = find, path
+"""
+
+
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
@@ -548,14 +563,7 @@ def test_forcing_an_instruction_set() -> None:
 )
 def test_an_unusable_module_warns_and_is_shown(damage: str, reason: str) -> None:
     code = (
-        "import sys, warnings, torch\n"
-        "import importlib.util as u\n"
-        "find = u.find_spec\n"
-        "u.find_spec = lambda name, *a: None if name.endswith('cpu_ext._C') else find(name, *a)\n"
-        "import iqtorch\n"
-        "from iqtorch import cpu_ext\n"
-        "u.find_spec = find\n"
-        f"{damage}\n"
+        f"{HIDDEN}{damage}\n"
         "cpu_ext.layout.cache_clear()\n"
         "with warnings.catch_warnings(record=True) as seen:\n"
         "    cpu_ext._unavailable = cpu_ext._load()\n"
@@ -563,24 +571,46 @@ def test_an_unusable_module_warns_and_is_shown(damage: str, reason: str) -> None
     )
     warning, shown = run_python(code).split("|")
     assert warning.startswith("1 ")
-    assert "reinstall" in warning
+    assert "pip install -e" in warning
     assert reason in warning
     assert reason in shown
 
 
 def test_without_the_compiled_module_everything_runs_on_plain_torch() -> None:
     code = (
-        "import importlib.util as u\n"
-        "find = u.find_spec\n"
-        "u.find_spec = lambda name, *a: None if name.endswith('cpu_ext._C') else find(name, *a)\n"
-        "import torch, iqtorch\n"
-        "from iqtorch import cpu_ext\n"
+        f"{HIDDEN}"
         "w = iqtorch.quantize(torch.randn(32, 256), 'iq4_nl')\n"
         "x = torch.randn(2, 256)\n"
         "y, ref = torch.nn.functional.linear(x, w), x @ w.dequantize(torch.float32).T\n"
         "assert (y - ref).norm() / ref.norm() < 0.02\n"
-        "print(w.backend, '|', cpu_ext.supports(w.format, 32, 256))\n"
+        "print(w.backend, '|', cpu_ext.supports(w.format, 32, 256), '|', len(seen), seen[0].message)\n"
     )
-    backend, reason = run_python(code).split("|")
+    backend, reason, warning = run_python(code).split("|")
     assert backend.strip() == "torch"
     assert "without its compiled kernels" in reason
+    assert warning.startswith(" 1 ") and "many times slower. Remedy: pip install" in warning
+
+
+def test_kernels_of_the_same_sources_are_found_from_a_clone() -> None:
+    """Python in a clone's folder imports the package from there, and `pip install .` has put the kernels elsewhere."""
+    code = (
+        "import importlib.util as u\n"
+        "find = u.find_spec\n"
+        "u.find_spec = lambda name, *a: None if name.endswith('cpu_ext._C') else find(name, *a)\n"
+        "import iqtorch\n"
+        "print(iqtorch.kernel_info()['backends']['cpu'])\n"
+    )
+    assert run_python(code).strip() == "available"
+
+
+def test_sources_that_changed_since_the_build_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sources = tmp_path / "csrc"
+    shutil.copytree(cpu_ext.kernel_file.SOURCES, sources)
+    file, _ = cpu_ext.kernel_file.find()
+    assert file is not None
+    monkeypatch.setattr(cpu_ext.kernel_file, "SOURCES", sources)
+    assert cpu_ext.kernel_file.changed(file) == []
+    (sources / "pack.cpp").write_text("// another\n")
+    (sources / "more.inl").write_text("")
+    with pytest.warns(UserWarning, match=r"C\+\+ sources changed since the kernels were built \(more\.inl, pack\.cpp\); rebuild: pip"):
+        assert cpu_ext._load() is None

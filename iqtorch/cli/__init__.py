@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import json
 import sys
+from typing import Annotated
 
+import torch
 import typer
 from rich.markup import escape
 
 from ..errors import IQTorchError
 from . import files, measure  # noqa: F401 (their commands)
-from .options import COMMANDS, err
+from .options import COMMANDS, err, out
 
 __all__ = ["app", "main"]
 
@@ -38,6 +40,30 @@ MODEL is a Hugging Face folder or hub name, a GGUF file, or [bold]tiny-llama[/bo
 Results go to standard output, progress and errors to standard error. Exit code: 0, 1 for an error, 2 for a wrong command line,
 130 when interrupted. [bold]iqtorch --install-completion[/bold] makes the shell complete commands, options and formats.""",
 )
+
+
+def _show_version(wanted: bool) -> None:
+    if not wanted:
+        return
+    from .. import __version__, kernel_info
+
+    info = kernel_info()
+    out.print(f"iqtorch {__version__}, PyTorch {torch.__version__}", highlight=False)
+    for name, state in info["backends"].items():
+        isa = f" ({info['isa']})" if name == "cpu" and info["isa"] else ""
+        out.print(f"{name}: {state}{isa}", highlight=False, markup=False, soft_wrap=True)
+    raise typer.Exit
+
+
+Version = Annotated[
+    bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version, and which kernels run here.")
+]
+
+
+@app.callback()
+def _options(version: Version = False) -> None: ...
+
+
 for function, examples in COMMANDS:
     app.command(epilog=examples)(function)
 

@@ -138,7 +138,9 @@ def importance(
     model: Annotated[
         list[str], typer.Argument(metavar="MODEL", help="Hugging Face folder or hub name, GGUF file, or tiny-llama. With --merge: files.")
     ],
-    output: Annotated[Path, typer.Argument(help="File to write: .dat (read by ik_llama.cpp), or any other ending for a GGUF file.")],
+    output: Annotated[
+        Path, typer.Argument(metavar="OUTPUT", help="File to write: .dat (read by ik_llama.cpp), or any other ending for a GGUF file.")
+    ],
     text: Annotated[Path | None, typer.Option("--text", help="UTF-8 text. Default: the calibration text inside the package.")] = None,
     window: Annotated[int, typer.Option(help="Tokens per sequence.")] = 512,
     windows: Limit = None,
@@ -176,7 +178,9 @@ def importance(
 
 @command("iqtorch inspect model.gguf", "iqtorch inspect ./packed --json", "iqtorch inspect imatrix.dat")
 def inspect(
-    path: Annotated[Path, typer.Argument(help="A .gguf or .safetensors file, a folder of the latter, or an importance file.")],
+    path: Annotated[
+        Path, typer.Argument(metavar="PATH", help="A .gguf or .safetensors file, a folder of the latter, or an importance file.")
+    ],
     as_json: AsJson = False,
 ) -> None:
     """List what a file holds: tensors with format, shape and bits per weight, metadata, or importance statistics."""

@@ -16,7 +16,7 @@ from .options import AsJson, Device, Model, Quantization, Scoring, bar, command,
 
 @command("iqtorch demo", "iqtorch demo iq2_kl iq4_ks --output quality.png")
 def demo(
-    formats: Annotated[list[str] | None, typer.Argument(help="Formats to show; see `iqtorch formats`.")] = None,
+    formats: Annotated[list[str] | None, typer.Argument(metavar="FORMAT", help="Formats to show; see `iqtorch formats`.")] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Plot to write.")] = Path("iqtorch-demo.png"),
     windows: Annotated[int, typer.Option(help="Windows of 512 held-out tokens to score, 1 to 100.", min=1, max=100)] = 100,
     as_json: AsJson = False,
@@ -78,7 +78,7 @@ def kl(
 
 @command("iqtorch bench", "iqtorch bench iq2_kl iq4_ks --shape 4096x4096 --shape 14336x4096 --rows 1 --rows 512 --json")
 def bench(
-    formats: Annotated[list[str] | None, typer.Argument(help="Formats to time; see `iqtorch formats`.")] = None,
+    formats: Annotated[list[str] | None, typer.Argument(metavar="FORMAT", help="Formats to time; see `iqtorch formats`.")] = None,
     shape: Annotated[list[str] | None, typer.Option(help="Weights N x K. Repeatable. Default: 4096x4096.")] = None,
     rows: Annotated[list[int] | None, typer.Option(help="Rows of activations. Repeatable. Default: 1, 8, 128.")] = None,
     device: Device = "cpu",
@@ -111,7 +111,7 @@ def bench(
 
 @command("iqtorch plot demo.json --output quality.png")
 def plot(
-    files: Annotated[list[Path], typer.Argument(help="Output of `iqtorch demo --json` or `iqtorch kl --json`.")],
+    files: Annotated[list[Path], typer.Argument(metavar="FILE", help="Output of `iqtorch demo --json` or `iqtorch kl --json`.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Image to write: .png, .svg or .pdf.")] = Path("quality.png"),
     title: Annotated[str, typer.Option(help="Heading.")] = "",
     highlight: Annotated[str, typer.Option(help="Format drawn in colour.")] = "iq2_kl",

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
 
 from ..formats import list_formats
+from ..progress import bars
 from ..quantize import OBJECTIVES, ROUNDINGS, SPEEDS
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def _one_of(values: Sequence[str]) -> dict[str, Any]:
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Hugging Face folder or hub name, GGUF file, or tiny-llama.")]
-Output = Annotated[Path, typer.Argument(help="GGUF file (.gguf) or folder to write.")]
+Output = Annotated[Path, typer.Argument(metavar="OUTPUT", help="GGUF file (.gguf) or folder to write.")]
 Format = Annotated[
     str | None,
     typer.Option("--format", "-f", help="Format, as its default recipe; see `iqtorch formats`.", autocompletion=_formats),
@@ -251,10 +252,9 @@ def print_json(value: object) -> None:
 @contextmanager
 def bar(description: str) -> Iterator[Report]:
     """A progress bar on standard error, as a function of (done, total)."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=err, transient=True) as bars:
-        task = bars.add_task(description, total=None)
-        yield lambda done, total: bars.update(task, completed=done, total=total)
+    with bars("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=err) as shown:
+        task = shown.add_task(description, total=None)
+        yield lambda done, total: shown.update(task, completed=done, total=total)
 
 
 def counted(batches: Sequence[Tensor], advance: Report) -> Iterator[Tensor]:

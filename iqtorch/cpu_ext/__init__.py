@@ -7,7 +7,6 @@ thin: each calls an operator `torch.ops.iqtorch_cpu.*` of the extension module o
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import warnings
 from functools import lru_cache
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from ..errors import BlockSizeError, KernelUnavailableError
 from ..formats import Format, get_format, list_formats
-from . import memory
+from . import kernel_file, memory
 from .layout import layout
 
 name = "cpu"
@@ -28,16 +27,16 @@ _OPERATORS = (
 )
 
 
-_REINSTALL = "reinstall it with a C++17 compiler present: pip install --force-reinstall --no-deps iqtorch (from source: pip install -e .)"
-
-
 def _load() -> str | None:
-    """Loads the extension module; returns why it cannot be used, or None. One that is there and unusable warns."""
-    spec = importlib.util.find_spec(f"{__name__}._C")
-    if spec is None or spec.origin is None:
-        return "iqtorch was installed without its compiled kernels (reinstall with a C++17 compiler and torch >= 2.10 present)"
+    """Loads the extension module; returns why it cannot be used, or None. Kernels that are missing, unusable or out of date warn."""
+    file, changed = kernel_file.find()
+    if file is None:
+        return _unusable("iqtorch was installed without its compiled kernels")
+    if changed:
+        names = ", ".join(changed[:3]) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
+        warnings.warn(f"C++ sources changed since the kernels were built ({names}); rebuild: {kernel_file.REBUILD}", stacklevel=2)
     try:
-        torch.ops.load_library(spec.origin)
+        torch.ops.load_library(file)
     except OSError as error:
         return _unusable(f"the compiled kernels do not load with torch {torch.__version__}: {_first_line(error)}")
     missing = [name for name in _OPERATORS if not hasattr(torch.ops.iqtorch_cpu, name)]
@@ -55,8 +54,9 @@ def _load() -> str | None:
 
 
 def _unusable(reason: str) -> str:
-    warnings.warn(f"{reason}; matrix products run on plain torch, many times slower. Remedy: {_REINSTALL}", RuntimeWarning, stacklevel=2)
-    return reason
+    remedy = kernel_file.REBUILD if kernel_file.SOURCES.is_dir() else kernel_file.REINSTALL
+    warnings.warn(f"{reason}; matrix products run on plain torch, many times slower. Remedy: {remedy}", RuntimeWarning, stacklevel=2)
+    return f"{reason} ({remedy})"
 
 
 def _first_line(error: Exception) -> str:

@@ -1,0 +1,133 @@
+"""README and docs tell the truth: their Python and commands run, what they name exists, the table of formats is the registry's."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer.main
+from torch import Tensor
+from typer.testing import CliRunner
+
+import iqtorch
+from iqtorch import cli, data, get_format, list_formats
+
+transformers = pytest.importorskip("transformers")
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+DOCUMENTS = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXT = README.read_text(encoding="utf-8")
+
+every_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.stem)
+
+
+def fenced(document: Path, language: str) -> list[tuple[int, str]]:
+    """Line number and text of each fenced block of a language."""
+    text = document.read_text(encoding="utf-8")
+    found = re.finditer(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return [(text.count("\n", 0, match.start(1)), match[1]) for match in found]
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The files that documents name: the first layer of the embedded model as a folder and in a GGUF file, its importance, a text."""
+    folder = tmp_path_factory.mktemp("shelf")
+    model, tokenizer = data.load_tiny_llama()
+    del model.model.layers[1:]
+    model.config.num_hidden_layers = 1
+    for name in ("folder", "my-model", "folder/of/the/original/model"):
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    iqtorch.save_gguf(iqtorch.quantize_model(model, "iq2_kl", progress=False), folder / "model.gguf", tokenizer)
+    shutil.copy(folder / "model.gguf", folder / "Qwen3-8B-IQ2_KL.gguf")
+    for name in ("imatrix.dat", "one.dat", "other.dat"):
+        shutil.copy(data.TINY_LLAMA_IMPORTANCE, folder / name)
+    (folder / "book.txt").write_text(data.heldout_text()[:6000], encoding="utf-8")
+    (folder / "mix.toml").write_text('base = "iq2_kl"\n[rules]\nembed_tokens = "keep"\n', encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def desk(shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the shelf as the current folder."""
+    shutil.copytree(shelf, tmp_path / "desk")
+    monkeypatch.chdir(tmp_path / "desk")
+    return tmp_path / "desk"
+
+
+def reader(folder: Path) -> dict[str, Any]:
+    """The names that documents take for given."""
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "folder")
+    ids: Tensor = tokenizer(data.calibration_text()[:4000], return_tensors="pt", verbose=False).input_ids[:, :768]
+    windows = ids.view(12, 64)
+    models = {name: load(folder / "folder", dtype=torch.float32) for name in ("model", "base")}
+    return {**models, "ids": ids, "windows": windows, "more_batches": windows.split(6)}
+
+
+@pytest.mark.parametrize("document", [path for path in DOCUMENTS if fenced(path, "python")], ids=lambda path: path.stem)
+def test_python_runs_in_order(document: Path, desk: Path, request: pytest.FixtureRequest) -> None:
+    """In one namespace, as a reader would type it; tracebacks show the document's lines. Only the device is another."""
+    namespace: dict[str, Any] = {"__name__": "reader", **({} if document == README else reader(desk))}
+    for line, block in fenced(document, "python"):
+        if "torch.compile(" in block:
+            continue  # tests/test_hf_compile.py does this
+        exec(compile("\n" * line + block.replace('"cuda"', '"cpu"'), str(document), "exec"), namespace)
+
+
+@every_document
+def test_commands_exist(document: Path) -> None:
+    group = typer.main.get_command(cli.app)
+    for words in commands(document):
+        command = group.commands[words[0]]  # type: ignore[attr-defined]
+        options = {option for parameter in command.params for option in parameter.opts}
+        assert {word for word in words if word.startswith("-")} <= options, words
+
+
+@pytest.mark.parametrize("document", [README, ROOT / "docs" / "checkpoints.md"], ids=lambda path: path.stem)
+def test_commands_run_in_order(document: Path, desk: Path) -> None:
+    """Those on a reader's own files; the others are run by tests/test_cli.py and tests/test_demo.py."""
+    ran = 0
+    for words in commands(document):
+        if not {"demo", "tiny-llama", "bench"} & set(words):
+            result = CliRunner().invoke(cli.app, words)
+            assert result.exit_code == 0, (words, result.output, result.exception)
+            ran += 1
+    assert ran >= 3
+
+
+def commands(document: Path) -> list[list[str]]:
+    """The words of each command `iqtorch` in a document's shell blocks."""
+    lines = [line for _, block in fenced(document, "sh") for line in block.splitlines() if line.startswith("iqtorch ")]
+    return [shlex.split(line, comments=True)[1:] for line in lines]
+
+
+@every_document
+def test_make_targets_exist(document: Path) -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in set(re.findall(r"\bmake ([a-z-]+)", "\n".join(block for _, block in fenced(document, "sh")))):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+@every_document
+def test_what_is_named_exists(document: Path) -> None:
+    """Links, and files of this repository in code marks."""
+    text = document.read_text(encoding="utf-8")
+    links = [link.partition("#")[0] for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link]
+    assert [link for link in links if link and not (document.parent / link).exists()] == []
+    files = re.findall(r"`((?:benchmarks|tests|examples|docs|iqtorch)/[\w/.-]+\.\w+)`", text.replace("NAME", "iq2_kl"))
+    assert [file for file in files if not (ROOT / file).exists()] == []
+
+
+def test_table_of_formats_is_complete_and_right() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| ([\d.]+) \| (\d+) \| ", TEXT, re.MULTILINE)
+    expected = [(name, f"{get_format(name).bits_per_weight():.3f}", str(get_format(name).block_size)) for name in list_formats()]
+    assert sorted(rows) == sorted(row for row in expected if get_format(row[0]).plain is None)
+    for name in list_formats():
+        assert f"`{name}`" in TEXT, name
