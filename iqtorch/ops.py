@@ -115,7 +115,11 @@ def choose_backend(fmt: Format, rows: int, k: int, device: torch.device) -> str:
         KernelUnavailableError: the backend was forced by `set_backend` and cannot run this matrix, or `IQTORCH_ISA` asks for an
             instruction set that this CPU lacks.
     """
-    name = _forced or _DEVICE_BACKEND.get(device.type, "torch")
+    name = _forced or _DEVICE_BACKEND.get(device.type)
+    if name is None:
+        if device.type != "meta":
+            _note_fallback(fmt, device.type, "iqtorch has none for such devices", logging.WARNING)
+        return "torch"
     if name == "torch":
         return name
     try:
@@ -132,10 +136,14 @@ def choose_backend(fmt: Format, rows: int, k: int, device: torch.device) -> str:
         raise KernelUnavailableError(
             f"backend {name!r} was asked for and cannot run {fmt.name} [{rows}, {k}]: {reason}; set_backend(None) allows others"
         )
+    _note_fallback(fmt, name, reason, logging.INFO)
+    return "torch"
+
+
+def _note_fallback(fmt: Format, name: str, reason: str, level: int) -> None:
     if (fmt.name, reason) not in _fallbacks:
         _fallbacks[fmt.name, reason] = name
-        logger.info("%s: %s kernels not used: %s; falling back to plain torch", fmt.name, name, reason)
-    return "torch"
+        logger.log(level, "%s: %s kernels not used: %s; falling back to plain torch", fmt.name, name, reason)
 
 
 def kernel_info() -> dict[str, Any]:

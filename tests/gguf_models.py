@@ -204,6 +204,18 @@ def assert_same_weights(found: Any, expected: Any) -> int:
     return packed
 
 
+def reload_from_folder(model: Any, folder: Path) -> Any:
+    """Saves a causal model and loads it, equal bit for bit; returns the model without its head, loaded from the same folder."""
+    model.save_pretrained(folder)
+    again, info = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert_same_weights(again, model)
+    assert torch.equal(logits(again), logits(model))
+    headless = transformers.AutoModel.from_pretrained(folder)
+    assert torch.equal(headless(ids())[0], model.model(ids())[0])
+    return headless
+
+
 def pack(model: Any, recipe: Any = "q8_0") -> Any:
     recipe = iqtorch.Recipe.pure(recipe) if isinstance(recipe, str) else recipe
     return iqtorch.quantize_model(model, recipe, progress=False)

@@ -15,8 +15,8 @@ from iqtorch.experts import SPLIT, is_split
 from iqtorch.formats import get_format
 from iqtorch.gguf import GGUFFile, TensorSource, load_gguf, save_gguf
 
-transformers = pytest.importorskip("transformers")
-from gguf_models import MODELS, assert_same_weights, ids, logits, pack, rewrite, tiny  # noqa: E402 (imports transformers)
+pytest.importorskip("transformers")
+from gguf_models import MODELS, assert_same_weights, ids, logits, pack, reload_from_folder, rewrite, tiny
 
 MOE = [name for name, (_, settings) in MODELS.items() if any("expert" in key for key in settings)]
 #: Of gate and up; None: not quantized.
@@ -91,13 +91,7 @@ def test_round_trips(tmp_path: Path, name: str, types: Any) -> None:
     model = load_gguf(path)
     assert {is_split(module) for module in experts_of(model)} == {False, True}
     save_gguf(model, tmp_path / "b.gguf")
-    model.save_pretrained(tmp_path / "folder")
-    again, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "folder", output_loading_info=True)
-    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    assert_same_weights(again, model)
-    assert torch.equal(logits(again), logits(model))
-    headless = transformers.AutoModel.from_pretrained(tmp_path / "folder")
-    assert torch.equal(headless(ids())[0], model.model(ids())[0])
+    reload_from_folder(model, tmp_path / "folder")
     iqtorch.convert_checkpoint(path, tmp_path / "streamed", progress=False)
     iqtorch.convert_checkpoint(tmp_path / "streamed", tmp_path / "c.gguf", progress=False)
     plain = GGUFFile(tmp_path / "b.gguf")

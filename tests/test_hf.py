@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -359,3 +360,44 @@ def test_importing_iqtorch_imports_neither_transformers_nor_triton() -> None:
     code = "import iqtorch, sys; assert not {'transformers', 'triton', 'gguf', 'peft', 'accelerate'} & set(sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent.parent)
     assert done.returncode == 0, done.stderr
+
+
+class Hub:
+    """The calls of `push_to_hub`: a commit becomes a snapshot in a cache, as if it had been downloaded again."""
+
+    def __init__(self, cache: Path) -> None:
+        self.cache = cache
+
+    def create_repo(self, repo_id: str, **kwargs: object) -> SimpleNamespace:
+        return SimpleNamespace(repo_id=repo_id)
+
+    def create_commit(self, repo_id: str, operations: list, **kwargs: object) -> None:
+        folder = self.cache / f"models--{repo_id.replace('/', '--')}"
+        (folder / "refs").mkdir(parents=True)
+        (folder / "refs" / "main").write_text("0" * 40)
+        for operation in operations:
+            file = folder / "snapshots" / ("0" * 40) / operation.path_in_repo
+            file.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(operation.path_or_fileobj, file)
+
+
+@pytest.mark.parametrize("size", ["50GB", "150KB"])
+def test_push_to_hub(size: str, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub.errors import EntryNotFoundError
+    from transformers.utils import hub
+
+    def no_card(*args: object, **kwargs: object) -> None:
+        raise EntryNotFoundError("a new repository has none")
+
+    remote = Hub(tmp_path / "cache")
+    monkeypatch.setattr(hub, "hf_api", lambda: remote, raising=False)
+    for name in ("create_repo", "create_commit"):  # older versions of transformers
+        monkeypatch.setattr(hub, name, getattr(remote, name), raising=False)
+    monkeypatch.setattr(hub.ModelCard, "load", no_card)
+    there = {"cache_dir": tmp_path / "cache", "local_files_only": True}
+    in_memory = iqtorch.quantize_model(llama(), RECIPE, progress=False)
+    for repo, model in {"someone/quantized": in_memory, "someone/loaded": load(saved)}.items():
+        model.push_to_hub(repo, max_shard_size=size)
+        again = load(repo, **there)
+        same_state(again, model)
+        assert torch.equal(output(again), output(in_memory))

@@ -69,6 +69,7 @@ def test_importing_takes_a_fifth_of_a_second_beyond_torch() -> None:
     assert min(run(code)[0] for _ in range(3)) <= 0.2
 
 
+TRELLIS = [name for name in iqtorch.list_formats() if name.endswith("_kt")]
 #: Bytes of the largest weight, in bfloat16: a table, or the gates of all experts of a layer.
 LARGEST = {"plain": 16384 * 1024 * 2, "mixture": 24 * 2048 * 512 * 2}
 
@@ -108,17 +109,30 @@ needs_proc = pytest.mark.skipif(
 )
 
 
+#: What a search for trellis codes takes beside the weights, in bytes: for each weight of those that are searched for at a time, and always.
+TRELLIS_BYTES, TRELLIS_FIXED = 18, 2**24
+#: How many weights those are.
+TRELLIS_WEIGHTS = 2**23
+
+
 @needs_proc
 @pytest.mark.parametrize(
-    ("kind", "arguments"), [("plain", ""), ("plain", "device_map='cpu'"), ("plain", "dtype=torch.float32"), ("mixture", "")]
+    ("kind", "arguments", "head"),
+    [
+        ("plain", "", "q4_0"),
+        ("plain", "device_map='cpu'", "q4_0"),
+        ("plain", "dtype=torch.float32", "q4_0"),
+        ("mixture", "", "q4_0"),
+        ("plain", "", "iq1_kt"),
+    ],
 )
 def test_quantizing_while_loading_needs_the_packed_model_and_two_of_its_largest_tensors(
-    kind: str, arguments: str, request: pytest.FixtureRequest
+    kind: str, arguments: str, head: str, request: pytest.FixtureRequest
 ) -> None:
     code = f"""
 import iqtorch, transformers
 transformers.utils.logging.disable_progress_bar()
-config = iqtorch.IQConfig(recipe=iqtorch.Recipe.pure("q4_0"))
+config = iqtorch.IQConfig(recipe={{"lm_head": "{head}", ".": "q4_0"}})
 WARM_UP
 with Peak() as peak:
     model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], quantization_config=config, {arguments})
@@ -126,7 +140,30 @@ print(peak.bytes, sum(p.nbytes for p in model.parameters()), sum(p.numel() * 2 f
 """
     peak, model, original = run(code, request.getfixturevalue(kind))
     assert model < 0.3 * original  # packed
-    assert model < peak <= model + 2 * LARGEST[kind] * (2 if "float32" in arguments else 1)  # tensors in the dtype that is loaded
+    temporaries = TRELLIS_BYTES * TRELLIS_WEIGHTS + TRELLIS_FIXED if head == "iq1_kt" else 0
+    # tensors in the dtype that is loaded
+    assert model < peak <= model + 2 * LARGEST[kind] * (2 if "float32" in arguments else 1) + temporaries
+
+
+@needs_proc
+@pytest.mark.parametrize("name", [f if f == "iq1_kt" else pytest.param(f, marks=pytest.mark.slow) for f in TRELLIS])
+def test_a_trellis_search_holds_some_weights_at_a_time(name: str) -> None:
+    code = f"""
+from iqtorch.encode import encoder
+from iqtorch import quantize
+weight = torch.randn(2048, 1024, dtype=torch.bfloat16)
+quantize(weight[:16], "{name}")
+print(encoder.CHUNK["columns"])
+for chunk in (2**21, 2**19):
+    encoder.CHUNK["columns"] = chunk
+    with Peak() as peak:
+        packed = quantize(weight, "{name}")
+    print(chunk, peak.bytes - packed.nbytes)
+"""
+    weights, *each = run(code)
+    assert weights == TRELLIS_WEIGHTS
+    for chunk, peak in zip(each[::2], each[1::2]):
+        assert peak <= TRELLIS_BYTES * chunk + TRELLIS_FIXED
 
 
 @needs_proc
