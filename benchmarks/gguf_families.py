@@ -46,6 +46,9 @@ _ONE_GROUP = {"n_group": 1, "topk_group": 1}
 #: Sizes that the other program takes for given. It reads no groups of experts.
 SETTINGS: dict[str, dict[str, Any]] = {
     "gemma2": {"num_hidden_layers": 26},
+    # with heads of 16 its flash attention is off by 1e-3
+    "gemma4": {"vocab_size_per_layer_input": VOCABULARY, "head_dim": 64, "global_head_dim": 128},
+    "gemma4-moe": {"head_dim": 64, "global_head_dim": 128},
     "deepseek-v2": {"num_hidden_layers": 27, **_ONE_GROUP},  # only then queries may be without a latent
     "deepseek-v3": _ONE_GROUP,
     "deepseek-yarn": _ONE_GROUP,
@@ -58,7 +61,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     # its product of linear attention wants heads of 64 or 128
     **{name: {"linear_key_head_dim": 64, "linear_value_head_dim": 64} for name in MODELS if name.startswith(("qwen3.5", "qwen3-next"))},
 }  # fmt: skip
-OPTIONS = {"deepseek-v2": "-mla 0"}  # with its other kinds of attention it ends with a segmentation fault
+OPTIONS = {
+    "deepseek-v2": "-mla 0",  # with its other kinds of attention it ends with a segmentation fault
+    # without, it attends to values that are in the wrong order
+    "gemma4": "-fa on",
+    "gemma4-moe": "-fa on",
+}
 
 
 def split_heads(model: Any) -> None:

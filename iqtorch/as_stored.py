@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from .experts import split_experts
 from .mla import SplitKV
 
-__all__ = ["TiledInputs", "keep_as_stored"]
+__all__ = ["SplitQKVZ", "TiledInputs", "keep_as_stored"]
 
-#: Names of parameters of such layers: halves of MLA's `kv_b_proj`, of experts, and the output of linear attention.
+#: Names of parameters of such layers: halves of MLA's `kv_b_proj`, of experts, and the input and output of linear attention.
 _NAMES = re.compile(
-    r"(?P<layer>.*(?:^|\.)(?:kv_b_proj(?=\.[kv]_b_proj\.weight$)|experts(?=\.(?:gate|up)_proj$)|linear_attn\.out_proj(?=\.tiled\.weight$)))"
+    r"(?P<layer>.*(?:^|\.)(?:kv_b_proj(?=\.[kv]_b_proj\.weight$)|experts(?=\.(?:gate|up)_proj$)"
+    r"|linear_attn\.(?:in_proj_qkvz(?=\.in_proj_(?:qkv|z)\.weight$)|out_proj(?=\.tiled\.weight$))))"
 )
 
 
@@ -55,6 +56,36 @@ class TiledInputs(nn.Module):
         return f"groups={self.groups}, heads={self.heads}"
 
 
+class SplitQKVZ(nn.Module):
+    """In the place of an `nn.Linear` without bias whose rows are, one group of heads after the other: query, key, values, gates.
+
+    Attributes:
+        in_proj_qkv: the rows of all queries, then all keys, then all values.
+        in_proj_z: the rows of all gates.
+        groups: of heads.
+        head: rows of a query, and of a key.
+    """
+
+    def __init__(self, layer: nn.Linear, groups: int, head: int) -> None:
+        super().__init__()
+        self.groups, self.head = groups, head
+        gates = layer.out_features // 2 - groups * head
+        like = layer.weight
+        self.in_proj_qkv, self.in_proj_z = (
+            nn.Linear(layer.in_features, rows, bias=False, device=like.device, dtype=like.dtype)
+            for rows in (layer.out_features - gates, gates)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[.., in_features]` -> `[.., out_features]`."""
+        keys = self.groups * self.head
+        parts = (*self.in_proj_qkv(x).tensor_split([keys, 2 * keys], -1), self.in_proj_z(x))
+        return torch.cat([part.unflatten(-1, (self.groups, -1)) for part in parts], -1).flatten(-2)
+
+    def extra_repr(self) -> str:
+        return f"groups={self.groups}, head={self.head}"
+
+
 def keep_as_stored(model: nn.Module, names: Iterable[str]) -> None:
     """Makes room for weights as files store them.
 
@@ -71,6 +102,8 @@ def keep_as_stored(model: nn.Module, names: Iterable[str]) -> None:
             split_experts(whole)
         elif type(whole) is nn.Linear and name == "kv_b_proj":
             setattr(parent, name, SplitKV(whole, parent.num_heads, parent.qk_nope_head_dim))
+        elif type(whole) is nn.Linear and name == "in_proj_qkvz":
+            setattr(parent, name, SplitQKVZ(whole, parent.num_k_heads, parent.head_k_dim))
         elif type(whole) is nn.Linear:
             setattr(parent, name, TiledInputs(whole, parent.num_k_heads, parent.num_v_heads // parent.num_k_heads))
 

@@ -63,6 +63,22 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma": ("GemmaConfig", {"head_dim": 32}),
     "gemma2": ("Gemma2Config", {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 16}),
     "gemma3": ("Gemma3TextConfig", {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 16, "num_hidden_layers": 7}),
+    "gemma4": (
+        "Gemma4TextConfig",
+        {
+            "num_hidden_layers": 7, "head_dim": 16, "global_head_dim": 32, "hidden_size_per_layer_input": 32, "sliding_window": 16,
+            "vocab_size_per_layer_input": 96, "num_kv_shared_layers": 2, "use_double_wide_mlp": True, "final_logit_softcapping": 30.0,
+            "layer_types": [f"{kind}_attention" for kind in ("sliding", "full", "sliding", "sliding", "full", "sliding", "full")],
+        },
+    ),
+    "gemma4-moe": (
+        "Gemma4TextConfig",
+        {
+            "num_hidden_layers": 6, "head_dim": 16, "global_head_dim": 32, "hidden_size_per_layer_input": 0, "sliding_window": 16,
+            "num_global_key_value_heads": 1, "attention_k_eq_v": True, "enable_moe_block": True, "num_experts": 4, "top_k_experts": 2,
+            "moe_intermediate_size": 32,
+        },
+    ),
     "phi3": ("Phi3Config", {"sliding_window": 64, "pad_token_id": 0}),
     "deepseek-v2": ("DeepseekV2Config", {**_MLA, "q_lora_rank": None}),
     "deepseek-v3": ("DeepseekV3Config", {**_MLA, "q_lora_rank": 32}),
@@ -154,6 +170,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
+if not hasattr(transformers, "Gemma4TextConfig"):
+    del MODELS["gemma4"], MODELS["gemma4-moe"]
 if transformers.__version__.startswith("5.4."):
     # It refuses the defaults of these configurations itself (a newer huggingface_hub checks their types).
     for _name in ("ernie4.5", "ernie4.5-moe", "cohere2", "olmoe", "olmo2"):
@@ -167,7 +185,8 @@ def tiny(name: str, dtype: torch.dtype = torch.bfloat16, seed: int = 0, **settin
     chosen = {key: value for key, value in (_BASE | own | settings).items() if value is not ...}
     model: nn.Module = transformers.AutoModelForCausalLM.from_config(getattr(transformers, cls)(**chosen), dtype=dtype)
     with torch.no_grad():
-        for name, tensor in [*model.named_parameters(), *((n, b) for n, b in model.named_buffers() if "correction_bias" in n)]:
+        buffers = [(name, b) for name, b in model.named_buffers() if "correction_bias" in name or "scalar" in name]
+        for name, tensor in [*model.named_parameters(), *buffers]:
             if name.endswith("A_log"):  # of which files have the exponential: values near 0 lose digits
                 tensor.copy_(0.5 + torch.rand_like(tensor))
             elif tensor.ndim == 1:

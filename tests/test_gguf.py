@@ -313,12 +313,9 @@ def test_output_layers_that_repeat_the_embedding(tmp_path: Path) -> None:
         load_gguf(tmp_path / "b.gguf", config=model.config)
 
 
-@pytest.mark.parametrize("kind", [None, "q8_0"])
-def test_projections_of_qwen3_next_in_two_tensors(tmp_path: Path, kind: str | None) -> None:
-    """Newer files have queries, keys and values apart from gates; older ones all of them key head by key head, as the model."""
-    model = pack(tiny("qwen3-next"), {"in_proj_qkvz": kind, "mlp": "q8_0"})
-    save_gguf(model, tmp_path / "a.gguf")
-    file = GGUFFile(tmp_path / "a.gguf")
+def in_two_tensors(source: Path, target: Path, change: Any = lambda name, data: (data, None)) -> None:
+    """Rewrites a file of Qwen3-Next as newer programs do: `change` gives other data and the type of it."""
+    file = GGUFFile(source)
     tensors = []
     for name, info in file.tensors.items():
         data, type_ = file.data(name), info.format or info.dtype
@@ -329,11 +326,53 @@ def test_projections_of_qwen3_next_in_two_tensors(tmp_path: Path, kind: str | No
         groups = data.unflatten(0, (2, 256))
         qkv = torch.cat([groups[:, :32].flatten(0, 1), groups[:, 32:64].flatten(0, 1), groups[:, 64:160].flatten(0, 1)])
         for part, rows in (("attn_qkv", qkv), ("attn_gate", groups[:, 160:].flatten(0, 1))):
+            made, other = change(part, rows)
             tensors.append(
-                TensorSource(name.replace("ssm_in", part), (len(rows), *info.shape[1:]), type_, lambda rows=rows: rows)  # type: ignore[misc]
+                TensorSource(name.replace("ssm_in", part), (len(rows), *info.shape[1:]), other or type_, lambda made=made: made)  # type: ignore[misc]
             )
-    write_gguf(tmp_path / "b.gguf", file.metadata, tensors)
+    write_gguf(target, file.metadata, tensors)
+
+
+@pytest.mark.parametrize("kind", [None, "q8_0"])
+def test_projections_of_qwen3_next_in_two_tensors(tmp_path: Path, kind: str | None) -> None:
+    """Newer files have queries, keys and values apart from gates; older ones all of them key head by key head, as the model."""
+    model = pack(tiny("qwen3-next"), {"in_proj_qkvz": kind, "mlp": "q8_0"})
+    save_gguf(model, tmp_path / "a.gguf")
+    in_two_tensors(tmp_path / "a.gguf", tmp_path / "b.gguf")
     assert_same_weights(load_gguf(tmp_path / "b.gguf"), model)
+
+
+@pytest.mark.parametrize("gates", ["iq4_nl", None])
+def test_projections_of_qwen3_next_of_two_types(tmp_path: Path, gates: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They stay as they are stored, through a folder and back to a file too; the results are those of one matrix of their values."""
+    save_gguf(tiny("qwen3-next"), tmp_path / "a.gguf")
+
+    def packed(part: str, rows: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        kind = "q8_0" if part == "attn_qkv" else gates
+        return (rows, None) if kind is None else (iqtorch.quantize(rows, kind).to_blocks(), get_format(kind))
+
+    def decoded(part: str, rows: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        data, fmt = packed(part, rows)
+        return (rows.float() if fmt is None else IQTensor.from_blocks(data, fmt, torch.float32).dequantize()), torch.float32
+
+    in_two_tensors(tmp_path / "a.gguf", tmp_path / "b.gguf", packed)
+    in_two_tensors(tmp_path / "a.gguf", tmp_path / "c.gguf", decoded)
+    again, plain = (load_gguf(tmp_path / name, dtype=torch.float32) for name in ("b.gguf", "c.gguf"))
+    layer = again.model.layers[0].linear_attn.in_proj_qkvz
+    kinds = ["IQTensor", "IQTensor" if gates else "Parameter"]
+    assert [type(part.weight).__name__ for part in (layer.in_proj_qkv, layer.in_proj_z)] == kinds
+    assert type(plain.model.layers[0].linear_attn.in_proj_qkvz) is torch.nn.Linear
+    monkeypatch.setattr(iqtorch.ops, "_precision", iqtorch.ops.FLOAT)
+    few = ids(12)[:1]  # of 16 rows and more some CPUs round the activations to bfloat16
+    with torch.no_grad():
+        torch.testing.assert_close(again(few).logits, plain(few).logits, rtol=1e-3, atol=1e-3)
+    again.save_pretrained(tmp_path / "folder")
+    third = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "folder")
+    assert_same_weights(third, again)
+    save_gguf(third, tmp_path / "d.gguf")
+    back, before = (GGUFFile(tmp_path / name) for name in ("d.gguf", "b.gguf"))
+    assert {n for n, i in back.tensors.items() if i.format} == {n for n, i in before.tensors.items() if i.format}
+    assert all(torch.equal(back.data(n).float(), before.data(n).float()) for n in before.tensors)
 
 
 # -- names -------------------------------------------------------------------------------------------------

@@ -198,21 +198,40 @@ def test_device_map(tmp_path: Path) -> None:
         assert_same_weights(load_gguf(tmp_path / "a.gguf", device_map=device_map), model)
 
 
-@pytest.mark.skipif(not hasattr(transformers, "Gemma4TextConfig"), reason="this transformers has no Gemma 4")
 def test_a_family_without_a_record_by_its_own_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gemma 4: its tensors lie in files as in the model, its configuration is not made from the metadata."""
-    settings = {
-        "num_hidden_layers": 6, "head_dim": 16, "global_head_dim": 32, "hidden_size_per_layer_input": 32, "vocab_size_per_layer_input": 96,
-        "pad_token_id": 0, "sliding_window": 16,
-    }  # fmt: skip
-    monkeypatch.setitem(gguf_models.MODELS, "gemma4", ("Gemma4TextConfig", settings))
-    model = pack(tiny("gemma4"), {"layers": "q8_0"})
+    """EXAONE 4: its tensors lie in files as in the model, its configuration is not made from the metadata."""
+    monkeypatch.setitem(gguf_models.MODELS, "exaone4", ("Exaone4Config", {"head_dim": 32, "sliding_window": 16}))
+    model = pack(tiny("exaone4"), {"layers": "q8_0"})
     with monkeypatch.context() as patch:  # only to write such a file
-        patch.setattr(families, "FAMILIES", (*families.FAMILIES, Family("gemma4", "gemma4_text", (), rope=False)))
+        patch.setattr(families, "FAMILIES", (*families.FAMILIES, Family("exaone4", "exaone4", (), rope=False)))
         save_gguf(model, tmp_path / "a.gguf")
-    with pytest.raises(GGUFArchitectureError, match=r"architecture 'gemma4' is not among llama.*; pass config="):
+    with pytest.raises(GGUFArchitectureError, match=r"architecture 'exaone4' is not among llama.*; pass config="):
         load_gguf(tmp_path / "a.gguf")
-    assert assert_same_weights(load_gguf(tmp_path / "a.gguf", config=model.config), model) > 40
+    assert assert_same_weights(load_gguf(tmp_path / "a.gguf", config=model.config), model) == 21
+
+
+@pytest.mark.skipif("gemma4" not in gguf_models.MODELS, reason="this transformers has no Gemma 4")
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("attention.sliding_window_pattern", [True] * 7, "layers of gemma4 differ"),
+        ("attention.sliding_window_pattern", [True] * 6, "has 6 values for 7 layers"),
+        ("attention.sliding_window_pattern", None, "layers of gemma4 differ"),
+        ("attention.head_count_kv", [2, 2, 1, 2, 2, 2, 2], "layers of gemma4 differ"),
+        ("attention.head_count_kv", [0] * 7, "must not be 0"),
+        ("attention.key_length_swa", None, "must not be 0"),
+        ("attention.key_length", 2**30, "no tensor of the file is larger"),
+        ("attention.shared_kv_layers", 7, "pass config="),
+        ("feed_forward_length", [96, 96, 96, 96, 96, 192, 96], "layers of gemma4 differ"),
+        ("rope.dimension_count_swa", 8, "rotate in part"),
+        ("final_logit_softcapping", -1.0, "must be a positive number"),
+    ],
+)
+def test_gemma4_as_transformers_cannot_have_it(tmp_path: Path, key: str, value: Any, message: str) -> None:
+    save_gguf(tiny("gemma4"), tmp_path / "a.gguf")
+    path = rewrite(tmp_path / "a.gguf", tmp_path / "b.gguf", **{f"gemma4.{key}": value})
+    with pytest.raises(GGUFError, match=message):
+        load_gguf(path)
 
 
 def test_architectures_without_a_decoder_alone(tmp_path: Path) -> None:

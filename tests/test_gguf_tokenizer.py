@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,17 @@ def test_sentencepiece_tokenizers(tmp_path: Path, prefix: bool, original: bool) 
     kinds = dict(zip(meta["tokenizer.ggml.tokens"], meta["tokenizer.ggml.token_type"], strict=True))
     assert (kinds["<unk>"], kinds["<s>"], kinds["<0x41>"], kinds["[PAD1023]"]) == (2, 3, 6, 5)
     found = load_tokenizer(path)
+    assert found(TEXT).input_ids == tokenizer(TEXT).input_ids
+    assert found.decode(found(TEXT).input_ids, skip_special_tokens=True) == TEXT
+
+
+def test_vocabulary_of_gemma4(tmp_path: Path) -> None:
+    """As converters write it: the kind has a name of its own, and the merges are in the file."""
+    tokenizer = sentencepiece(False)
+    path = tokenizer_file(tmp_path, tokenizer, original=False)
+    merges = [" ".join(pair) for pair in json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]]
+    changes = {"tokenizer__ggml__model": "gemma4", "tokenizer__ggml__merges": merges, "tokenizer__ggml__add_space_prefix": None}
+    found = load_tokenizer(rewrite(path, tmp_path / "c.gguf", **changes))
     assert found(TEXT).input_ids == tokenizer(TEXT).input_ids
     assert found.decode(found(TEXT).input_ids, skip_special_tokens=True) == TEXT
 

@@ -39,6 +39,7 @@ class Family:
         yarn: settings of YaRN without a key, as readers of such files have them where they differ from transformers' defaults.
         period: of the layers' attention: the last of so many sees everything, the others a sliding window; 0 = all see the same.
         turned: experts are stored transposed in the model, and rows of gate and up alternate (gpt-oss).
+        merged: gate and up experts are one tensor.
         repeats: readers want an output layer of its own also where it is tied to the embedding.
         dropped: attributes that files have no place for and programs ignore; a value other than this is dropped with a warning.
         read: more attributes from a file, given those found so far.
@@ -60,6 +61,7 @@ class Family:
     yarn: Mapping[str, Any] = field(default_factory=dict)
     period: int = 0
     turned: bool = False
+    merged: bool = False
     repeats: bool = False
     dropped: Mapping[str, Any] = field(default_factory=dict)
     read: Callable[[GGUFFile, dict[str, Any]], dict[str, Any]] | None = None
@@ -86,7 +88,7 @@ def partial_dims(config: Any) -> int:
 #: Keys whose numbers are not sizes of anything in the file.
 _NO_SIZES = ("context_length", "sliding_window")
 #: Keys whose numbers must not be 0, besides those of rotary embeddings.
-_NOT_ZERO = ("head_count", "head_count_kv", "block_count", "embedding_length", "key_length", "value_length")
+_NOT_ZERO = ("head_count", "head_count_kv", "block_count", "embedding_length", "key_length", "key_length_swa", "value_length")
 
 
 def plausible(file: GGUFFile, key: str, value: Any) -> Any:

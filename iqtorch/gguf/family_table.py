@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .errors import GGUFArchitectureError
 from .family import Family, Keys, Order, check_implied, partial_dims, plausible, positive, short
+from .gemma import read_gemma2, read_gemma3, read_gemma4, write_gemma, write_gemma4
 from .reader import GGUFFile
 from .writer import INT32, Typed
 
@@ -88,35 +89,6 @@ def qkvz_rows(config: Any, rows: int) -> Tensor:
     values = config.linear_num_value_heads // keys * config.linear_value_head_dim
     parts = torch.arange(rows).view(keys, -1).split([size, size, values, values], 1)
     return torch.cat([part.flatten() for part in parts])
-
-
-# -- Gemma ---------------------------------------------------------------------------------------------------
-
-
-def _read_gemma3(file: GGUFFile, config: dict[str, Any]) -> dict[str, Any]:
-    rope = dict(config["rope_parameters"])
-    local = positive(file, "gemma3.rope.freq_base_swa", 10000.0)
-    return {
-        "rope_parameters": {"full_attention": rope, "sliding_attention": {"rope_type": "default", "rope_theta": local}},
-        "query_pre_attn_scalar": _gemma_scalar(config),
-    }
-
-
-def _gemma_scalar(config: Mapping[str, Any]) -> int:
-    """The 27B models scale queries by the width per head, all others by the head's size; readers go by the number of layers."""
-    wide = (config["model_type"], config["num_hidden_layers"]) in (("gemma2", 46), ("gemma3_text", 62))
-    return int(config["hidden_size"] // config["num_attention_heads"] if wide else config["head_dim"])
-
-
-def _read_gemma2(file: GGUFFile, config: dict[str, Any]) -> dict[str, Any]:
-    return {"query_pre_attn_scalar": _gemma_scalar(config)}
-
-
-def _write_gemma(config: Any) -> dict[str, Any]:
-    check_implied(config, {"query_pre_attn_scalar": _gemma_scalar(config.to_dict())})
-    if config.model_type == "gemma3_text":
-        return {"rope.freq_base_swa": float(config.rope_parameters["sliding_attention"]["rope_theta"])}
-    return {}
 
 
 # -- DeepSeek and GLM ----------------------------------------------------------------------------------------
@@ -406,12 +378,23 @@ FAMILIES: tuple[Family, ...] = (
             ("final_logit_softcapping", "final_logit_softcapping"),
         ),
         implied={"hidden_activation": "gelu_pytorch_tanh", "tie_word_embeddings": True}, norm_shift=1.0,
-        period=2, read=_read_gemma2, write=_write_gemma,
+        period=2, read=read_gemma2, write=write_gemma,
     ),
     Family(
         "gemma3", "gemma3_text", (*_DENSE, ("attention.sliding_window", "sliding_window")),
         implied={"hidden_activation": "gelu_pytorch_tanh", "attn_logit_softcapping": None, "final_logit_softcapping": None},
-        norm_shift=1.0, period=6, read=_read_gemma3, write=_write_gemma,
+        norm_shift=1.0, period=6, read=read_gemma3, write=write_gemma,
+    ),
+    Family(
+        "gemma4", "gemma4_text",
+        (
+            *_COMMON[:3], _COMMON[4], *_COMMON[6:], _EXPERTS[1], ("expert_count", "num_experts"), ("expert_used_count", "top_k_experts"),
+            ("attention.sliding_window", "sliding_window"), ("attention.shared_kv_layers", "num_kv_shared_layers"),
+            ("embedding_length_per_layer_input", "hidden_size_per_layer_input"),
+        ),
+        implied={"hidden_activation": "gelu_pytorch_tanh"}, detected={**_BIASES, "enable_moe_block": "blk.0.ffn_gate_inp.weight"},
+        # how it sees images is no matter of text
+        dropped={"use_bidirectional_attention": None}, rope=False, merged=True, read=read_gemma4, write=write_gemma4,
     ),
     Family(
         "phi3", "phi3", (*_COMMON, ("attention.sliding_window", "sliding_window")), implied={"hidden_act": "silu"}, rope_dims=partial_dims,

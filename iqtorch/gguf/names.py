@@ -48,8 +48,10 @@ def _patterns() -> dict[str, str]:
 
 
 def table_spelling(name: str) -> str:
-    """A parameter's name without the levels that the package's tables lack: a text model's in a larger one, halves' of a `SplitKV`."""
-    name = re.sub(r"\.kv_b_proj(?=\.[kv]_b_proj\.)|(?<=out_proj)\.tiled", "", name.replace("language_model.", ""))
+    """A parameter's name without the levels that the package's tables lack: a text model's in a larger one, those of `as_stored`."""
+    name = re.sub(
+        r"\.kv_b_proj(?=\.[kv]_b_proj\.)|\.in_proj_qkvz(?=\.in_proj_)|(?<=out_proj)\.tiled", "", name.replace("language_model.", "")
+    )
     return name.replace("linear_attn.dt_bias", "linear_attn.dt_proj.bias")
 
 

@@ -118,10 +118,16 @@ def rope_tensors(config: Any) -> dict[str, torch.Tensor]:
     rope = dict(getattr(config, "rope_parameters", None) or {})
     if rope.get("rope_type") == "llama3":
         return {"rope_freqs.weight": llama3_factors(rope["rope_theta"], dims(config), rope)}
+    if (full := rope.get("full_attention", {})).get("rope_type") == "proportional":
+        half = config.per_layer_config[config.layer_types.index("full_attention")].head_dim // 2
+        turning = int(full.get("partial_rotary_factor", 1.0) * half)
+        return {"rope_freqs.weight": torch.tensor([1.0] * turning + [STILL] * (half - turning))}
     if rope.get("rope_type") == "longrope":
         return {f"rope_factors_{part}.weight": torch.tensor(rope[f"{part}_factor"], dtype=torch.float32) for part in ("long", "short")}
     return {}
 
 
+#: What divides the frequency of dimensions that are not rotated.
+STILL = 1e30
 #: Tensors that `rope_tensors` writes and `read_rope` reads: no parameters of a model.
 ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")

@@ -41,10 +41,12 @@ __all__ = [
 _SUFFIXES = (".weight", ".bias")
 #: Tensors without a suffix, and convolutions whose dimension of 1 files leave out.
 _BARE, _CONVOLUTIONS = (".ssm_a", ".ssm_d"), ("ssm_conv1d.weight", "shortconv.conv.weight")
+_QKVZ = ".ssm_in.weight"
 #: The halves of `attn_kv_b`.
 KEYS, VALUES = "attn_k_b", "attn_v_b"
 #: Parameters of experts that the package's tables lack, or have only for some architectures: merged ones, their halves, and biases.
 _EXPERTS = re.compile(r"^(?:.*\.)?layers\.(?P<layer>\d+)\..*experts\.(?P<part>(?:gate_up|gate|up)_proj|(?:gate_up|down)_proj_bias)$")
+_ROUTER_SCALES = re.compile(r"^(?:.*\.)?layers\.(?P<layer>\d+)\.router\.(?P<part>scale|per_expert_scale)$")
 _KV = re.compile(r"(?:^|.*\.)layers\.(?P<layer>\d+)\..*kv_b_proj$")
 _CORRECTION = re.compile(r"^.*layers\.(?P<layer>\d+)\.mlp\.(gate\.)?(moe_statics\.)?e_score_correction_bias$")
 
@@ -154,6 +156,8 @@ def bind(parameters: Mapping[str, Tensor], arch: str, family: Family | None, con
             unknown.append(name)
             continue
         stem = tensors[0].split(".")[2] if tensors[0].startswith("blk.") else ""
+        if family is not None and family.merged and len(tensors) == 2:
+            tensors = (tensors[0].replace("ffn_gate_exps", "ffn_gate_up_exps"),)
         binding = Binding(
             name, tensors, decay=stem == "ssm_a", transposed=tensors[0].endswith(f"{KEYS}.weight") or name in transposed
         )  # fmt: skip
@@ -184,6 +188,8 @@ def _tensor_names(name: str, table: Any) -> tuple[str, ...]:
     name = table_spelling(name)
     if match := _CORRECTION.match(name):
         return (f"blk.{match['layer']}.exp_probs_b.bias",)
+    if match := _ROUTER_SCALES.match(name):
+        return (f"blk.{match['layer']}.{'ffn_gate_inp' if match['part'] == 'scale' else 'ffn_down_exps'}.scale",)
     if match := _EXPERTS.match(name):
         kind = "bias" if match["part"].endswith("_bias") else "weight"
         parts = match["part"].partition("_proj")[0].split("_")
@@ -235,6 +241,10 @@ def make_room(model: torch.nn.Module, file: GGUFFile, bindings: Iterable[Binding
         elif attribute == "gate_up_proj" and len(packed | {"" for info in infos if info.format is None}) > 1:
             if getattr(module, "has_gate", False):
                 names.append(f"{path}.gate_proj")
+        elif binding.tensors[0].endswith(_QKVZ) and not infos:
+            parts = [file.tensors.get(name) for name in _qkvz_parts(binding.tensors[0])]
+            if len({part.type_name for part in parts if part is not None}) > 1:
+                names.append(f"{path}.in_proj_qkv.weight")
         elif match := _KV.match(path):
             halves = [file.tensors.get(f"blk.{match['layer']}.{half}.weight") for half in (KEYS, VALUES)]
             if not infos and any(half is not None and half.format is not None for half in halves):
@@ -253,14 +263,19 @@ def merged_halves(bindings: Iterable[Binding], present: Mapping[str, Any], confi
         halves = tuple(whole.replace("attn_kv_b", half) for half in (KEYS, VALUES))
         if whole.endswith("attn_kv_b.weight") and whole not in present and all(half in present for half in halves):
             binding = Binding(binding.name, halves, heads=config.num_attention_heads)
-        parts = tuple(whole.replace(".ssm_in.", f".{part}.") for part in ("attn_qkv", "attn_gate"))
-        if whole.endswith(".ssm_in.weight") and whole not in present and all(part in present for part in parts):
+        parts = _qkvz_parts(whole)
+        if whole.endswith(_QKVZ) and whole not in present and all(part in present for part in parts):
             binding = Binding(binding.name, parts, order=partial(qkvz_rows, config))
         fused = whole.replace(".ffn_gate_exps.", ".ffn_gate_up_exps.")
         if len(binding.tensors) == 2 and not binding.alternating and whole not in present and fused in present:
             binding = replace(binding, tensors=(fused,))
         out.append(binding)
     return out
+
+
+def _qkvz_parts(whole: str) -> tuple[str, ...]:
+    """The tensors that newer files have in the place of Qwen3-Next's `ssm_in`."""
+    return tuple(whole.replace(".ssm_in.", f".{part}.") for part in ("attn_qkv", "attn_gate"))
 
 
 def merge_heads(k: Tensor, v: Tensor, heads: int) -> Tensor:

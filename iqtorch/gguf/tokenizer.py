@@ -1,6 +1,7 @@
 """Tokenizers: Hugging Face's fast tokenizers <-> the vocabulary inside GGUF files.
 
-Two kinds are converted: byte-level BPE (`gpt2` in files) and SentencePiece BPE with byte fallback (`llama`). Files written here
+Two kinds are converted: byte-level BPE (`gpt2` in files) and SentencePiece BPE with byte fallback (`llama`; `gemma4` is the same with
+merges in the file, and read only). Files written here
 also keep the original `tokenizer.json`, so that loading them gives the same tokenizer back; others are rebuilt from their
 vocabulary. Chat templates are copied as text, never rendered. Sources: llama.cpp convert_hf_to_gguf.py and src/llama-vocab.cpp.
 """
@@ -19,6 +20,8 @@ from .writer import FLOAT32, INT32, Typed
 
 __all__ = ["load_tokenizer", "metadata_from_tokenizer"]
 
+#: Kinds of vocabularies that can be rebuilt.
+_KINDS = ("gpt2", "llama", "gemma4")
 _ORIGINAL = "tokenizer.huggingface.json"
 _UNKNOWN_SPLIT = "pass tokenizer=None and use the original model's tokenizer"
 _ASK_ORIGINAL = "use the original model's tokenizer"
@@ -207,9 +210,9 @@ def _rebuilt(file: GGUFFile) -> Any:
 
     meta = file.metadata
     kind, tokens = meta.get("tokenizer.ggml.model"), _list(file, "tokenizer.ggml.tokens", str)
-    if kind not in ("gpt2", "llama") or not tokens:
+    if kind not in _KINDS or not tokens:
         raise GGUFTokenizerError(
-            f"{file.path}: {len(tokens)} tokens of kind {kind!r} cannot be rebuilt, only 'gpt2' and 'llama'; {_ASK_ORIGINAL}"
+            f"{file.path}: {len(tokens)} tokens of kind {kind!r} cannot be rebuilt, only {', '.join(_KINDS)}; {_ASK_ORIGINAL}"
         )
     kinds = _list(file, "tokenizer.ggml.token_type", int) or [NORMAL] * len(tokens)
     vocab = {token: i for i, token in enumerate(tokens)}
@@ -228,7 +231,7 @@ def _rebuilt(file: GGUFFile) -> Any:
                     vocab=vocab, merges=merges or _merges_from_scores(vocab, scores), byte_fallback=True, fuse_unk=True, unk_token=unknown
                 )
             )
-            _cut_sentencepiece(backend, bool(meta.get("tokenizer.ggml.add_space_prefix", True)))
+            _cut_sentencepiece(backend, bool(meta.get("tokenizer.ggml.add_space_prefix", kind == "llama")))
     except GGUFTokenizerError:
         raise
     except Exception as error:  # the tokenizers package raises plain Exception
@@ -237,7 +240,7 @@ def _rebuilt(file: GGUFFile) -> Any:
         chosen = [tokens[i] for i, k in enumerate(kinds) if k == (CONTROL if special else USER_DEFINED)]
         backend.add_tokens([AddedToken(token, normalized=False, special=special) for token in chosen])
     bos = meta.get("tokenizer.ggml.bos_token_id")
-    if meta.get("tokenizer.ggml.add_bos_token", kind == "llama") and isinstance(bos, int) and 0 <= bos < len(tokens):
+    if meta.get("tokenizer.ggml.add_bos_token", kind != "gpt2") and isinstance(bos, int) and 0 <= bos < len(tokens):
         backend.post_processor = processors.TemplateProcessing(
             single=f"{tokens[bos]}:0 $A:0", pair=f"{tokens[bos]}:0 $A:0 $B:1", special_tokens=[(tokens[bos], bos)]
         )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES, replace_layer_number_by_wildcard
 from transformers.distributed.tensor_parallel import TensorParallelLayer
 
-from ..as_stored import TiledInputs
+from ..as_stored import SplitQKVZ, TiledInputs
 from ..errors import ShapeError, UnsupportedOperationError
 from ..experts import SPLIT, is_split
 from ..linear import packed_parameter
@@ -100,7 +100,7 @@ def _plan_as_stored(model: Any, plan: dict[str, str]) -> None:
     """
     for name, module in model.named_modules():
         key = replace_layer_number_by_wildcard(name)
-        if isinstance(module, SplitKV | TiledInputs) and key in plan:
+        if isinstance(module, SplitKV | SplitQKVZ | TiledInputs) and key in plan:
             ALL_PARALLEL_STYLES.register(f"iqtorch_whole.{key}", Whole(key))
             plan[key] = f"iqtorch_whole.{key}"
         if is_split(module) and (style := plan.get(f"{key}.gate_up_proj")) is not None:
