@@ -31,8 +31,16 @@ from iqtorch.data import calibration_text, heldout_text, load_tiny_llama
 RESULTS = Path(__file__).parent / "results"
 ROUNDINGS = ("nearest", "ldlq", "yaqa", "yaqa+refine")
 WINDOW = 512
-#: Formats whose labels stand left of their marks in the plot, and how many points above it: there are others at their right.
-LEFT = {"iq2_kt": 0, "iq2_k": -7, "iq3_ks": 0, "iq4_kss": 0, "iq4_xs": 4, "iq4_ks": -4}
+#: Where labels stand beside their points, in typographic points, if not on the right: there they would cover another.
+PLACES = {
+    "iq2_kt": (-5, 0),
+    "iq2_k": (-5, -7),
+    "iq3_kt": (-5, 0),
+    "iq3_ks": (0, -10),
+    "iq4_kss": (-5, 0),
+    "iq4_xs": (-5, 4),
+    "iq4_ks": (-5, -4),
+}
 #: What rounded a row. 1: two passes of error feedback; 2: one; 3: feedback in bfloat16, scales from a quicker search, and fewer of them for
 #: codebooks of vectors. Rounding to nearest: 3 is by the encoders of the same day, 1 by earlier ones.
 VERSION = "3"
@@ -192,13 +200,16 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         for axis, key in zip(axes, ("mean_kl", "perplexity"), strict=True):
             axis.scatter([float(p["bpw"]) for p in points], [float(p[key]) for p in points], c=color, marker=marker, s=22, label=label)
     for p in (r for r in last if float(r["bpw"]) < 6):
-        left = p["format"] in LEFT
+        place = PLACES.get(p["format"], (5, 0))
         axes[0].annotate(
-            p["format"], (float(p["bpw"]), float(p["mean_kl"])), (-5 if left else 5, LEFT.get(p["format"], 0)),
-            textcoords="offset points", ha="right" if left else "left", va="center", fontsize=7,
+            p["format"], (float(p["bpw"]), float(p["mean_kl"])), place, textcoords="offset points",
+            ha={-5: "right", 0: "center", 5: "left"}[place[0]], va="center", fontsize=7,
         )  # fmt: skip
     axes[0].set_yscale("log")
     axes[0].yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    figure.suptitle(
+        "Embedded Llama (3.7 M parameters), its layers' matrices in one format, 25,500 predictions on held-out text", fontsize=11
+    )
     for axis, name in zip(axes, ("mean KL divergence (nats per token)", "perplexity"), strict=True):
         axis.set(xlabel="bits per weight", ylabel=name)
         axis.margins(x=0.1)

@@ -20,7 +20,7 @@ from .reader import ARRAY, BOOL, DTYPES, SCALARS, STRING, UINT32
 
 __all__ = ["TensorSource", "Typed", "write_gguf"]
 
-INT32, FLOAT32, UINT64 = 5, 6, 10
+INT32, FLOAT32 = 5, 6
 _TYPES = {dtype: ggml_type for ggml_type, dtype in DTYPES.items()}
 
 
