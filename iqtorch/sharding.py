@@ -110,8 +110,10 @@ def _slice(func: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
     dim = stored_dim(dim, w.dim(), w.transposed)
     if dim == w.dim() - 1 or step != 1:
         return fallback(func, args, kwargs)
-    # Of bytes kept as they are stored it is a view, which may be written to.
-    return _as_stored(w, aten.slice(w.to_blocks(), dim, start, end))
+    blocks = aten.slice(w.to_blocks(), dim, start, end)
+    if w.backend == "torch":
+        return _as_stored(w, blocks)  # a view, which may be written to
+    return IQTensor.from_blocks(blocks, w.format, w.dtype, transposed=w.transposed, defer=True)
 
 
 @dispatch_handler(aten.new_zeros.default)

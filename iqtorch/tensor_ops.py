@@ -144,10 +144,20 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 
 
 @function_handler(torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.mm, torch.Tensor.mm)
-def _matmul(input: Tensor, other: Tensor) -> Tensor:
+def _matmul(input: Tensor, other: Tensor, *, out: Tensor | None = None) -> Tensor:
     if type(other) is not IQTensor or isinstance(input, IQTensor) or other.leading:
-        return _plain(torch.matmul, input, other)
-    return _product(input, other, None, not other.transposed)
+        return _plain(torch.matmul, input, other, out=out)
+    y = _product(input, other, None, not other.transposed)
+    return y if out is None else _write(y, out)
+
+
+def _write(y: Tensor, out: Tensor) -> Tensor:
+    """A result into `out=`, as PyTorch's operators do it."""
+    if isinstance(out, IQTensor):
+        _refuse("out=", "it would write into it")
+    if out.dtype != y.dtype:
+        raise RuntimeError(f"Expected out tensor to have dtype {y.dtype}, but got {out.dtype} instead")
+    return (out if out.shape == y.shape else out.resize_(y.shape)).copy_(y)
 
 
 @function_handler(torch.Tensor.__rmatmul__)
@@ -156,10 +166,20 @@ def _rmatmul(self: Tensor, other: Tensor) -> Tensor:
 
 
 @function_handler(torch.addmm)
-def _addmm(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+def _addmm(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1, out: Tensor | None = None) -> Tensor:
     if type(mat2) is not IQTensor or isinstance(mat1, IQTensor) or isinstance(input, IQTensor) or beta != 1 or alpha != 1:
-        return _plain(torch.addmm, input, mat1, mat2, beta=beta, alpha=alpha)
-    return _product(mat1, mat2, input, not mat2.transposed)
+        return _plain(torch.addmm, input, mat1, mat2, beta=beta, alpha=alpha, out=out)
+    bias = input.dim() == 1 and input.shape[0] == mat2.shape[1]
+    y = _product(mat1, mat2, input if bias else None, not mat2.transposed)
+    y = y if bias else y + input
+    return y if out is None else _write(y, out)
+
+
+@function_handler(torch.Tensor.addmm_)
+def _addmm_(self: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    if type(mat2) is not IQTensor or isinstance(mat1, IQTensor) or isinstance(self, IQTensor):
+        return _plain(torch.Tensor.addmm_, self, mat1, mat2, beta=beta, alpha=alpha)
+    return (self if beta == 1 else self.mul_(beta)).add_(_product(mat1, mat2, None, not mat2.transposed), alpha=alpha)
 
 
 @function_handler(F.embedding)
@@ -236,9 +256,9 @@ for _func in (getattr(F, "grouped_mm", None), getattr(torch, "_grouped_mm", None
 
 
 @function_handler(torch.bmm, torch.Tensor.bmm)
-def _bmm(input: Tensor, mat2: Tensor) -> Tensor:
-    if type(mat2) is not IQTensor or not mat2.transposed or isinstance(input, IQTensor) or input.dim() != 3:
-        return _plain(torch.bmm, input, mat2)
+def _bmm(input: Tensor, mat2: Tensor, *, out: Tensor | None = None) -> Tensor:
+    if type(mat2) is not IQTensor or not mat2.transposed or isinstance(input, IQTensor) or input.dim() != 3 or out is not None:
+        return _plain(torch.bmm, input, mat2, out=out)
     experts, tokens, k = input.shape
     if (experts, k) != tuple(mat2.shape[:2]):
         raise ShapeError(f"activations of shape {tuple(input.shape)} do not fit experts of shape {tuple(mat2.shape)}")
@@ -442,6 +462,11 @@ def _set_data(self: Tensor, value: Tensor) -> None:
 @function_handler(torch.Tensor.share_memory_)
 def _share_memory_(self: Tensor) -> NoReturn:
     _refuse("share_memory_", "share its bytes: w.to_blocks().share_memory_(), then IQTensor.from_blocks in the other process")
+
+
+@function_handler(torch.Tensor.numpy, torch.Tensor.__array__)
+def _numpy(self: Tensor, *args: Any, **kwargs: Any) -> NoReturn:
+    _refuse("numpy()", "its weights are w.dequantize().numpy(), its bytes w.to_blocks().numpy()")
 
 
 @function_handler(torch.Tensor.storage)

@@ -8,6 +8,7 @@ import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -96,6 +97,28 @@ def test_transposed_view_is_a_view() -> None:
     assert w.T.shape == (512, 8) and w.T.T.shape == w.shape
     assert torch.equal(w.T.dequantize(), w.dequantize().T)
     assert w.T.packed.data_ptr() == w.packed.data_ptr()
+
+
+def test_products_into_a_tensor_that_is_there(float_precision: None) -> None:
+    """What losses computed in pieces do: products with some rows of the head at a time."""
+    w, x, before = packed(), torch.randn(5, 512), torch.randn(5, 3)
+    rows, dense = w[2:5], w.dequantize()[2:5]
+    assert type(rows) is IQTensor and rows.backend == w.backend and torch.equal(rows.to_blocks(), w.to_blocks()[2:5])
+    iqtorch.set_fallback("error")
+    try:
+        for product in (torch.mm, torch.matmul):
+            out = torch.empty(5, 3)
+            assert product(x, rows.to(torch.float32).t(), out=out) is out
+            same(out, x @ dense.T)
+        same(torch.addmm(before, x, rows.T, out=torch.empty(0)), before + x @ dense.T)
+        same(before.clone().addmm_(x, rows.T, beta=0.5, alpha=2.0), 0.5 * before + 2 * x @ dense.T)
+        same(torch.zeros(5, 512).addmm_(before, rows), before @ dense)
+        with pytest.raises(RuntimeError, match="out tensor to have dtype"):
+            torch.mm(x, rows.t(), out=torch.empty(5, 3, dtype=torch.bfloat16))
+        with pytest.raises(UnsupportedOperationError, match="out="):
+            torch.mm(x, rows.t(), out=packed())
+    finally:
+        iqtorch.set_fallback("warn")
 
 
 def test_noncontiguous_activations() -> None:
@@ -363,6 +386,9 @@ def test_refusals_name_the_operation_and_the_remedy() -> None:
     for action in (lambda: w.add_(1), lambda: w.zero_(), lambda: w.mul_(2), lambda: w.copy_(torch.zeros(8, 512)), lambda: w.normal_()):
         with pytest.raises(UnsupportedOperationError, match="quantize"):
             action()
+    for read in (lambda: w.numpy(), lambda: np.asarray(w)):
+        with pytest.raises(UnsupportedOperationError, match=r"numpy.*dequantize\(\)\.numpy"):
+            read()
     with pytest.raises(UnsupportedOperationError, match="share_memory_.*to_blocks"):
         w.share_memory_()
     for action in (lambda: w.requires_grad_(), lambda: nn.Parameter(w), lambda: setattr(w, "requires_grad", True)):

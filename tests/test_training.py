@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -150,6 +151,30 @@ def test_merging_into_dequantized_or_requantized_weights() -> None:
         iqtorch.merge_adapter(lora(tied, target_modules=["lm_head"]))
     with pytest.raises(UnsupportedOperationError, match="merge_adapter"):
         lora(packed()).merge_and_unload()  # PEFT adds in place
+
+
+@pytest.mark.usefixtures("plain_torch")
+def test_merging_says_when_few_bits_lose_the_adapter() -> None:
+    """The weights lie on the grid of their format: changes smaller than its steps are rounded away, unless they are added before."""
+
+    def small(base: nn.Module) -> nn.Module:
+        adapted = lora(base, r=8)
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.data.mul_(0.03)  # changes smaller than a step of iq4_ks, larger than one of q8_0
+        return adapted
+
+    with torch.no_grad():
+        base = packed(recipe="iq4_ks")
+        change = small(packed(recipe="iq4_ks"))(IDS).logits - base(IDS).logits
+        with pytest.warns(UserWarning, match=r"kept \d+% of what the adapter changes.*merge_and_unload"):
+            lost = iqtorch.merge_adapter(small(packed(recipe="iq4_ks")))(IDS).logits - base(IDS).logits
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            kept = iqtorch.merge_adapter(small(packed(recipe="iq4_ks")), format=None)(IDS).logits - base(IDS).logits
+            iqtorch.merge_adapter(small(packed(recipe="iq4_ks")), format="q8_0")
+    assert (kept - change).norm() <= 0.01 * change.norm()
+    assert (lost * change).sum() <= 0.5 * change.square().sum()
 
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]

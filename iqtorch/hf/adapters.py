@@ -17,6 +17,9 @@ from ..model import importance_table
 from ..quantize import quantize
 from ..tensor import IQTensor
 
+#: Merging that keeps less than this part of an adapter's changes warns.
+MOSTLY = 0.5
+
 
 def merge_adapter(model: Any, format: str | None = "same", importance: Mapping[str, Tensor] | str | None = None) -> nn.Module:
     """Merges the active adapters of a PEFT model into its weights and takes the adapters off.
@@ -26,8 +29,10 @@ def merge_adapter(model: Any, format: str | None = "same", importance: Mapping[s
 
     Args:
         model: a `PeftModel`, with any adapter that PEFT can merge.
-        format: what the weights that change become: `"same"` quantizes each again to the format it had (rounding again:
-            expect a small loss), a format name quantizes to that, None leaves them dequantized. Other weights stay as they are.
+        format: what the weights that change become: `"same"` quantizes each again to the format it had, a format name quantizes to
+            that, None leaves them dequantized. Other weights stay as they are. A packed weight is one that its format holds exactly,
+            so that rounding to the same format undoes changes smaller than half a step: a warning tells if most of the adapter is
+            lost. To keep it in few bits, merge it into the original weights (PEFT's `merge_and_unload`) and quantize those.
         importance: as in `iqtorch.quantize_model`, for quantizing again.
 
     Returns:
@@ -56,6 +61,7 @@ def merge_adapter(model: Any, format: str | None = "same", importance: Mapping[s
             raise UnsupportedOperationError(
                 f"the weight of {name!r} is tied to another: merging would change both; leave it out of the adapter"
             )
+    kept = whole = 0.0
     for name, layer in layers:
         base, attribute = layer.get_base_layer(), _attribute(layer)
         old = base._parameters.get(attribute)
@@ -72,7 +78,19 @@ def merge_adapter(model: Any, format: str | None = "same", importance: Mapping[s
             name = f"{name.replace('.base_layer', '')}.{attribute}"
             matrix = merged.detach().mT if old.transposed else merged.detach()
             blocks = quantize(matrix, target or old.format, table.get(name), name=name).to_blocks()
-            set_weight(base, attribute, IQTensor.from_blocks(blocks, target or old.format, old.dtype, transposed=old.transposed))
+            new = IQTensor.from_blocks(blocks, target or old.format, old.dtype, transposed=old.transposed)
+            before = old.dequantize(torch.float32)
+            change = merged.detach() - before
+            kept += float((change * (new.dequantize(torch.float32) - before)).sum())
+            whole += float(change.square().sum())
+            set_weight(base, attribute, new)
+    if kept < MOSTLY * whole:
+        warnings.warn(
+            f"quantizing again kept {max(kept, 0.0) / whole:.0%} of what the adapter changes: most changes are smaller than the steps of "
+            "the format. Take a format of more bits (format='q8_0'), or none (format=None); or merge the adapter into the original "
+            "weights (PEFT's merge_and_unload on the original model) and quantize those",
+            stacklevel=2,
+        )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="(Already following|All) adapters (were|are already) merged")
         return model.merge_and_unload()  # what is not packed
