@@ -31,7 +31,7 @@ test-oldest: $(READY)
 	$(VENV)/oldest/bin/pip install -q 'transformers==5.4.*' 'triton==3.6.*' 'numpy==2.2.*'
 	OMP_NUM_THREADS=1 $(VENV)/oldest/bin/python -m pytest -q -p no:cacheprovider tests/test_triton_compile.py -k "every_kernel or vector_kernel or matrix_kernel or two_seconds or amd"
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(VENV)/oldest/bin/python -m pytest -q -p no:cacheprovider tests/triton_cases.py -k "(iq2_kl or iq3_kt or q4_k) and not experts"
-	OMP_NUM_THREADS=1 $(VENV)/oldest/bin/python -m pytest -q -p no:cacheprovider tests/test_hf.py tests/test_hf_placement.py tests/test_training.py \
+	OMP_NUM_THREADS=1 $(VENV)/oldest/bin/python -m pytest -q -p no:cacheprovider tests/test_hf.py tests/test_hf_placement.py tests/test_hf_gpu.py tests/test_training.py \
 		tests/test_gguf.py tests/test_gguf_load.py
 
 check: $(READY)
