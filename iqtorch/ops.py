@@ -182,7 +182,8 @@ def set_activation_precision(precision: str) -> None:
 
     Args:
         precision: `"int8"` (default) lets a kernel round activations to 8 bits with a scale per 32 values where that is
-            faster (relative error of a product at most 1 %); `"float"` never does. Products that need gradients use float.
+            faster (relative error of a product at most 1 %); `"float"` never does, and from 16 rows on may round them to
+            bfloat16 (docs/cpu.md). Products that need gradients use float.
 
     Raises:
         ValueError: another word.

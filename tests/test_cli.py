@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 import iqtorch
 from iqtorch import Recipe, bench, cli, cpu_ext, data, evaluate, get_format, hf, kernel_info, list_formats, quantize_checkpoint
-from iqtorch.errors import EvaluationError
+from iqtorch.errors import EvaluationError, RecipeError, UnknownFormatError
 from iqtorch.importance import Importance, ImportanceEntry, collect_importance
 
 runner = CliRunner()
@@ -69,6 +69,22 @@ def test_version_says_which_kernels_run() -> None:
     info = kernel_info()
     assert f"iqtorch {iqtorch.__version__}, PyTorch {torch.__version__}\n" in shown
     assert f"cpu: available ({info['isa']})\n" in shown and info["isa"] == cpu_ext.capabilities()["isa"]
+
+
+def test_mistakes_are_found_before_a_model_is_looked_for() -> None:
+    """`someone/model` would be looked for on the hub."""
+    for words, kind in (
+        (["quantize", "someone/model", "out", "--format", "iq2kl"], UnknownFormatError),
+        (["perplexity", "someone/model", "--rule", "(=iq2_kl"], RecipeError),
+        (["convert", "someone/model", "out", "--recipe", "missing.toml"], FileNotFoundError),
+    ):
+        assert isinstance(runner.invoke(cli.app, words).exception, kind), words
+    for words, message in (
+        (["kl", "someone/model", "--device", "abacus"], "no device"),
+        (["quantize", "a/b", "c", "--rule", "x"], "REGEX=FORMAT"),
+    ):
+        result = runner.invoke(cli.app, words)
+        assert result.exit_code == 2 and message in " ".join(result.output.split()), result.output
 
 
 def test_formats_lists_all() -> None:

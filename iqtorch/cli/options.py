@@ -7,10 +7,11 @@ import inspect
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
+import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
@@ -51,6 +52,14 @@ def _one_of(values: Sequence[str]) -> dict[str, Any]:
     }
 
 
+def _device(name: str) -> str:
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise typer.BadParameter(f"{name!r} is no device of this machine: {str(error).partition(chr(10))[0]}") from error
+    return name
+
+
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Hugging Face folder or hub name, GGUF file, or tiny-llama.")]
 Output = Annotated[Path, typer.Argument(metavar="OUTPUT", help="GGUF file (.gguf) or folder to write.")]
@@ -58,7 +67,7 @@ Format = Annotated[
     str | None,
     typer.Option("--format", "-f", help="Format, as its default recipe; see `iqtorch formats`.", autocompletion=_formats),
 ]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...", callback=_device)]
 Limit = Annotated[int | None, typer.Option("--windows", help="Use only the first so many windows.", min=1)]
 
 
@@ -81,8 +90,12 @@ class Quantization:
         """Whether the command line asks for quantization."""
         return bool(self.format or self.recipe or self.rule or self.custom_q)
 
-    def recipe_for(self, names: Callable[[], Sequence[str]]) -> Recipe:
-        """The recipe; `names`: of the model's parameters."""
+    def __post_init__(self) -> None:
+        """Refuses what is wrong before a model is downloaded or loaded."""
+        self._recipe()
+
+    def _recipe(self) -> Recipe:
+        """The recipe without the rules on GGUF names."""
         from ..recipe import Recipe
 
         if self.format and self.recipe:
@@ -90,12 +103,18 @@ class Quantization:
         base = Recipe.load(self.recipe) if self.recipe else Recipe()
         if self.format:
             base = Recipe.pure(self.format) if self.pure else Recipe.default(self.format)
-        rules: list[tuple[str, str | None]] = list(map(_rule, self.rule or ()))
-        if self.custom_q:
-            from ..gguf import custom_q
+        return base.with_rules(map(_rule, self.rule or ()))
 
-            rules += custom_q(self.custom_q, names())
-        return base.with_rules(rules)
+    def recipe_for(self, names: Callable[[], Sequence[str]]) -> Recipe:
+        """The recipe; `names`: of the model's parameters."""
+        recipe = self._recipe()
+        if not self.custom_q:
+            return recipe
+        from ..gguf import custom_q
+
+        own = len(self.rule or ())  # which come first
+        rules = (*recipe.rules[:own], *custom_q(self.custom_q, names()), *recipe.rules[own:])
+        return replace(recipe, rules=rules)
 
     def importance_of(self, model: str) -> Path | None:
         """The importance file; the embedded model brings its own."""
@@ -224,7 +243,12 @@ def open_model(model: str, dtype: str = "auto") -> tuple[Any, Any]:
         from .. import gguf
 
         return gguf.load_gguf(model), gguf.load_tokenizer(model)
-    return hf.load_causal_lm(model, dtype)
+    try:
+        return hf.load_causal_lm(model, dtype)
+    except OSError as error:
+        if Path(model).exists():
+            raise
+        raise OSError(f"{model!r} is no folder or file here, and the hub does not give it: {error}") from error
 
 
 def files_of(model: str) -> Path:
