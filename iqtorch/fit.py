@@ -74,10 +74,10 @@ class _Option:
 
 def fit(
     model: nn.Module,
-    target_bpw: float,
-    batches: Iterable[Tensor] | None = None,
     importance: Mapping[str, Tensor] | str | None = None,
     *,
+    target_bpw: float,
+    batches: Iterable[Tensor] | None = None,
     formats: Sequence[str] = CANDIDATES,
     probe: str | None = None,
     objective: Objective = "model",
@@ -93,10 +93,10 @@ def fit(
 
     Args:
         model: with floating-point weights, on any device.
+        importance: as in `quantize_model`.
         target_bpw: bits per weight, row headers included, over all weights that are packed.
         batches: int64 `[B, T]` token ids. Default: 2,048 tokens of the text inside the package, cut by the tokenizer in the folder that
             the model was loaded from.
-        importance: as in `quantize_model`.
         formats: names to choose from.
         probe: format of the measurement; default: the candidate nearest to the target.
         objective: as in `quantize_model`.

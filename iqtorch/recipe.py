@@ -240,7 +240,7 @@ class Recipe:
         """
         from .fit import fit
 
-        found = fit(model, target_bpw, batches, importance, calibration=calibration, measure=progress)
+        found = fit(model, importance, target_bpw=target_bpw, batches=batches, calibration=calibration, measure=progress)
         if progress:
             print(found, file=sys.stderr)
         return found.recipe

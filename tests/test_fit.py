@@ -56,14 +56,14 @@ def packed_bpw(model: nn.Module) -> float:
 def test_fitted_recipe() -> None:
     model = Tiny()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    found = fit(model, 5.5, batches(), formats=FORMATS)
+    found = fit(model, target_bpw=5.5, batches=batches(), formats=FORMATS)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert model.training
     assert set(found.formats) == {"embed.weight", "strong.weight", "weak.weight", "head.weight"}
     assert found.sensitivity["weak.weight"] < found.sensitivity["strong.weight"] / 10
     assert found.formats["weak.weight"] == "iq4_nl"
     assert f"predicted {found.predicted_kl:.5f}" in str(found)
-    unmeasured = fit(model, 5.5, batches(), formats=FORMATS, measure=False)
+    unmeasured = fit(model, target_bpw=5.5, batches=batches(), formats=FORMATS, measure=False)
     assert unmeasured.achieved_kl is None and "achieved" not in str(unmeasured)
 
     fitted = iqtorch.quantize_model(Tiny(), found.recipe, progress=False)
@@ -95,8 +95,8 @@ def test_text_of_its_own(tmp_path: Path) -> None:
     ids = hf.encode(tokenizer, data.calibration_text()[:20_000])
     batches = list(evaluate.windows(model, ids)[:4].split(1))
     keep = r"layers\.[1-3]|embed"
-    found = fit(model, 4.5, formats=("iq4_nl", "q5_0"), skip=(keep,), measure=False)
-    assert found == fit(model, 4.5, batches, formats=("iq4_nl", "q5_0"), skip=(keep,), measure=False)
+    found = fit(model, target_bpw=4.5, formats=("iq4_nl", "q5_0"), skip=(keep,), measure=False)
+    assert found == fit(model, target_bpw=4.5, batches=batches, formats=("iq4_nl", "q5_0"), skip=(keep,), measure=False)
     with pytest.raises(RecipeError, match="Tiny was not loaded from a folder.*batches="):
         iqtorch.Recipe.fit(Tiny(), target_bpw=5)
     model.config._name_or_path = str(tmp_path)
@@ -105,7 +105,7 @@ def test_text_of_its_own(tmp_path: Path) -> None:
 
 
 def test_more_bits_cost_less() -> None:
-    costs = [fit(Tiny(), bpw, batches(), formats=FORMATS).predicted_kl for bpw in (4.5, 5.0, 6.5, 8.5)]
+    costs = [fit(Tiny(), target_bpw=bpw, batches=batches(), formats=FORMATS).predicted_kl for bpw in (4.5, 5.0, 6.5, 8.5)]
     assert costs == sorted(costs, reverse=True)
     assert len(set(costs)) == 4
 
@@ -113,7 +113,7 @@ def test_more_bits_cost_less() -> None:
 def test_skipped_weights_and_rows_that_do_not_fit() -> None:
     model = Tiny()
     model.odd = nn.Linear(33, 8)  # never quantized
-    found = fit(model, 5.0, batches(), formats=("iq2_k", "iq4_nl", "q8_0"), skip=("head",))
+    found = fit(model, target_bpw=5.0, batches=batches(), formats=("iq2_k", "iq4_nl", "q8_0"), skip=("head",))
     assert set(found.formats) == {"embed.weight", "strong.weight", "weak.weight"}
     assert set(found.formats.values()) <= {"iq4_nl", "q8_0"}  # rows of 64: iq2_k is replaced by its fallback
 
@@ -123,11 +123,11 @@ def test_importance_is_used() -> None:
     one = torch.zeros(64)
     one[:4] = 1
     names = ("strong.weight", "weak.weight", "head.weight", "embed.weight")
-    plain = fit(model, 5.5, batches(), formats=FORMATS)
-    weighted = fit(model, 5.5, batches(), dict.fromkeys(names, one), formats=FORMATS)
+    plain = fit(model, target_bpw=5.5, batches=batches(), formats=FORMATS)
+    weighted = fit(model, dict.fromkeys(names, one), target_bpw=5.5, batches=batches(), formats=FORMATS)
     assert weighted.sensitivity != plain.sensitivity
     with pytest.raises(iqtorch.errors.ImportanceError, match=r"strong\.weight"):
-        fit(model, 5.5, batches(), {"strong.weight": torch.ones(7)}, formats=FORMATS)
+        fit(model, {"strong.weight": torch.ones(7)}, target_bpw=5.5, batches=batches(), formats=FORMATS)
 
 
 def test_calibration_is_used() -> None:
@@ -135,19 +135,19 @@ def test_calibration_is_used() -> None:
     torch.manual_seed(0)
     base = Tiny()
     calibration = iqtorch.calibrate(base, batches())
-    plain = fit(base, 4.6, batches(), formats=FORMATS)
-    found = fit(base, 4.6, batches(), formats=FORMATS, calibration=calibration)
+    plain = fit(base, target_bpw=4.6, batches=batches(), formats=FORMATS)
+    found = fit(base, target_bpw=4.6, batches=batches(), formats=FORMATS, calibration=calibration)
     assert found.sensitivity["strong.weight"] < plain.sensitivity["strong.weight"]
     assert iqtorch.Recipe.fit(base, target_bpw=6.0, batches=batches(), calibration=calibration) != iqtorch.Recipe.default("iq4_nl")
 
 
 def test_refusals() -> None:
     with pytest.raises(RecipeError, match=r"smallest formats take 4\.500 .* target is 3"):
-        fit(Tiny(), 3, batches(), formats=FORMATS)
+        fit(Tiny(), target_bpw=3, batches=batches(), formats=FORMATS)
     with pytest.raises(RecipeError, match="needs batches"):
-        fit(Tiny(), 5, [], formats=FORMATS)
+        fit(Tiny(), target_bpw=5, batches=[], formats=FORMATS)
     with pytest.raises(UnknownFormatError, match="q4_9"):
-        fit(Tiny(), 5, batches(), formats=("q4_9",))
+        fit(Tiny(), target_bpw=5, batches=batches(), formats=("q4_9",))
 
 
 def test_experts_and_tied_weights() -> None:
@@ -156,7 +156,7 @@ def test_experts_and_tied_weights() -> None:
 
     model = tiny("qwen3-moe", torch.float32, tie_word_embeddings=True)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    found = fit(model, 6.0, [ids()], formats=FORMATS)
+    found = fit(model, target_bpw=6.0, batches=[ids()], formats=FORMATS)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert "model.layers.0.mlp.experts.gate_up_proj" in found.formats
     assert "lm_head.weight" not in found.formats
@@ -201,7 +201,7 @@ def test_embedded_model(uniform: str) -> None:
     iqtorch.quantize_model(plain, iqtorch.Recipe.pure(uniform), importance, progress=False)
     size = packed_bpw(plain)
     text = hf.encode(tokenizer, data.calibration_text())[: 4 * 512].view(4, 1, 512)
-    found = fit(base, size, list(text), importance)
+    found = fit(base, importance, target_bpw=size, batches=list(text))
     fitted, _ = data.load_tiny_llama()
     iqtorch.quantize_model(fitted, found.recipe, importance, progress=False)
     assert packed_bpw(fitted) == pytest.approx(found.bits_per_weight)
