@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,8 @@ from torch import Tensor, nn
 import iqtorch
 from iqtorch.calibration import moments as collecting
 from iqtorch.calibration import sequence
-from iqtorch.calibration.moments import HELD_OUT, SAMPLE
-from iqtorch.calibration.rounding import FEEDBACK
+from iqtorch.calibration.moments import HELD_OUT, SAMPLE, Moments
+from iqtorch.calibration.rounding import FEEDBACK, PRECISE, quantize_calibrated
 from iqtorch.encode import compiled, encode
 from iqtorch.encode import metric as metrics
 from iqtorch.encode.choose import GridChooser, SignedChooser, TableChooser
@@ -133,14 +134,16 @@ def test_weight_that_makes_up_for_the_layers_before(name: str, rows: int) -> Non
     assert errors[1] < 0.95 * errors[0]
 
 
-@pytest.mark.parametrize("name", ["iq2_kl", "iq3_k", "iq4_kss", "q4_k", "q4_1", "mxfp4", "iq2_xxs", "iq3_s", "iq1_s", "iq1_m", "iq1_kt"])
+@pytest.mark.parametrize(
+    "name", ["iq2_kl", "iq3_k", "iq4_kss", "q4_k", "q4_1", "mxfp4", "iq2_xxs", "iq3_s", "iq1_s", "iq1_m", "iq1_kt", "iq4_kt"]
+)
 def test_compiled_pass_is_the_plain_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same errors by either, and each the e H e^T of the weights it leaves: the identity the method rests on."""
     monkeypatch.setattr(metrics, "factor_dtype", lambda _: torch.float32)
     if not compiled.available(torch.device("cpu")):
         pytest.skip("no compiled module")
     x = correlated(512, 2048)
-    weight = 0.5 * torch.randn(19, 512, generator=torch.Generator().manual_seed(3))
+    weight = 0.5 * torch.randn(67, 512, generator=torch.Generator().manual_seed(3))
     weight[2] *= 37
     fmt = iqtorch.get_format(name).for_encoding
     metric = Metric(x.T @ x / 2048, fmt, 0.01)
@@ -157,6 +160,42 @@ def test_compiled_pass_is_the_plain_one(name: str, monkeypatch: pytest.MonkeyPat
         torch.testing.assert_close(reported.double(), costs[-1], rtol=1e-4, atol=0)
     # Near-ties may fall either way and send a row another way.
     torch.testing.assert_close(costs[0].mean(), costs[1].mean(), rtol=0.01, atol=0)
+
+
+@pytest.mark.parametrize("name", ["iq1_m", "iq1_kt", "iq2_kt", "iq3_kt", "iq4_kt"])
+def test_search_of_large_codebooks_leaves_hardly_more_error(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By bytes and by cells first, against a comparison of all entries in float32."""
+    if not compiled.available(torch.device("cpu")):
+        pytest.skip("no compiled module")
+    x = correlated(256, 1024)
+    weight = torch.randn(99, 256, generator=torch.Generator().manual_seed(3))
+    weight[5], weight[7, :64] = 0, 0
+    fmt = iqtorch.get_format(name).for_encoding
+    metric = Metric(x.T @ x / 1024, fmt, 0.01)
+
+    def left() -> float:
+        rounding = Rounding(weight, fmt, metric, feedback_effort(fmt))
+        rounding.sweep()
+        rest = rounding.rest.unflatten(0, (-1, fmt.vec))
+        assert not rounding._effective()[:, 5].any()
+        return float(((metric.form @ rest) * rest).sum())
+
+    quick, book = left(), compiled._book
+    none = torch.zeros(0)
+    monkeypatch.setattr(compiled, "_book", lambda *a: replace(book(*a), tiles=none, bytes=none.to(torch.uint8), cuts=none))
+    assert quick == pytest.approx(left(), rel=0.01)
+
+
+def test_what_8_bit_activations_hide_is_rounded_to_nearest() -> None:
+    x = correlated(256, 1024)
+    weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(3))
+    moments = Moments(x.T @ x / 1024, 1024, x[::8])
+    for name, note in {"q8_0": PRECISE, "q6_k": FEEDBACK, "iq4_ks": FEEDBACK}.items():
+        fmt = iqtorch.get_format(name)
+        found, said = quantize_calibrated(weight, fmt, (moments,))
+        assert said == note
+        nearest = iqtorch.quantize(weight, name, moments.importance)
+        assert torch.equal(found.to_blocks(), nearest.to_blocks()) == (note == PRECISE)
 
 
 def test_rows_make_up_for_each_other() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -18,12 +20,13 @@ DAMPING = 0.1
 #: Likewise of the curvature in the outputs.
 OUTPUT_DAMPING = 0.5
 
-#: Activations kept aside, and rows, that a matrix is judged by.
-JUDGES = 128
+#: Rows, and activations kept aside, that a matrix is judged by.
+JUDGED_ROWS, JUDGED_TOKENS = 32, 128
 
 #: What `iqtorch.report` says of a matrix.
 FEEDBACK = "rounded with error feedback"
 NEAREST = "rounded to nearest: feedback does not help on held-out activations"
+PRECISE = "rounded to nearest: its error is below that of 8-bit activations"
 
 
 def quantize_calibrated(
@@ -53,48 +56,73 @@ def quantize_calibrated(
         _round_matrix(matrix.detach().float(), fmt, own, objective, curvature, speed) for matrix, own in zip(matrices, moments, strict=True)
     ]
     blocks = torch.stack([b for b, _ in found]) if weight.dim() == 3 else found[0][0]
-    kept = [e for e, (_, helped) in enumerate(found) if not helped]
-    note = FEEDBACK if len(kept) < len(found) else NEAREST
-    if 0 < len(kept) < len(found):
-        note = f"{FEEDBACK}; experts {kept} {NEAREST}"
+    notes = {note: [e for e, (_, own) in enumerate(found) if own == note] for note in dict.fromkeys(note for _, note in found)}
+    first, *others = sorted(notes, key=lambda note: note != FEEDBACK)
+    note = "; ".join([first, *(f"experts {notes[own]} {own}" for own in others)])
     dtype = weight.dtype if weight.dtype != torch.float64 else torch.float32
     return IQTensor.from_blocks(blocks, fmt, dtype), note
 
 
 def _round_matrix(
     weight: Tensor, fmt: Format, moments: Moments, objective: Objective, curvature: Tensor | None, speed: Speed
-) -> tuple[Tensor, bool]:
-    """Canonical bytes, and whether they are those of error feedback."""
-    metric = Metric(shrunk(moments.matrix.to(weight.device), moments.tokens), fmt, DAMPING)
-    sample = moments.sample.to(weight.device)
-    return best_of(weight, fmt, metric, objective, sample, sample, curvature, speed)
+) -> tuple[Tensor, str]:
+    """Canonical bytes, and what was done."""
+
+    def metric() -> Metric:
+        return Metric(shrunk(moments.matrix.to(weight.device), moments.tokens), fmt, DAMPING)
+
+    sample, importance = (t.to(weight.device) for t in (moments.sample, moments.importance.contiguous()))
+    return best_of(weight, fmt, importance, metric, objective, sample, sample, curvature, speed)
 
 
 def best_of(
-    weight: Tensor, fmt: Format, metric: Metric, objective: Objective, x: Tensor, y: Tensor, curvature: Tensor | None, speed: Speed
-) -> tuple[Tensor, bool]:
-    """Canonical bytes of `weight` rounded with feedback, or rounded to nearest where that is nearer to the outputs that the loss sees, for
-    activations kept aside; and whether it was the former.
+    weight: Tensor,
+    fmt: Format,
+    importance: Tensor,
+    metric: Callable[[], Metric],
+    objective: Objective,
+    x: Tensor,
+    y: Tensor,
+    curvature: Tensor | None,
+    speed: Speed,
+) -> tuple[Tensor, str]:
+    """Rounds `weight` with feedback; or to nearest where that is nearer to the outputs that the loss sees, for activations kept aside, or
+    is off by less than these are as the 8-bit numbers of integer products.
 
     Args:
         weight: float32 `[N, K]`.
+        importance: float32 `[K]`.
+        metric: makes the metric of the feedback, if it comes to that.
         x, y: float32 `[S, K]`: inputs of the original layer, and of the packed one.
         curvature: `[N, N]` or None: weight of the outputs' errors.
+
+    Returns:
+        Canonical bytes, and what was done.
     """
     curvature = None if curvature is None else curvature.to(weight.device)
-    rows = None if curvature is None else RowFeedback(curvature, OUTPUT_DAMPING)
-    fed = encode_with_feedback(weight, fmt, metric, objective, feedback_effort(fmt.for_encoding, speed), rows)
-    judged = slice(None, None, max(1, len(weight) // JUDGES))
-    x, y = (sample[:: max(1, len(sample) // JUDGES)] for sample in (x, y))
-    some = weight[judged]
+    judged = slice(None, None, max(1, len(weight) // JUDGED_ROWS))
+    x, y = (sample[:: max(1, len(sample) // JUDGED_TOKENS)] for sample in (x, y))
+    some, seen = weight[judged], None if curvature is None else curvature[judged, judged]
     target = some @ x.T
+    nearest = _decoded(fmt, encode(some, fmt, importance, objective, speed))
+    if _size((some - nearest) @ y.T, seen) <= _size(some @ (y - _to_8_bits(y)).T, seen):
+        return encode(weight, fmt, importance, objective, speed), PRECISE
+    rows = None if curvature is None else RowFeedback(curvature, OUTPUT_DAMPING)
+    fed = encode_with_feedback(weight, fmt, metric(), objective, feedback_effort(fmt.for_encoding, speed), rows)
+    if _size(target - _decoded(fmt, fed[judged]) @ y.T, seen) <= _size(target - nearest @ y.T, seen):
+        return fed, FEEDBACK
+    return encode(weight, fmt, importance, objective, speed), NEAREST
 
-    def error(blocks: Tensor) -> float:
-        return _size(target - (fmt.decode(blocks) * fmt.runtime_scale) @ y.T, None if curvature is None else curvature[judged, judged])
 
-    if error(fed[judged]) <= error(encode(some, fmt, metric.importance, objective, speed)):
-        return fed, True
-    return encode(weight, fmt, metric.importance, objective, speed), False
+def _decoded(fmt: Format, blocks: Tensor) -> Tensor:
+    return fmt.decode(blocks) * fmt.runtime_scale
+
+
+def _to_8_bits(x: Tensor) -> Tensor:
+    """Activations `[S, K]` as integer products see them: a scale per 32."""
+    groups = x.unflatten(1, (-1, 32))
+    scale = (groups.abs().amax(-1, keepdim=True) / 127).clamp(min=1e-30)
+    return ((groups / scale).round() * scale).flatten(1)
 
 
 def _size(error: Tensor, curvature: Tensor | None) -> float:
@@ -103,7 +131,7 @@ def _size(error: Tensor, curvature: Tensor | None) -> float:
 
 def held_out_error(weight: Tensor, fmt: Format, blocks: Tensor, sample: Tensor) -> float:
     """Squared error of the outputs for some activations `[S, K]`, summed."""
-    return _size((weight - fmt.decode(blocks) * fmt.runtime_scale) @ sample.to(weight.device).T, None)
+    return _size((weight - _decoded(fmt, blocks)) @ sample.to(weight.device).T, None)
 
 
 def shrunk(moments: Tensor, tokens: int) -> Tensor:

@@ -31,7 +31,7 @@ from ..tensor import IQTensor
 from .checkpoint import Checkpoint
 from .curvature import Curvatures, block_gradients, frozen
 from .moments import HELD_OUT, SAMPLE, Batch, Calibration, add_products, calibrate, checked_batches, warn_of_few, zero_products
-from .rounding import DAMPING, FEEDBACK, NEAREST, best_of, quantize_calibrated, shrunk
+from .rounding import DAMPING, best_of, quantize_calibrated, shrunk
 
 logger = logging.getLogger("iqtorch")
 
@@ -412,9 +412,13 @@ class _Statistics:
         device, dtype = weight.device, weight.dtype
         weight = weight.float()
         fmt = get_format(fmt.plain) if fmt.plain else fmt
-        if fmt.name not in self.metrics:
-            self.metrics[fmt.name] = Metric(self.moments.to(device), fmt, DAMPING, self.cross.to(device), self.rows)
-        metric = self.metrics[fmt.name]
-        blocks, helped = best_of(weight, fmt, metric, objective, self.x.to(device), self.y.to(device), curvature, speed)
-        note = FEEDBACK if helped else NEAREST
+
+        def metric() -> Metric:
+            if fmt.name not in self.metrics:
+                self.metrics[fmt.name] = Metric(self.moments.to(device), fmt, DAMPING, self.cross.to(device), self.rows)
+            return self.metrics[fmt.name]
+
+        importance = self.moments.diagonal().contiguous().to(device)
+        x, y = self.x.to(device), self.y.to(device)
+        blocks, note = best_of(weight, fmt, importance, metric, objective, x, y, curvature, speed)
         return IQTensor.from_blocks(blocks, fmt, dtype if dtype != torch.float64 else torch.float32), note

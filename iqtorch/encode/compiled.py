@@ -25,6 +25,8 @@ SIGNS = {"none": 0, "free": 1, "even": 2}
 QUANTILES = 16
 #: Room for the parts of codebooks of vectors (csrc/encode.h).
 MOST_QUARTERS, MOST_HALVES = 32, 192
+#: Cells of codebooks of vectors of four, entries of a tile (csrc/feedback.h), and entries from which on not all are compared in float.
+CELLS, TILE, SEARCHED_WHOLE = 16, 16, 2048
 #: Codebooks of single values with at most 2 ** this many are searched in registers.
 LARGEST_TREE = 5
 NOWHERE = 1e6
@@ -346,12 +348,16 @@ def feedback(
     word = torch.tensor(parity_words(table, order % fmt.group_size), dtype=torch.int32) if table and fmt.code_parity else none
     values = value_table(fmt) if table else None
     lookup = table.lookup if table else None
+    book = _book(fmt, kinds)
     torch.ops.iqtorch_cpu.feedback(
         weight,
         lower.contiguous(),
         form,
         square,
-        _book(fmt, kinds),
+        book.values,
+        book.tiles,
+        book.bytes,
+        book.cuts,
         *scale,
         *minimum,
         values.tree.flatten() if values else empty,
@@ -365,6 +371,10 @@ def feedback(
         [fmt.group_size, fmt.vec, entries, kinds, SIGNS[signs], shortlist, values.bits if values else 0, lookup.cells if lookup else 0],
         [values.low, values.high, lookup.low, lookup.high] if values and lookup else [0.0] * 4,
     )
+    if book.code is not None:
+        _, kind, code, _, _ = out
+        own = kind.long().repeat_interleave(fmt.group_size // fmt.vec, 0)
+        code.copy_(book.code[own if kinds > 1 else 0, code.long()])
 
 
 def squares(fmt: Format, form: Tensor) -> Tensor:
@@ -372,13 +382,55 @@ def squares(fmt: Format, form: Tensor) -> Tensor:
     Empty for codebooks of single values."""
     if fmt.vec == 1:
         return form[:0].flatten()
-    book = _book(fmt, 1)[0]
+    i, j = torch.triu_indices(fmt.vec, fmt.vec)
+    kinds = fmt.codebook.variants if fmt.variant_size == fmt.group_size else 1
     if "sign" in fmt.fields:
-        return (form.diagonal(0, 1, 2) @ book.square().mT).contiguous()
-    return torch.stack([((book @ own) * book).sum(-1) for own in form])
+        return form.diagonal(0, 1, 2) @ _products(fmt, kinds)[i == j]
+    return (form[:, i, j] * torch.where(i == j, 1.0, 2.0)) @ _products(fmt, kinds)
+
+
+@lru_cache(maxsize=8)
+def _products(fmt: Format, kinds: int) -> Tensor:
+    """float32 `[vec (vec + 1) / 2, kinds * entries]`: products of each two values of each entry."""
+    i, j = torch.triu_indices(fmt.vec, fmt.vec)
+    book = _book(fmt, kinds).values.flatten(0, 1).T
+    return book[i] * book[j]
+
+
+@dataclass(frozen=True)
+class _Book:
+    """A codebook of vectors as csrc/feedback.h has it.
+
+    Attributes:
+        values: float32 `[kinds, entries, vec]`.
+        tiles, bytes, cuts: for the search of large ones; empty otherwise.
+        code: int32 `[kinds, entries]`: the code of each entry; None if they are in order.
+    """
+
+    values: Tensor
+    tiles: Tensor
+    bytes: Tensor
+    cuts: Tensor
+    code: Tensor | None
 
 
 @lru_cache(maxsize=64)
-def _book(fmt: Format, kinds: int) -> Tensor:
-    """float32 `[kinds, entries, vec]`."""
-    return torch.from_numpy(fmt.codebook.values.astype(np.float32)).reshape(kinds, -1, fmt.vec).contiguous()
+def _book(fmt: Format, kinds: int) -> _Book:
+    values = torch.from_numpy(fmt.codebook.values.astype(np.float32)).reshape(kinds, -1, fmt.vec).contiguous()
+    tiles, small = torch.zeros(0), torch.zeros(0, dtype=torch.uint8)
+    entries, cuts, code = values.shape[1], tiles, None
+    if fmt.vec < 4 or entries < SEARCHED_WHOLE:
+        return _Book(values, tiles, small, cuts, None)
+    if fmt.vec == 4:
+        cuts = torch.zeros(kinds, 1 + CELLS, CELLS)
+        slab = values[..., 0].argsort(dim=1, stable=True).view(kinds, CELLS, -1)
+        cell = slab.gather(2, values[..., 1].gather(1, slab.flatten(1)).view_as(slab).argsort(dim=2, stable=True))
+        code = cell.flatten(1)
+        values = values.gather(1, code[..., None].expand_as(values))
+        for i, ordered in enumerate((values[..., 0][:, None], values[..., 1].view(kinds, CELLS, -1))):
+            ends = ordered.unflatten(2, (CELLS, -1))
+            cuts[:, i : i + ends.shape[1], :-1] = (ends[:, :, 1:, 0] + ends[:, :, :-1, -1]) / 2
+    else:
+        small = (values + (0 if "sign" in fmt.fields else 128)).to(torch.uint8)
+    tiles = values.view(kinds, -1, TILE, fmt.vec).mT.contiguous()
+    return _Book(values, tiles, small, cuts, None if code is None else code.to(torch.int32))

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -108,6 +109,12 @@ def encode_with_feedback(
     return out
 
 
+@lru_cache(maxsize=64)
+def scale_grid(values: tuple[int, ...] | None, factor: float, device: torch.device) -> ScaleGrid:
+    return ScaleGrid(values, factor, device)
+
+
+@lru_cache(maxsize=64)
 def neighbours(grid: ScaleGrid, reach: int, stride: float) -> Tensor:
     """int32 `[2 reach + 1, count]`: for each rank those whose values are 0, 1, .. strides away, at least as many ranks."""
     rank = torch.arange(grid.count, device=grid.sorted.device, dtype=torch.int32)
@@ -189,10 +196,10 @@ class Rounding:
             self.rest.addcmul_(pull, self.stored.down)
         self.kinds = fmt.codebook.variants if fmt.variant_size == self.n else 1
         parts = encode_parts(weight, fmt, metric.importance, "rmse", effort.start)
-        self.scales = self._scales(parts, "d", "scale", ScaleGrid(fmt.scale_values, fmt.unit * fmt.runtime_scale, device), effort.reach)
+        self.scales = self._scales(parts, "d", "scale", scale_grid(fmt.scale_values, fmt.unit * fmt.runtime_scale, device), effort.reach)
         self.minima = None
         if fmt.affine:
-            self.minima = self._scales(parts, "dmin", "min", ScaleGrid(fmt.min_values, fmt.runtime_scale, device), effort.min_reach)
+            self.minima = self._scales(parts, "dmin", "min", scale_grid(fmt.min_values, fmt.runtime_scale, device), effort.min_reach)
         groups = (len(self.group_order), rows)
         self.kind = self._grouped(parts["variant"]).contiguous() if self.kinds > 1 else self.x.new_zeros(groups, dtype=torch.int32)
         self.value = torch.empty_like(self.x)

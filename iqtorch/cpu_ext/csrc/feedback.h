@@ -27,6 +27,9 @@ struct FeedbackData {
   const float* form;            // [steps, vec, vec]
   const float* square;          // vec > 1, [steps, kinds * entries]: each entry's form (with signs: the diagonal's part)
   const float* book;            // [kinds, entries, vec]
+  const float* tiles;           // [kinds, entries / 16, vec, 16]: the same, for comparing 16 entries with one row; null: few entries
+  const uint8_t* bytes;         // [kinds, entries, 8]: the values, from 0 on; null unless vec is 8 and there are tiles
+  const float* cuts;            // [kinds, 1 + kCells, kCells]: between slabs, and between the cells of each; null unless vec is 4 and there are tiles
   Scales scale, minimum;
   ValueTable values;            // vec 1
   const int32_t *other, *odd, *word;  // vec 1 with parity: code of the other parity by cell; parity by code; word by column
@@ -38,6 +41,7 @@ struct FeedbackData {
 constexpr int kFeedbackRows = 16;  // rows rounded together, one per lane
 constexpr int kMaxGroup = 32;
 constexpr int kMaxShortlist = 64;
+constexpr int kCells = 16;     // entries are in order of kCells slabs by their first value, and of kCells cells by their second within each
 
 // Bytes of scratch for one call, 64-byte aligned.
 inline size_t feedback_scratch(const FeedbackData& b) { return (size_t)b.columns * kFeedbackRows * 3 * sizeof(float); }

@@ -44,6 +44,10 @@ const int32_t* ints(const Tensor& t, int64_t elements, const char* name) {
   check(t, ScalarType::Int, elements, name);
   return elements ? t.const_data_ptr<int32_t>() : nullptr;
 }
+const uint8_t* bytes_of(const Tensor& t, int64_t elements, const char* name) {
+  check(t, ScalarType::Byte, elements, name);
+  return elements ? t.const_data_ptr<uint8_t>() : nullptr;
+}
 float* floats(Tensor& t, int64_t elements, const char* name) {
   check(t, ScalarType::Float, elements, name);
   return t.mutable_data_ptr<float>();
@@ -81,6 +85,7 @@ struct Free {
 };
 
 void feedback(const Tensor& w, const Tensor& lower, const Tensor& form, const Tensor& square, const Tensor& book,
+              const Tensor& tiles, const Tensor& bytes, const Tensor& cuts,
               const Tensor& scale_unit, const Tensor& scale_value, const Tensor& scale_near, Tensor scale_rank, const Tensor& min_unit,
               const Tensor& min_value, const Tensor& min_near, Tensor min_rank, const Tensor& tree, const Tensor& shift, const Tensor& value_code,
               const Tensor& cell_value, const Tensor& other, const Tensor& odd, const Tensor& word, Tensor x, Tensor kind, Tensor code, Tensor value, Tensor error,
@@ -100,6 +105,12 @@ void feedback(const Tensor& w, const Tensor& lower, const Tensor& form, const Te
   b.lower = floats(lower, b.columns * b.columns, "lower"), b.form = floats(form, steps * b.vec * b.vec, "form");
   b.square = floats(square, b.vec > 1 ? steps * b.kinds * b.entries : 0, "square");
   b.book = floats(book, b.kinds * b.entries * b.vec, "book");
+  const bool tiled = tiles.numel() > 0, cells = tiled && b.vec == 4;
+  STD_TORCH_CHECK(!tiled || (b.vec >= 4 && b.entries % (cells ? kCells * kCells * kFeedbackRows : kFeedbackRows) == 0),
+                  "feedback: no tiles of ", b.entries, " entries of ", b.vec, " values");
+  b.tiles = floats(tiles, tiled ? b.kinds * b.entries * b.vec : 0, "tiles");
+  b.bytes = bytes_of(bytes, tiled && !cells ? b.kinds * b.entries * b.vec : 0, "bytes");
+  b.cuts = floats(cuts, cells ? b.kinds * (kCells + 1) * kCells : 0, "cuts");
   b.scale = scales(scale_unit, scale_value, scale_near, scale_rank, groups);
   b.minimum = scales(min_unit, min_value, min_near, min_rank, groups);
   STD_TORCH_CHECK(b.scale.unit && (b.vec == 1 || !b.minimum.unit), "feedback: no scales, or minima of a codebook of vectors");
@@ -110,10 +121,10 @@ void feedback(const Tensor& w, const Tensor& lower, const Tensor& form, const Te
   b.kind = ints(kind, groups, "kind"), b.code = ints(code, steps * b.rows, "code");
   b.value = floats(value, all, "value"), b.error = floats(error, all, "error");
   const Run run = feedback_of(kernels().name);
-  const size_t bytes = feedback_scratch(b);
+  const size_t scratch_bytes = feedback_scratch(b);
   const auto part = [&](int64_t first, int64_t last) {
-    std::unique_ptr<void, Free> scratch(std::aligned_alloc(64, bytes));
-    STD_TORCH_CHECK(scratch, "out of memory: ", bytes, " bytes of scratch for rounding");
+    std::unique_ptr<void, Free> scratch(std::aligned_alloc(64, scratch_bytes));
+    STD_TORCH_CHECK(scratch, "out of memory: ", scratch_bytes, " bytes of scratch for rounding");
     run(b, scratch.get(), first, last);
   };
   torch::stable::parallel_for(0, (b.rows + kFeedbackRows - 1) / kFeedbackRows, 1, part);
@@ -123,7 +134,7 @@ void feedback(const Tensor& w, const Tensor& lower, const Tensor& form, const Te
 
 STABLE_TORCH_LIBRARY_FRAGMENT(iqtorch_cpu, m) {
   m.def(
-      "feedback(Tensor w, Tensor lower, Tensor form, Tensor square, Tensor book, Tensor scale_unit, Tensor scale_value, "
+      "feedback(Tensor w, Tensor lower, Tensor form, Tensor square, Tensor book, Tensor tiles, Tensor bytes, Tensor cuts, Tensor scale_unit, Tensor scale_value, "
       "Tensor scale_near, Tensor(a!) scale_rank, Tensor min_unit, Tensor min_value, Tensor min_near, Tensor(b!) min_rank, "
       "Tensor tree, Tensor shift, Tensor value_code, Tensor cell_value, Tensor other, Tensor odd, Tensor word, Tensor(c!) x, Tensor(d!) kind, Tensor(e!) code, "
       "Tensor(f!) value, Tensor(g!) error, int[] numbers, float[] bounds) -> ()");

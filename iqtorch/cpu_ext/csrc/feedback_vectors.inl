@@ -104,6 +104,8 @@ IQ_FN void best_entries(const float* book, const float* square, int64_t first, i
   }
 }
 
+#include "feedback_tiles.inl"
+
 template <int V> IQ_FN F form_of(const float* form, const F* e) {
   F total{};
   for (int i = 0; i < V; ++i) {
@@ -127,7 +129,17 @@ template <int V, int C> IQ_FN void take_entries(const FeedbackData& b, int kind,
       u[c][i] = row * minus_two;
     }
   }
-  best_entries<V, C>(book, b.square + (step * b.kinds + kind) * b.entries, 0, b.entries, size, u, code);
+  const float* square = b.square + (step * b.kinds + kind) * b.entries;
+  const auto search = [&] {
+#if defined(__AVX512VNNI__)
+    if constexpr (V == 8)
+      if (b.bytes) return best_by_bytes<C>(b, kind, square, 0, b.entries, b.entries < 32768 ? 8 : 16, size, u, code);
+#endif
+    if constexpr (V == 4)
+      if (b.cuts) return best_of_cells<C>(b, kind, square, s, t, u, code);
+    best_entries<V, C>(book, square, 0, b.entries, size, u, code);
+  };
+  search();
   for (int c = 0; c < C; ++c) {
     found[c].code = code[c];
     for (int i = 0; i < V; ++i) found[c].value[i] = gather(book + i, code[c] * V);
@@ -191,7 +203,13 @@ IQ_FN void take_signed(const FeedbackData& b, int64_t step, const F* s, const F 
   const int64_t slices = b.shortlist < b.entries ? b.shortlist : b.entries, width = b.entries / slices;
   for (int64_t slice = 0; slice < slices; ++slice) {
     I entry[C];
-    best_entries<V, C>(b.book, square, slice * width, (slice + 1) * width, size, u, entry);
+    const int64_t first = slice * width, last = first + width;
+#if defined(__AVX512VNNI__)
+    if constexpr (V == 8)
+      if (b.bytes) best_by_bytes<C>(b, 0, square, first, last, 1, size, u, entry);
+    if (V != 8 || !b.bytes)
+#endif
+    best_entries<V, C>(b.book, square, first, last, size, u, entry);
     for (int c = 0; c < C; ++c) take_signs<V>(b, step, s[c], t[c], closes, entry[c], parity[c], least[c], odd[c], found[c]);
   }
   for (int c = 0; c < C; ++c) parity[c] = odd[c];
