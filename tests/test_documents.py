@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import re
 import shlex
 import shutil
@@ -123,6 +124,33 @@ def test_what_is_named_exists(document: Path) -> None:
     assert [link for link in links if link and not (document.parent / link).exists()] == []
     files = re.findall(r"`((?:benchmarks|tests|examples|docs|iqtorch)/[\w/.-]+\.\w+)`", text.replace("NAME", "iq2_kl"))
     assert [file for file in files if not (ROOT / file).exists()] == []
+
+
+def results(name: str, **wanted: str) -> dict[str, str]:
+    """The one line of a file of results with these values."""
+    lines = (ROOT / "benchmarks" / "results" / name).read_text(encoding="utf-8").splitlines()
+    rows = [row for row in csv.DictReader(line for line in lines if not line.startswith("#")) if row.items() >= wanted.items()]
+    assert len(rows) == 1, (name, wanted, rows)
+    return rows[0]
+
+
+def test_first_figures_are_the_measured_ones() -> None:
+    """Of the README's second paragraph."""
+    own = [results("quality.csv", format="iq2_kl", rounding=way, windows="48", seed="0") for way in ("nearest", "yaqa")]
+    kinds = [*own, results("quality_reference.csv", format="iq2_kl")]
+    kl, perplexity = ([float(row[key]) for row in kinds] for key in ("mean_kl", "perplexity"))
+    zen, xeon = (results(name, format="iq2_kl", m="1", n="4096", k="4096") for name in ("cpu_zen5_memory.csv", "cpu_memory.csv"))
+    text = " ".join(TEXT.split("```")[0].split())
+    for said in (
+        "is {:.3f} nats per token, and {:.3f} with calibrated rounding; files quantized by ik_llama.cpp's own program have {:.3f}".format(
+            *kl
+        ),
+        "(perplexity {:.1f}, {:.1f} and {:.1f};".format(*perplexity),
+        f"is {float(zen['speedup']):.0f} times faster than",
+        f"and {float(xeon['speedup']):.0f} times on one of a Xeon",
+        f"it is {float(zen['over_ik']):.1f} and {float(xeon['over_ik']):.1f} times the speed",
+    ):
+        assert said in text, said
 
 
 def test_table_of_formats_is_complete_and_right() -> None:
