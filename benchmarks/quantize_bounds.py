@@ -13,6 +13,8 @@ powers   `mxfp4`: all powers of two; this is the optimum.
 affine   two dimensions: a grid of ranges, each followed by alternating fits; `--grid` sets its density.
 vectors  `iq2_kl`: a dense grid of scales with an exhaustive search of the codebook, refitted.
 row      `iq2_kl`: as the format stores it, every scale of a fan of `d` for the whole row: not a bound, but an encoding.
+blocks   formats with stored minima: as they are stored, 400 values of `d` times 400 of `dmin`: not a bound, but far more than is worth
+         trying.
 
 `needed` is the lowest error that a target asks for: 5 % below the reference without importance (`ones`), and with importance 8 and 9 %
 below it for iq2_kl.
@@ -22,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +35,7 @@ from torch import Tensor
 
 import iqtorch
 from iqtorch.encode import encode
+from iqtorch.encode.encoder import SINGLE_EFFORTS, _encode_rows
 from iqtorch.formats import Format
 
 FORMATS = (
@@ -188,6 +192,12 @@ def row_search(fmt: Format, x: Tensor, w: Tensor, candidates: int) -> float:
     return total
 
 
+def exhaustive(rows: Tensor, fmt: Format, columns: Tensor) -> Tensor:
+    """What the encoder's search finds with 160,000 pairs of `d` and `dmin` per block and eight rounds of settling."""
+    effort = replace(SINGLE_EFFORTS["best"], trials=80, steps=400, rounds=8)
+    return fmt.pack(_encode_rows(rows, fmt, columns, "rmse", effort))
+
+
 def bound(fmt: Format, x: Tensor, w: Tensor, columns: int, grid: int, cell: float) -> float:
     """Least possible error of groups `[P, n]`, summed."""
     if fmt.affine:
@@ -258,6 +268,10 @@ def main() -> None:
                     found = (row_search(fmt, rows[:2], w, 4 * options.grid) / float((w * rows[:2].square()).sum())) ** 0.5
                     own = relative_error(rows[:2], fmt, encode(rows[:2], fmt, given, "rmse"), columns)
                     lines.append([f"{name}, row", matrix, kind, 2, f"{found:.5f}", "", f"{own:.5f}", "", "", "", ""])
+                    print(" ".join(f"{c:>10}" for c in lines[-1]), flush=True)
+                if fmt.affine and fmt.scale_values:
+                    found = relative_error(rows, fmt, exhaustive(rows, fmt, w), columns)
+                    lines.append([f"{name}, blocks", matrix, kind, len(rows), f"{found:.5f}", "", line[6], "", "", "", ""])
                     print(" ".join(f"{c:>10}" for c in lines[-1]), flush=True)
     header = [
         f"{results_file.cpu_name()}; reference {'on the same rows' if beside else 'of all 1024 rows'}; "

@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from iqtorch.formats import get_format
-from iqtorch.kernels import matrix, repack, routed, vector
+from iqtorch.kernels import matrix, repack, routed, scores, vector
 from iqtorch.kernels.choices import all_registers
 from iqtorch.kernels.layout import layout
 
@@ -93,6 +93,16 @@ def moves(name: str, way: str, arch: int | str = 90) -> Iterator[tuple[repack.Re
         assert tile[0] * tile[1] == MOVED * 32 * tile[2]
         pointers = {"source": "*i32", "target": {1: "*u8", 2: "*i16", 4: "*i32"}[region.move.unit], "table": "*i32", "places": "*i64"}
         yield region, compile_kernel(repack.move_bits, {"M": region.move, "ROWS": tile[0], "BLOCK": tile[1]}, pointers, arch, tile[2])
+
+
+#: Scores per thread of a turn of `lowest`.
+SCORES = scores.QUERIES * scores.ENTRIES // 256
+
+
+def lowest(arch: int | str = 90) -> Any:
+    precision = "ieee" if isinstance(arch, str) else "tf32x3"
+    constants = {"WIDTH": 16, "DEPTH": scores.DEPTH, "Q": scores.QUERIES, "E": scores.ENTRIES, "SUM": precision}
+    return compile_kernel(scores.lowest, constants, {"query": "*fp32", "book": "*fp32", "out": "*i32"}, arch, 8)
 
 
 #: Units per thread of `moves`.

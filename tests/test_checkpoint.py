@@ -7,6 +7,7 @@ import filecmp
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -422,3 +423,28 @@ def test_memory_while_a_large_checkpoint_is_quantized(tmp_path: Path) -> None:
     largest = 32768 * 2048 * 4
     assert growth < 2 * largest + (500 << 20)  # the promise
     assert growth < 200 << 20  # what it takes
+
+
+def test_the_progress_bar_counts_and_tells_the_time_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(tmp_path / "in")
+    monkeypatch.setenv("FORCE_COLOR", "1")  # to rich, standard error is a terminal
+    monkeypatch.setenv("COLUMNS", "160")
+    make = job._make
+
+    def slowly(*args: Any) -> None:
+        time.sleep(0.05)
+        make(*args)
+
+    monkeypatch.setattr(job, "_make", slowly)
+    iqtorch.quantize_checkpoint(tmp_path / "in", tmp_path / "out", RECIPE, threads=1)
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().err)
+    drawn = re.findall(r"quantizing \S+ +(\d+)% (-:--:--|\d:\d\d:\d\d) ?([\w.]*)", shown)
+    shares = [int(share) for share, _, _ in drawn]
+    assert shares == sorted(shares) and shares[0] == 0 and shares[-1] == 100
+    assert any(0 < int(share) < 100 and left[0] == "0" and name.endswith(".weight") for share, left, name in drawn), drawn
+    assert drawn[-1][1] == "0:00:00"
+
+    iqtorch.quantize_checkpoint(tmp_path / "in", tmp_path / "quiet", RECIPE, progress=False)
+    assert "quantizing" not in capsys.readouterr().err

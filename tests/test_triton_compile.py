@@ -68,6 +68,19 @@ def test_every_kernel_compiles(arch: int | str) -> None:
         assert_no_spill(kernel)
 
 
+@pytest.mark.parametrize("arch", ARCHES)
+def test_scores_of_codebooks_are_products_of_tensor_cores(arch: int | str) -> None:
+    """Fewer than 12 instructions per entry and query on sm_90, none of which writes a score to memory."""
+    kernel = sass.lowest(arch)
+    assert_no_spill(kernel)
+    if isinstance(arch, str):
+        assert "mfma" in kernel.asm["amdgcn"]
+    if arch == 90:
+        counts = sass.loop(kernel)
+        assert counts["HGMMA"] and not counts["STG"]
+        assert sum(counts.values()) / sass.SCORES <= 12
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_plain_twins_compile_for_amd(name: str) -> None:
     s = layout(get_format(name)).scheme

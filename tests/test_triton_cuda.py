@@ -11,7 +11,8 @@ from conftest import golden
 from torch import Tensor
 
 from iqtorch import kernels
-from iqtorch.formats import get_format
+from iqtorch.encode import encode
+from iqtorch.formats import get_format, list_formats
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA or ROCm device"),
@@ -48,3 +49,31 @@ def test_products_and_their_graphs(name: str) -> None:
         x.copy_(torch.randn_like(x))
         graph.replay()
         assert torch.equal(from_graph, call(x))
+
+
+@pytest.mark.parametrize("name", [name for name in list_formats() if get_format(name).plain is None])
+def test_encoder(name: str) -> None:
+    """As good as on the CPU, and the same bytes again."""
+    fmt = get_format(name)
+    seeded = torch.Generator().manual_seed(3)
+    weight, importance = torch.randn(32, 512, generator=seeded), torch.randn(512, generator=seeded).mul(1.5).exp()
+
+    def error(blocks: Tensor) -> float:
+        q = fmt.decode(blocks.cpu()).double() * fmt.runtime_scale
+        return float((importance * (weight - q).square()).sum().sqrt())
+
+    there, columns = weight.cuda(), importance.cuda()
+    found = encode(there, fmt, columns, "rmse")
+    assert torch.equal(found, encode(there, fmt, columns, "rmse"))
+    assert error(found) == pytest.approx(error(encode(weight, fmt, importance, "rmse")), rel=5e-3)
+
+
+@pytest.mark.parametrize("name", ["iq4_k", "q4_k", "iq3_s", "iq2_kt"])
+def test_memory_of_the_encoder(name: str) -> None:
+    """A chunk of 4 million weights and its scores, however large the matrix."""
+    weight = torch.randn(8192, 4096, device="cuda")
+    encode(weight[:1024], get_format(name), None, speed="fast")
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    blocks = encode(weight, get_format(name), None, speed="fast")
+    assert torch.cuda.max_memory_allocated() - before <= 1.2e9 + blocks.nbytes

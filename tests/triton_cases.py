@@ -11,8 +11,10 @@ import torch
 from conftest import golden
 from torch import Tensor
 
+from iqtorch.encode.nearest import GridNearest
 from iqtorch.errors import BlockSizeError, ShapeError, UnsupportedOperationError
 from iqtorch.formats import Format, get_format, list_formats
+from iqtorch.kernels.scores import best_entries
 from iqtorch.tensor import IQTensor
 
 launch = pytest.importorskip("iqtorch.kernels.launch")
@@ -468,3 +470,19 @@ def test_packing_reads_one_word_around_a_row(name: str) -> None:
     for region in repack.unpacking(name):
         for place, aligned in zip(region.places, region.move.aligned, strict=True):
             assert aligned or (place > 0 and region.move.clamped)
+
+
+@pytest.mark.parametrize(("name", "queries"), [("iq1_kt", 5), ("iq3_s", 130)])
+def test_nearest_entries_of_a_codebook(name: str, queries: int) -> None:
+    """The kernel that scores codebooks finds what a full search does."""
+    fmt = get_format(name)
+    near = GridNearest(fmt, torch.device("cpu"))
+    x = torch.randn(queries, fmt.group_size, generator=torch.Generator().manual_seed(1))[:, : fmt.vec]
+    w, s = x.square() + 0.1, 0.02 + 0.03 * torch.rand(queries, generator=torch.Generator().manual_seed(2))
+    code, value = near.codes(x, w, s, fmt.codebook.variants - 1)
+    near.fused = True
+    fused_code, fused_value = near.codes(x, w, s, fmt.codebook.variants - 1)
+    error, fused = ((w * (x - s[:, None] * v).square()).sum(1) for v in (value, fused_value))
+    assert (code == fused_code).float().mean() > 0.99
+    torch.testing.assert_close(fused, error, rtol=1e-5, atol=0)
+    assert best_entries(torch.zeros(0, 2 * fmt.vec), near.matrices[0]).shape == (0,)

@@ -52,7 +52,7 @@ class ValueTable:
 
     Attributes:
         bits: levels of the search tree; 0: all integers from `low` to `high`.
-        tree: float32 `[bits + 1, 32]` (see `_search_tree`); empty if there is none.
+        tree: float32 `[bits + 2, 32]` (see `_search_tree`); empty if there is none.
         shift: float32 `[variants]`, added to the values of variant 0.
         code: int32 `[high - low + 1]`: code of each value of variant 0, less `low`.
     """
@@ -77,7 +77,7 @@ def value_table(fmt: Format) -> ValueTable:
         bits,
         float(values[0]),
         float(values[-1]),
-        _search_tree(values, bits) if 0 < bits <= LARGEST_TREE else torch.zeros(0),
+        _search_tree(values, first, bits) if 0 < bits <= LARGEST_TREE else torch.zeros(0),
         torch.from_numpy((book - book[0])[:, 0].astype(np.float32)),
         torch.from_numpy(codes),
     )
@@ -129,8 +129,11 @@ class _Tables:
         self.ints.append(table.bits if table else 0)
         self.floats_table(table.tree if table and len(table.tree) else None)
         self.floats_table(table.shift if table else None)
-        self.ints_table(table.code if table else None)
-        self.floats += [table.low, table.high] if table else [0.0, 0.0]
+        # Codes that count up, perhaps through 255 to 0, need no table: only the value whose code is 0.
+        first = table.low - int(table.code[0]) if table else 0.0
+        counted = table is None or bool(((torch.arange(len(table.code)) + int(table.low - first) & 255) == table.code).all())
+        self.ints_table(None if table is None or counted else table.code)
+        self.floats += [table.low, table.high, first] if table else [0.0, 0.0, 0.0]
 
     def halves(self, values: np.ndarray | None) -> None:
         """`HalfTables` of a codebook int8 `[variants, entries, vec]`."""
@@ -191,18 +194,24 @@ class _Tables:
         )
 
 
-def _search_tree(values: np.ndarray, bits: int) -> Tensor:
-    """float32 `[bits + 1, 32]`: thresholds by level, and the values, at the index whose bits are the turns taken, first turn lowest."""
-    tree = np.full((bits + 1, 32), np.inf, np.float32)
-    padded = np.pad(values, (0, (1 << bits) - len(values)), mode="edge")
+def _search_tree(values: np.ndarray, codes: np.ndarray, bits: int) -> Tensor:
+    """float32 `[bits + 2, 32]`: thresholds by level, values, and their codes, at the index whose bits are the turns taken, first turn
+    lowest."""
+    tree = np.full((bits + 2, 32), np.inf, np.float32)
+    tree[bits:] = 0
+    padded, padded_codes = (np.pad(a, (0, (1 << bits) - len(values)), mode="edge") for a in (values, codes))
     middle = np.where(np.diff(padded) > 0, (padded[1:] + padded[:-1]) / 2, np.inf)
     for level in range(bits + 1):
         for way in range(1 << level):
             place = sum((way >> i & 1) << (bits - 1 - i) for i in range(level))  # of the first value below this node
-            tree[level, way] = padded[place] if level == bits else middle[place + (1 << (bits - 1 - level)) - 1]
+            if level < bits:
+                tree[level, way] = middle[place + (1 << (bits - 1 - level)) - 1]
+            else:
+                tree[level:, way] = padded[place], padded_codes[place]
     return torch.from_numpy(tree)
 
 
+@lru_cache(maxsize=256)
 def supported(fmt: Format) -> bool:
     """Whether the compiled search can encode this format: its lanes want variants that differ by a shift, and evenly spaced scales."""
     if fmt.vec > 1:
@@ -229,7 +238,7 @@ def _prepared(fmt: Format, groups: int, effort: Effort) -> tuple[Tensor, Tensor,
     t.ints += [fmt.code_parity, SIGNS[signs], FLOAT_KINDS[fmt.d_kind], fmt.affine, search.two_signs(fmt), min(fmt.min_values or (1,)) < 0]
     t.ints += [
         affine.kept_forms(effort) if fmt.affine else effort.keep,
-        effort.shortlist,
+        effort.shortlist if effort.rounds or fmt.vec > 1 else 0,
         effort.rounds,
         int(np.log2(entries) / 2 + 2) if boxes else 0,
     ]
@@ -257,17 +266,18 @@ def _prepared(fmt: Format, groups: int, effort: Effort) -> tuple[Tensor, Tensor,
     return t.tensors()
 
 
-def run(units: Units, fmt: Format, effort: Effort) -> Found:
-    """`search.search` or `affine.search_affine`, compiled."""
+def run(units: Units, fmt: Format, effort: Effort, products: bool) -> Found:
+    """`search.search` or `affine.search_affine`, compiled; with `Found.product`, if that is wanted."""
     count, groups = units.count, units.groups
     n = units.x.shape[1]
     heads = torch.empty((2, count), dtype=torch.int32)
     shared = torch.zeros((3, count * groups), dtype=torch.int32)
-    codes = torch.empty((count * groups, n // fmt.vec), dtype=torch.int32)
+    codes = torch.empty((count * groups, n // fmt.vec), dtype=torch.uint8 if fmt.vec == 1 else torch.int32)
     negative = torch.empty((count * groups, n) if "sign" in fmt.fields else (0,), dtype=torch.uint8)
+    product = torch.empty(count if products else 0)
     tables = _prepared(fmt, groups, effort)
     torch.ops.iqtorch_cpu.encode(
-        units.x.contiguous(), units.importance.contiguous(), units.exponent.contiguous(), *tables, heads, shared, codes, negative
+        units.x.contiguous(), units.importance.contiguous(), units.exponent.contiguous(), *tables, heads, shared, codes, negative, product
     )
     return Found(
         d=heads[0],
@@ -277,6 +287,7 @@ def run(units: Units, fmt: Format, effort: Effort) -> Found:
         negative=negative if "sign" in fmt.fields else None,
         dmin=heads[1] if fmt.affine else None,
         minimum=shared[1] if fmt.affine else None,
+        product=product if products else None,
     )
 
 
@@ -290,7 +301,8 @@ def pack(parts: Parts, fmt: Format) -> Tensor:
     for name, values in parts.items():
         if name in fmt.fields:
             plan = _plan(fmt.fields[name])
-            torch.ops.iqtorch_cpu.write_field(values.to(torch.int32).contiguous(), plan, header, fmt.fields[name].count, block_bytes, out)
+            wide = values if values.dtype == torch.uint8 else values.to(torch.int32)
+            torch.ops.iqtorch_cpu.write_field(wide.contiguous(), plan, header, fmt.fields[name].count, block_bytes, out)
     if fmt.wire:
         body = fmt.wire.to_stored(out.view(rows, blocks, block_bytes)).flatten(1)
         return torch.cat([head, body], dim=1)
@@ -300,18 +312,25 @@ def pack(parts: Parts, fmt: Format) -> Tensor:
 
 @lru_cache(maxsize=256)
 def _plan(field: Field) -> Tensor:
-    """int32 `[n, 5]`: for each stretch of bits its byte, its element, shifts right and left, and its mask, sorted by byte."""
-    terms = []
+    """int32 `[n, 6]`: for each stretch of bits its byte, its element, shifts right and left, and its mask; and for how many bytes and
+    elements on the same holds."""
+    terms: list[list[int]] = []
     low = 0
     for run in field.runs:
         for element, start in enumerate(run.start.tolist()):
             bit = start
             while bit < start + run.width:
                 count = min(8 - bit % 8, start + run.width - bit)
-                terms.append((bit // 8, element, low + bit - start, bit % 8, (1 << count) - 1))
+                terms.append([bit // 8, element, low + bit - start, bit % 8, (1 << count) - 1])
                 bit += count
         low += run.width
-    return torch.tensor(sorted(terms), dtype=torch.int32)
+    runs: list[list[int]] = []
+    for byte, element, *same in sorted(terms, key=lambda term: (term[2:], term[0])):
+        if runs and runs[-1][2:5] == same and (byte, element) == (runs[-1][0] + runs[-1][5], runs[-1][1] + runs[-1][5]):
+            runs[-1][5] += 1
+        else:
+            runs.append([byte, element, *same, 1])
+    return torch.tensor(runs, dtype=torch.int32)
 
 
 def feedback(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -32,11 +33,13 @@ SINGLE_EFFORTS = {
 }
 #: Weights encoded at a time (on a CPU, per thread): temporaries are a few dozen bytes per weight, and should stay in the cache. What
 #: is prepared per column is shared by all rows of a chunk.
-CHUNK = {"cpu": 1 << 18, "columns": 1 << 23, "gpu": 1 << 22}
+CHUNK = {"cpu": 1 << 19, "columns": 1 << 23, "gpu": 1 << 22}
 #: Rows that share a pass of the compiled search, if `d` is per row.
 LANES = 16
 #: Least importance relative to the mean: columns without importance still choose their own best codes.
 LEAST_IMPORTANCE = 1e-8
+#: Rows whose largest weight lies within 2 ** +-NEAR_ONE are searched as they are.
+NEAR_ONE = 8
 #: Rows that lost more than half of themselves (too small for a float16 `d`) are beyond repair by a factor.
 LARGEST_FACTOR = 2.0
 
@@ -92,10 +95,16 @@ def _rows_at_a_time(fmt: Format, k: int, device: torch.device) -> int:
     return -(-CHUNK["cpu"] * torch.get_num_threads() // k // LANES) * LANES
 
 
+@lru_cache(maxsize=256)
 def effort_of(fmt: Format, speed: Speed) -> Effort:
     """How hard to search for a format."""
     if fmt.vec == 1:
         effort = SINGLE_EFFORTS[speed]
+        if fmt.block_size == fmt.group_size and "d" in fmt.fields and not fmt.affine:  # no other group has a say in its scale
+            effort = replace(effort, keep=1)
+            if speed != "best" and (fmt.codebook.entries > 64 or fmt.d_kind == "e8m0"):
+                # Powers of two are all tried; of many levels, some trials find most of what there is, and settling nothing more.
+                effort = replace(effort, trials=min(effort.trials, 10), rounds=0)
         return replace(effort, trials=effort.trials // 2) if fmt.code_parity else effort  # its trials take four times as long
     effort = EFFORTS[speed]
     if large_codebook(fmt):
@@ -118,12 +127,22 @@ def _error_weights(importance: Tensor | None, k: int, device: torch.device) -> T
     return (wide / mean).clamp(min=LEAST_IMPORTANCE).float()
 
 
+def _known_near_one(largest: Tensor) -> bool:
+    """Whether all rows are near 1, by their largest weights; a device is not asked, which would be to wait for it."""
+    return largest.is_cpu and float(largest.amin()) >= 2.0 ** -(NEAR_ONE + 1) and float(largest.amax()) < 2.0**NEAR_ONE
+
+
 def _encode_rows(weight: Tensor, fmt: Format, importance: Tensor, objective: Objective, effort: Effort) -> Parts:
     rows, k = weight.shape
-    # Rows are scaled by powers of two to about 1, so that squares of tiny and huge weights stay finite.
-    exponent = torch.frexp(weight.abs().amax(1)).exponent.clamp(-120, 126).to(torch.int32)
-    down = torch.ldexp(torch.ones_like(weight[:, :1]), -exponent[:, None])
-    weight = weight * down  # the caller keeps no copy of what it was
+    # Rows far from 1 are scaled to about 1 by powers of two, so that squares of tiny and huge weights stay finite.
+    largest = torch.maximum(weight.amax(1), -weight.amin(1))
+    exponent = torch.zeros(rows, dtype=torch.int32, device=weight.device)
+    down = torch.ones_like(largest)[:, None]
+    if not _known_near_one(largest):
+        exponent = torch.frexp(largest).exponent.clamp(-120, 126).to(torch.int32)
+        exponent = torch.where(exponent.abs() <= NEAR_ONE, 0, exponent)
+        down = torch.ldexp(down, -exponent[:, None])
+        weight = weight * down  # the caller keeps no copy of what it was
     per_row = "d" not in fmt.fields
     unit = k if per_row else fmt.block_size
     n = fmt.group_size
@@ -133,33 +152,38 @@ def _encode_rows(weight: Tensor, fmt: Format, importance: Tensor, objective: Obj
         unit // n,
         exponent.repeat_interleave(k // unit),
     )
-    found = _search(units, fmt, effort)
+    found = _search(units, fmt, effort, objective)
     parts = _parts(found, fmt, rows)
     if objective == "model":
-        _unshrink(parts, fmt, weight, importance, down)
+        _unshrink(parts, fmt, weight, importance, down, found.product)
     return parts
 
 
-def _search(units: Units, fmt: Format, effort: Effort) -> Found:
+def _search(units: Units, fmt: Format, effort: Effort, objective: Objective) -> Found:
     if compiled.available(units.x.device) and compiled.supported(fmt):
-        return compiled.run(units, fmt, effort)
+        return compiled.run(units, fmt, effort, objective == "model")
     near = nearest(fmt, units.x.device)
     return (search_affine if fmt.affine else search)(units, fmt, near, effort)
 
 
-def _unshrink(parts: Parts, fmt: Format, weight: Tensor, importance: Tensor, down: Tensor) -> None:
+def _unshrink(parts: Parts, fmt: Format, weight: Tensor, importance: Tensor, down: Tensor, product: Tensor | None) -> None:
     """Multiplies `d` (and `dmin`) of each row by one factor, so that sum w x q = sum w x x for its decoded weights q.
 
     Least squares shrinks: its q is the projection of the row x, with sum w x q = sum w q q < sum w x x, so every output comes out
     too small by that factor on average. The squared error grows only in second order; divergence of a model falls.
+    `product`: sums w x q of parts of the rows, where the search knows them.
     """
     step = max(1, CHUNK["cpu" if weight.is_cpu else "gpu"] // weight.shape[1])
     ratios = []
     for i in range(0, len(weight), step):  # what is decoded takes several times the memory of the weights
         rows = slice(i, i + step)
-        decoded = fmt.weights({name: values[rows] for name, values in parts.items()}).mul_(down[rows] * fmt.runtime_scale)
         weighted = importance * weight[rows]
-        ratios.append((weighted * decoded).sum(1) / (weighted * weight[rows]).sum(1))
+        if product is None:
+            decoded = fmt.weights({name: values[rows] for name, values in parts.items()}).mul_(down[rows] * fmt.runtime_scale)
+            outer = decoded.mul_(weighted).sum(1)
+        else:
+            outer = product.view(len(weight), -1)[rows].sum(1)
+        ratios.append(outer / weighted.mul_(weight[rows]).sum(1))
     kept = torch.cat(ratios)
     factor = torch.where(kept > 1 / LARGEST_FACTOR, 1 / kept, 1.0).clamp(min=1.0)[:, None]
     for name in ("d", "dmin") if fmt.affine else ("d",):

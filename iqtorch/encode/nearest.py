@@ -119,6 +119,8 @@ class GridNearest(Nearest):
         self.books = book.flatten(0, 1)[None] if self.merged else book
         self.smallest = float(np.abs(fmt.codebook.values).min())
         self.matrices = [torch.cat([-2 * b, b * b], 1).T.contiguous() for b in self.books]
+        #: Scores stay in the registers of a Triton kernel.
+        self.fused = fmt.vec >= 4 and _has_kernels(fmt, device)
 
     def codes(self, x: Tensor, w: Tensor, s: Tensor, variant: Tensor | int) -> tuple[Tensor, Tensor]:
         if isinstance(variant, Tensor) and len(self.books) > 1:  # all of them: to pick the groups of each would wait for the device
@@ -156,6 +158,10 @@ class GridNearest(Nearest):
     def _best(self, query: Tensor, which: int) -> Tensor:
         """int32 entry with the lowest score for each query `[Q, 2 vec]`."""
         matrix = self.matrices[which]
+        if self.fused:
+            from ..kernels.scores import best_entries
+
+            return best_entries(query, matrix)
         step = max(1, SCORE_ELEMENTS["cpu" if query.device.type == "cpu" else "gpu"] // matrix.shape[1])
         found = [(part @ matrix).min(1)[1] for part in query.split(step)]
         return torch.cat(found).to(torch.int32)
@@ -220,6 +226,14 @@ def nearest(fmt: Format, device: torch.device, probes: int | None = None) -> Nea
 @lru_cache(maxsize=128)
 def _built(fmt: Format, device: torch.device, cells: bool) -> Nearest:
     return (TableNearest if fmt.vec == 1 else CellNearest if cells else GridNearest)(fmt, device)
+
+
+def _has_kernels(fmt: Format, device: torch.device) -> bool:
+    if device.type == "cpu":
+        return False
+    from .. import kernels
+
+    return kernels.supports(fmt, 1, fmt.block_size) is None
 
 
 def _take(table: Tensor, index: Tensor) -> Tensor:

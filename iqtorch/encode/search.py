@@ -64,7 +64,8 @@ class Units:
 @dataclass
 class Found:
     """The integers found: `d` (and `dmin`) bit patterns `[U]`, `scale`, `variant` (and `min`) `[U * G]`, codes `[U * G, n / vec]`,
-    and which weights are `negative` `[U * G, n]`, for formats with separate signs."""
+    which weights are `negative` `[U * G, n]`, for formats with separate signs, and perhaps the `product` `[U]`, sum w x q of the weights
+    and their stored values."""
 
     d: Tensor
     scale: Tensor
@@ -73,6 +74,7 @@ class Found:
     negative: Tensor | None = None
     dmin: Tensor | None = None
     minimum: Tensor | None = None
+    product: Tensor | None = None
 
 
 class ScaleGrid:
@@ -129,8 +131,8 @@ SPANS = {
 
 def trial_ratios(fmt: Format, trials: int) -> list[float]:
     """Trial scales, relative to that of `reference`."""
-    if fmt.d_kind == "e8m0":  # the trial scales are the only ones there are
-        return [2.0**power for power in range(-4, 2)]
+    if fmt.d_kind == "e8m0":  # the trial scales are the only ones there are; of 16,000 groups none was best at the lowest of four
+        return [2.0**power for power in range(-2 if trials < 64 else -4, 2)]
     spans, bits = SPANS[fmt.vec == 1], int(np.log2(fmt.codebook.entries))
     low, high = spans[max(b for b in spans if b <= bits)]
     return np.linspace(low, high, trials).tolist()

@@ -23,10 +23,11 @@ struct Lookup {
 };
 
 // Codebook of single values. `bits` 0: all integers from `low` to `high`; 2 to 5: `tree` is a search tree of so many levels
-// (encode_lanes.inl), 32 numbers per level and 32 values; else `cells` serve. `code`: of value - low. Variant v adds shift[v] to the values.
+// (encode_values.inl), 32 numbers per level, 32 values and their codes; else `cells` serve. `code`: of value - low, or null if it is
+// the low byte of value - first. Variant v adds shift[v] to the values.
 struct ValueTable {
   int32_t bits;
-  float low, high;
+  float low, high, first;
   const float *tree, *shift;
   const int32_t* code;
   Lookup cells;
@@ -93,7 +94,8 @@ struct EncodeData {
   const int32_t* exponent;
   int64_t weight_rows, units;
   int32_t *d, *dmin, *scale, *minimum, *variant, *code;
-  uint8_t* negative;
+  uint8_t *byte, *negative;  // single values have their codes in `byte`
+  float* product;            // of each unit: sum w x q over its weights x and what is stored of them, q; or null
 };
 
 // Formats without boxes are encoded unit by unit, single values sixteen units at a time (kWhole). With boxes the work is cut into steps, each over units or over columns

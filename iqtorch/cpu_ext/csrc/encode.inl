@@ -405,6 +405,10 @@ void Search::write(int64_t u) {
     data.variant[u * groups + g] = best_kind[g];
   }
   for (int c = 0; c < codes; ++c) data.code[u * codes + c] = best_code[c];
+  F product = set(0);
+  for (int j = 0; data.product && j < count; j += 16)
+    product = fma(load(w + j) * load(x + j), set(d * f.scale.value[best_rank[j / n]]) * load(best_value + j), product);
+  if (data.product) data.product[u] = sum(product);
   if (f.i.signs != kUnsigned)
     for (int j = 0; j < count; ++j) data.negative[u * count + j] = __builtin_signbit(best_value[j]) != 0;
 }

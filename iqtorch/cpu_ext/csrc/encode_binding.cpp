@@ -65,7 +65,7 @@ Encoder read(Reader r, int64_t int_count, int64_t float_count) {
   e.reference = *r.floats++, e.smallest = *r.floats++, e.trial_depth = *r.floats++, e.depth = *r.floats++;
   e.values.cells = r.lookup();
   e.values.bits = *r.ints++, e.values.tree = r.float_table(), e.values.shift = r.float_table(), e.values.code = r.int_table();
-  e.values.low = *r.floats++, e.values.high = *r.floats++;
+  e.values.low = *r.floats++, e.values.high = *r.floats++, e.values.first = *r.floats++;
   e.book = r.float_table(), e.other = r.int_table(), e.odd = r.int_table(), e.order = r.int_table();
   e.halves = {r.int_table(), r.float_table(), r.int_table(), r.int_table(), r.int_table(), r.int_table()};
   e.boxes = {r.int_table(), r.int_table(), r.float_table(), r.float_table()};
@@ -96,7 +96,7 @@ void check(const Tensor& t, ScalarType type, int64_t elements, const char* name)
 }
 
 void encode(const Tensor& x, const Tensor& w, const Tensor& exponent, const Tensor& ints, const Tensor& floats, const Tensor& int_tables,
-            const Tensor& float_tables, Tensor heads, Tensor groups, Tensor codes, Tensor negative) {
+            const Tensor& float_tables, Tensor heads, Tensor groups, Tensor codes, Tensor negative, Tensor products) {
   const Encoder e = read({ints.const_data_ptr<int32_t>(), floats.const_data_ptr<float>(), int_tables.const_data_ptr<int32_t>(),
                           float_tables.const_data_ptr<float>()},
                          ints.numel(), floats.numel());
@@ -112,14 +112,16 @@ void encode(const Tensor& x, const Tensor& w, const Tensor& exponent, const Tens
   check(exponent, ScalarType::Int, units, "exponent");
   check(heads, ScalarType::Int, 2 * units, "heads");
   check(groups, ScalarType::Int, 3 * units * e.i.groups, "groups");
-  check(codes, ScalarType::Int, units * count / e.i.vec, "codes");
+  check(codes, e.i.vec == 1 ? ScalarType::Byte : ScalarType::Int, units * count / e.i.vec, "codes");
   check(negative, ScalarType::Byte, e.i.signs == kUnsigned ? negative.numel() : units * count, "negative");
+  check(products, ScalarType::Float, products.numel() ? units : 0, "products");
   int32_t* head = heads.mutable_data_ptr<int32_t>();
   int32_t* group = groups.mutable_data_ptr<int32_t>();
   const int64_t per = units * e.i.groups;
   const EncodeData data{x.const_data_ptr<float>(), w.const_data_ptr<float>(), exponent.const_data_ptr<int32_t>(), w.numel() / count, units,
-                        head, head + units, group, group + per, group + 2 * per, codes.mutable_data_ptr<int32_t>(),
-                        negative.mutable_data_ptr<uint8_t>()};
+                        head, head + units, group, group + per, group + 2 * per,
+                        e.i.vec == 1 ? nullptr : codes.mutable_data_ptr<int32_t>(), e.i.vec == 1 ? codes.mutable_data_ptr<uint8_t>() : nullptr,
+                        negative.mutable_data_ptr<uint8_t>(), products.numel() ? products.mutable_data_ptr<float>() : nullptr};
   const Run run = encoder_of(kernels().name);
   const size_t bytes = encode_scratch(e);
   const Block records = e.i.box_bits ? allocate(encode_record(e) * units + 64) : Block();
@@ -135,35 +137,54 @@ void encode(const Tensor& x, const Tensor& w, const Tensor& exponent, const Tens
   step(kWrite);
 }
 
-// Bits of one byte of a block: (element >> right & mask) << left. `last` of a byte ends it.
+// For i of `count`: (element + i >> right & mask) << left goes into byte + i of a block.
 struct Bits {
-  int32_t byte, element, right, left, mask;
+  int32_t byte, element, right, left, mask, count;
 };
 
-// Adds the bits of one field: values [rows, blocks * count], into zeroed rows of `header` bytes and then `blocks` blocks. `plan` is
-// [n, 5], sorted by byte.
+void write_runs(const uint32_t* from, const Bits* bits, int64_t runs, uint8_t* to) {
+  for (const Bits* run = bits; run < bits + runs; ++run)
+    for (int32_t i = 0; i < run->count; ++i) to[run->byte + i] |= (uint8_t)((from[run->element + i] >> run->right & run->mask) << run->left);
+}
+
+// Elements that are bytes go eight at a time: no bit gets into another byte but what the mask takes away.
+void write_runs(const uint8_t* from, const Bits* bits, int64_t runs, uint8_t* to) {
+  for (const Bits* run = bits; run < bits + runs; ++run) {
+    const uint64_t mask = 0x0101010101010101u * (uint64_t)run->mask;
+    const auto add = [&](int32_t at, size_t size) {
+      uint64_t word = 0, old = 0;
+      std::memcpy(&word, from + run->element + at, size), std::memcpy(&old, to + run->byte + at, size);
+      old |= (word >> run->right & mask) << run->left;
+      std::memcpy(to + run->byte + at, &old, size);
+    };
+    int32_t at = 0;
+    for (; at + 8 <= run->count; at += 8) add(at, 8);
+    if (at < run->count) add(at, run->count - at);
+  }
+}
+
+// Adds the bits of one field: int32 or uint8 values [rows, blocks * count], into zeroed rows of `header` bytes and then `blocks` blocks.
+// `plan` is [n, 6].
 void write_field(const Tensor& values, const Tensor& plan, int64_t header, int64_t count, int64_t block_bytes, Tensor out) {
-  static_assert(sizeof(Bits) == 20, "a plan is rows of five integers");
-  const int64_t rows = out.size(0), row_bytes = out.size(1), blocks = (row_bytes - header) / block_bytes, terms = plan.numel() / 5;
-  check(values, ScalarType::Int, rows * blocks * count, "values");
-  check(plan, ScalarType::Int, 5 * terms, "plan");
+  static_assert(sizeof(Bits) == 24, "a plan is rows of six integers");
+  const int64_t rows = out.size(0), row_bytes = out.size(1), blocks = (row_bytes - header) / block_bytes, runs = plan.numel() / 6;
+  const bool bytes = values.scalar_type() == ScalarType::Byte;
+  check(values, bytes ? ScalarType::Byte : ScalarType::Int, rows * blocks * count, "values");
+  check(plan, ScalarType::Int, 6 * runs, "plan");
   check(out, ScalarType::Byte, rows * (header + blocks * block_bytes), "out");
   const Bits* bits = (const Bits*)plan.const_data_ptr<int32_t>();
-  for (int64_t i = 0; i < terms; ++i)
-    STD_TORCH_CHECK(bits[i].byte >= 0 && bits[i].byte < block_bytes && bits[i].element >= 0 && bits[i].element < count,
+  for (int64_t i = 0; i < runs; ++i)
+    STD_TORCH_CHECK(bits[i].byte >= 0 && bits[i].count > 0 && bits[i].byte + bits[i].count <= block_bytes && bits[i].element >= 0 &&
+                        bits[i].element + bits[i].count <= count,
                     "write_field: the plan leaves the block");
-  const int32_t* from = values.const_data_ptr<int32_t>();
+  const void* from = values.const_data_ptr();
   uint8_t* to = out.mutable_data_ptr<uint8_t>();
-  torch::stable::parallel_for(0, rows * blocks, std::max<int64_t>(1, 65536 / terms), [&](int64_t a, int64_t b) {
+  torch::stable::parallel_for(0, rows * blocks, std::max<int64_t>(1, 65536 / count), [&](int64_t a, int64_t b) {
+    int64_t row = a / blocks, place = a % blocks;
     for (int64_t block = a; block < b; ++block) {
-      const uint32_t* element = (const uint32_t*)from + block * count;
-      uint8_t* bytes = to + block / blocks * row_bytes + header + block % blocks * block_bytes;
-      for (int64_t i = 0; i < terms;) {
-        const int32_t at = bits[i].byte;
-        uint32_t byte = 0;
-        for (; i < terms && bits[i].byte == at; ++i) byte |= (element[bits[i].element] >> bits[i].right & bits[i].mask) << bits[i].left;
-        bytes[at] |= (uint8_t)byte;
-      }
+      uint8_t* at = to + row * row_bytes + header + place * block_bytes;
+      if (++place == blocks) place = 0, ++row;
+      bytes ? write_runs((const uint8_t*)from + block * count, bits, runs, at) : write_runs((const uint32_t*)from + block * count, bits, runs, at);
     }
   });
 }
@@ -173,7 +194,7 @@ void write_field(const Tensor& values, const Tensor& plan, int64_t header, int64
 STABLE_TORCH_LIBRARY_FRAGMENT(iqtorch_cpu, m) {
   m.def(
       "encode(Tensor x, Tensor w, Tensor exponent, Tensor ints, Tensor floats, Tensor int_tables, Tensor float_tables, "
-      "Tensor(a!) heads, Tensor(b!) groups, Tensor(c!) codes, Tensor(d!) negative) -> ()");
+      "Tensor(a!) heads, Tensor(b!) groups, Tensor(c!) codes, Tensor(d!) negative, Tensor(e!) products) -> ()");
   m.def("write_field(Tensor values, Tensor plan, int header, int count, int block_bytes, Tensor(a!) out) -> ()");
 }
 

@@ -268,7 +268,7 @@ template <int V> int Boxes<V>::nearest(const float* target, float scale, int war
   const float step = largest > 1e-30f ? largest / 32512 : 1e-34f, per_step = largest > 1e-30f ? 32512 / largest : 0.0f;
   const I q = truncate(fma(a, set(per_step), set(65536.5f))) + seti(-65536);
   int32_t upper[4], lower[4];
-  store_bytes(upper, over256(q + seti(128))), store_bytes(lower, q);
+  store_bytes((uint8_t*)upper, over256(q + seti(128))), store_bytes((uint8_t*)lower, q);
   const I start = seti(-128 * (int32_t)sum(to_float(q)));  // the bytes of entries are 128 more than their values
   const float rounding = step * (66 * V) + 1e-5f * zero;  // of the 16-bit query (codebooks reach 127) and of float sums
 

@@ -52,7 +52,9 @@ template <class Near, bool AFFINE> struct Lanes {
   const int n, groups, keep;
   int64_t first_unit, loaded = -1;  // the group that x and w hold
   Stored stored[kLanes];
-  float x[kMaxSingles * kLanes], w[kMaxSingles * kLanes];  // of a group, [n][lanes]
+  F up, down;  // of `stored`
+  alignas(64) float x[kMaxSingles * kLanes];  // of a group, [n][lanes]
+  alignas(64) float w[kMaxSingles * kLanes];
   float *forms, *choices;                              // [groups][keep] and [groups]
   F d, dmin;
 
@@ -68,11 +70,18 @@ template <class Near, bool AFFINE> struct Lanes {
     return u < data.units ? u : data.units - 1;
   }
 
+  // As `Stored::round`.
   F rounded(F v) const {
-    float t[kLanes];
-    store(t, v);
-    for (int l = 0; l < kLanes; ++l) t[l] = stored[l].round(t[l]);
-    return load(t);
+    v = v * up;
+    if (f.i.d_kind == kHalf) {
+      const F bound = set(65504), near = min(max(v, set(0) - bound), bound);
+      const F coarse = max(power_of(near), set(1.0f / 16384)) * set(12288);  // sums with it keep ten bits
+      v = (near + coarse) - coarse;
+    } else if (f.i.d_kind == kExponent) {
+      const F low = power_of(max(v, set(0)));
+      v = min(max(select(less(low * set(1.41421354f), v), low + low, low), set(power_of_two(-128))), set(power_of_two(126)));
+    }
+    return v * down;
   }
 
   void load_group(int g) {
@@ -292,6 +301,7 @@ template <class Near, bool AFFINE> struct Lanes {
       }
       const M better = less(total, best);
       best = select(better, total, best), d = select(better, now, d), fit = select(better, quotient(a, b), fit);
+      return any(better);
     };
     if (f.scale.count == 1) {
       for (int k = 0; k < keep; ++k)
@@ -307,7 +317,7 @@ template <class Near, bool AFFINE> struct Lanes {
         consider(now), consider(none - now);
       }
     }
-    for (int i = 0; i < 3; ++i) consider(fit);
+    for (int i = 0; i < 3 && consider(fit); ++i) {}
   }
 
   // Least-squares d and dmin from sums over groups of B M, S1 N, CC M^2, C1 M N, W N^2, where s = d M and o = dmin N.
@@ -364,11 +374,12 @@ template <class Near, bool AFFINE> struct Lanes {
       F next, next_min;
       solve(b, s, cc, cm, mm, next, next_min);
       fit = select(better, next, fit), fit_min = select(better, next_min, fit_min);
+      return any(better);
     };
     for (int p = 0; p < f.reach_count; ++p)
       for (int q = 0; q < f.reach_minimum_count; ++q)
         consider(reach / set(f.scale.largest * f.reach[p]), reach_min / set(f.minimum.largest * f.reach_minimum[q]));
-    for (int i = 0; i < 3; ++i) consider(fit, fit_min);
+    for (int i = 0; i < 3 && consider(fit, fit_min); ++i) {}
   }
 
   // Tries ranks and a variant on the weights themselves.
@@ -454,9 +465,10 @@ template <class Near, bool AFFINE> struct Lanes {
 
   void write() {
     float values[kLanes], low_values[kLanes];
-    int32_t t[kMaxSingles * kLanes];
+    alignas(64) int32_t t[kMaxSingles * kLanes];
     const int lanes = (int)(data.units - first_unit < kLanes ? data.units - first_unit : kLanes);
     const size_t count = (size_t)n * groups;
+    F product = set(0);
     store(values, d), store(low_values, dmin);
     for (int l = 0; l < lanes; ++l) {
       data.d[first_unit + l] = stored[l].bits(values[l]);
@@ -465,24 +477,25 @@ template <class Near, bool AFFINE> struct Lanes {
     for (int g = 0; g < groups; ++g) {
       load_group(g);
       const Choice c = get<Choice>(choice(g));
-      const F s = d * scales.value(c.rank), inverse = inverse_of(s);
-      const F move = AFFINE ? dmin * minima.value(c.low_rank) * inverse : set(0) - c.shift;
+      const F s = d * scales.value(c.rank), inverse = inverse_of(s), o = AFFINE ? dmin * minima.value(c.low_rank) : set(0);
+      const F move = AFFINE ? o * inverse : set(0) - c.shift;
+      F value[kMaxSingles];
       if (f.i.code_parity) {
-        F value[kMaxSingles];
         I code[kMaxSingles];
         even_values(s, c.shift, value, code);
         for (int j = 0; j < n; ++j) store(t + j * kLanes, code[j]);
       } else {
-        for (int j = 0; j < n; ++j) {
-          const F v = near(fma(load(x + j * kLanes), inverse, move));
-          store(t + j * kLanes, gather(f.values.code, truncate(v - set(f.values.low))));
-        }
+        for (int j = 0; j < n; ++j) store(t + j * kLanes, near.code(fma(load(x + j * kLanes), inverse, move)));
+        for (int j = 0; data.product && j < n; ++j) value[j] = near(fma(load(x + j * kLanes), inverse, move)) + c.shift;
       }
+      for (int j = 0; data.product && j < n; ++j) product = fma(load(w + j * kLanes) * load(x + j * kLanes), s * value[j] - o, product);
       for (int j = 0; j < n; j += kLanes) {
         F tile[kLanes];
-        for (int l = 0; l < kLanes; ++l) tile[l] = load((const float*)t + (j + l) * kLanes);
+        int32_t* const rows = t + j * kLanes;
+        for (int l = 0; l < kLanes; ++l) tile[l] = load((const float*)rows + l * kLanes);
         transpose(tile);
-        for (int l = 0; l < lanes; ++l) store((float*)data.code + (first_unit + l) * count + g * n + j, tile[l]);
+        for (int l = 0; l < kLanes; ++l) store((float*)rows + l * kLanes, tile[l]);
+        for (int l = 0; l < lanes; ++l) store_bytes(data.byte + (first_unit + l) * count + g * n + j, load(rows + l * kLanes));
       }
       float rank[kLanes], low_rank[kLanes], shift[kLanes];
       store(rank, c.rank), store(low_rank, c.low_rank), store(shift, c.shift);
@@ -492,14 +505,19 @@ template <class Near, bool AFFINE> struct Lanes {
         if (AFFINE) data.minimum[at] = f.minimum.stored[(int)low_rank[l]];
       }
     }
+    store(values, product);
+    for (int l = 0; data.product && l < lanes; ++l) data.product[first_unit + l] = values[l];
   }
 
   void run(int64_t bundle) {
     first_unit = bundle * kLanes;
+    float ups[kLanes], downs[kLanes];
     for (int l = 0; l < kLanes; ++l) {
       const int exponent = data.exponent[unit(l)];
       stored[l] = {f.i.d_kind, power_of_two(exponent), power_of_two(-exponent)};
+      ups[l] = stored[l].up, downs[l] = stored[l].down;
     }
+    up = load(ups), down = load(downs);
     for (int g = 0; g < groups; ++g) propose(g);
     AFFINE ? share_affine() : share();
     for (int g = 0; g < groups; ++g) shortlist(g);

@@ -31,6 +31,8 @@ IQ_FN F min(F a, F b) { return {_mm512_min_ps(a.v, b.v)}; }
 IQ_FN F max(F a, F b) { return {_mm512_max_ps(a.v, b.v)}; }
 IQ_FN I truncate(F a) { return {_mm512_cvttps_epi32(a.v)}; }
 IQ_FN F to_float(I a) { return {_mm512_cvtepi32_ps(a.v)}; }
+// The power of two of the exponent, without a sign; 0 of numbers below 2^-126.
+IQ_FN F power_of(F a) { return {_mm512_and_ps(a.v, _mm512_castsi512_ps(_mm512_set1_epi32(0x7f800000)))}; }
 IQ_FN I times256(I a) { return {_mm512_slli_epi32(a.v, 8)}; }
 // The i-th byte of each lane; N times a lane (0 if negative); entry i of a table of 16 or 32; the low bytes.
 IQ_FN I byte_of(I a, int i) { return {_mm512_and_si512(_mm512_srli_epi32(a.v, 8 * i), _mm512_set1_epi32(255))}; }
@@ -38,7 +40,7 @@ template <int N> IQ_FN I scaled_index(I a) { return {_mm512_mullo_epi32(_mm512_m
 IQ_FN F lookup16(F table, I i) { return {_mm512_permutexvar_ps(i.v, table.v)}; }
 IQ_FN I over256(I a) { return {_mm512_srai_epi32(a.v, 8)}; }
 IQ_FN I load_bytes(const int32_t* p) { return {_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p))}; }
-IQ_FN void store_bytes(int32_t* p, I a) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(a.v)); }
+IQ_FN void store_bytes(uint8_t* p, I a) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(a.v)); }
 IQ_FN F lookup32(const float* p, I i) { return {_mm512_permutex2var_ps(_mm512_loadu_ps(p), i.v, _mm512_loadu_ps(p + 16))}; }
 // Adds to each lane the product of four unsigned bytes and four signed bytes.
 IQ_FN I dot4(I sum, I bytes, I with) { return {_mm512_dpbusd_epi32(sum.v, bytes.v, with.v)}; }
@@ -117,6 +119,10 @@ IQ_FN F min(F a, F b) { return {{_mm256_min_ps(a.v[0], b.v[0]), _mm256_min_ps(a.
 IQ_FN F max(F a, F b) { return {{_mm256_max_ps(a.v[0], b.v[0]), _mm256_max_ps(a.v[1], b.v[1])}}; }
 IQ_FN I truncate(F a) { return {{_mm256_cvttps_epi32(a.v[0]), _mm256_cvttps_epi32(a.v[1])}}; }
 IQ_FN F to_float(I a) { return {{_mm256_cvtepi32_ps(a.v[0]), _mm256_cvtepi32_ps(a.v[1])}}; }
+IQ_FN F power_of(F a) {
+  const __m256 mask = _mm256_castsi256_ps(_mm256_set1_epi32(0x7f800000));
+  return {{_mm256_and_ps(a.v[0], mask), _mm256_and_ps(a.v[1], mask)}};
+}
 IQ_FN I times256(I a) { return {{_mm256_slli_epi32(a.v[0], 8), _mm256_slli_epi32(a.v[1], 8)}}; }
 IQ_FN I byte_of(I a, int i) {
   const __m256i mask = _mm256_set1_epi32(255);
@@ -145,10 +151,10 @@ IQ_FN I load_bytes(const int32_t* p) {
   IQ_EACH t[i] = ((const uint8_t*)p)[i];
   return load(t);
 }
-IQ_FN void store_bytes(int32_t* p, I a) {
+IQ_FN void store_bytes(uint8_t* p, I a) {
   int32_t t[16];
   store(t, a);
-  IQ_EACH ((uint8_t*)p)[i] = (uint8_t)t[i];
+  IQ_EACH p[i] = (uint8_t)t[i];
 }
 IQ_FN I over256(I a) { return {{_mm256_srai_epi32(a.v[0], 8), _mm256_srai_epi32(a.v[1], 8)}}; }
 IQ_FN F lookup32(const float* p, I i) { return gather(p, i); }
@@ -255,6 +261,15 @@ IQ_FN F min(F a, F b) { IQ_EACH a.v[i] = a.v[i] < b.v[i] ? a.v[i] : b.v[i]; retu
 IQ_FN F max(F a, F b) { IQ_EACH a.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i]; return a; }
 IQ_FN I truncate(F a) { I r; IQ_EACH r.v[i] = (int32_t)a.v[i]; return r; }
 IQ_FN F to_float(I a) { F r; IQ_EACH r.v[i] = (float)a.v[i]; return r; }
+IQ_FN F power_of(F a) {
+  IQ_EACH {
+    uint32_t bits;
+    __builtin_memcpy(&bits, &a.v[i], 4);
+    bits &= 0x7f800000;
+    __builtin_memcpy(&a.v[i], &bits, 4);
+  }
+  return a;
+}
 IQ_FN I times256(I a) { IQ_EACH a.v[i] = (int32_t)((uint32_t)a.v[i] << 8); return a; }
 IQ_FN I byte_of(I a, int n) { IQ_EACH a.v[i] = (int32_t)((uint32_t)a.v[i] >> 8 * n & 255); return a; }
 template <int N> IQ_FN I scaled_index(I a) { IQ_EACH a.v[i] = N * (a.v[i] < 0 ? 0 : a.v[i]); return a; }
@@ -274,10 +289,10 @@ IQ_FN I load_bytes(const int32_t* p) {
   IQ_EACH t[i] = ((const uint8_t*)p)[i];
   return load(t);
 }
-IQ_FN void store_bytes(int32_t* p, I a) {
+IQ_FN void store_bytes(uint8_t* p, I a) {
   int32_t t[16];
   store(t, a);
-  IQ_EACH ((uint8_t*)p)[i] = (uint8_t)t[i];
+  IQ_EACH p[i] = (uint8_t)t[i];
 }
 IQ_FN I over256(I a) { IQ_EACH a.v[i] >>= 8; return a; }
 IQ_FN F lookup32(const float* p, I n) { return gather(p, n); }

@@ -69,12 +69,12 @@ Scales scales(const Tensor& unit, const Tensor& value, const Tensor& near, Tenso
           stride};
 }
 
-// Of single values; the tree has a level of 32 numbers per bit, and the values, and `cells` serve without one.
+// Of single values; the tree has a level of 32 numbers per bit, the values and their codes, and `cells` serve without one.
 ValueTable value_table(const Tensor& tree, const Tensor& shift, const Tensor& code, const Tensor& cell_value, int64_t kinds, int64_t bits,
                        int32_t cells, const std::vector<double>& bounds) {
   ValueTable t{};
   t.bits = (int32_t)bits, t.low = (float)bounds[0], t.high = (float)bounds[1];
-  t.tree = floats(tree, bits >= 2 && bits <= 5 ? (bits + 1) * 32 : 0, "tree"), t.shift = floats(shift, kinds, "shift");
+  t.tree = floats(tree, bits >= 2 && bits <= 5 ? (bits + 2) * 32 : 0, "tree"), t.shift = floats(shift, kinds, "shift");
   t.code = ints(code, (int64_t)(t.high - t.low) + 1, "codes of values");
   t.cells = {nullptr, floats(cell_value, cells, "values of cells"), (float)bounds[2], (float)bounds[3], cells};
   return t;
