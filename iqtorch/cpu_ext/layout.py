@@ -9,7 +9,8 @@ multiple of 16 would take up to 15 times the memory. Inside a tile every field o
 in one of two arrangements (r = row 0..15, *cell* = 32 neighbouring weights):
 
     lanes   one element per weight (codes of single weights, sign bits): the 64 bytes of a vector are 4 r + j for the weights
-            4 q + j of a cell; a plane of b bits puts vector q at bits b q % 8 of the 64 bytes number b q / 8 of the cell.
+            4 q + j of a cell; a plane of b bits puts vector q at bits b q % 8 of the 64 bytes number b q / 8 of the cell,
+            and a plane of one bit vectors 0 .. 7 at bits 0, 1, 4, 5, 2, 3, 6, 7 (`bit_of` of csrc/decoders.inl says why).
             Such a vector is what a dot-product instruction takes: per row, four neighbouring weights.
     rows    everything else: element e is at bits b e % 8 of the 16 bytes number b e / 8, one byte per row.
 
@@ -31,7 +32,7 @@ from ..formats import Format, ik_trellis
 from ..formats.base import Field, bits
 
 #: Changes with what the numbers of `Layout` mean; `kInterface` of csrc/format.h.
-INTERFACE = 3
+INTERFACE = 4
 
 ROWS = 16
 CELL = 32
@@ -138,7 +139,8 @@ def _lanes_places(field: Field, offset: int) -> list[Place]:
     places = []
     base = offset + cell * VECTOR * field.width + j
     for size, low in planes(field.width):
-        places.append(Place(base + VECTOR * (q * size // 8), q * size % 8, 4, low, size))
+        at = q & 1 | (q & 2) << 1 | (q & 4) >> 1 if size == 1 else q * size
+        places.append(Place(base + VECTOR * (at // 8), at % 8, 4, low, size))
         base = base + VECTOR * size
     return places
 
@@ -331,7 +333,7 @@ def layout(fmt: Format) -> Layout:
         INTERFACE, fmt.ggml_type, fmt.block_size, fmt.block_bytes, fmt.row_header_bytes, fmt.d_bytes, ROWS * fmt.block_bytes,
         decoder, sign, code.width, fmt.vec, largest, bias, delta, variant_in_code, flip,
         CELL // min(fmt.group_size, CELL), int(fmt.affine),
-        scale_flip, scale_linear, *_scale_table(None if scale_linear else fmt.scale_values),
+        scale_flip, scale_linear, *_scale_table(fmt.scale_values if len(fmt.scale_values or ()) <= 32 or not scale_linear else None),
         np.int64(ik_trellis.MULTIPLIER).astype(np.int32), ik_trellis.OFFSET,
     ]  # fmt: skip
     for name in ("code", "sign", "d", "dmin", "scale", "min", "variant"):

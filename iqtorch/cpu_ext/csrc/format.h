@@ -7,7 +7,7 @@
 
 namespace iqtorch {
 
-constexpr int kInterface = 3;  // `INTERFACE` of layout.py: a build that is older than the Python package must not run
+constexpr int kInterface = 4;  // `INTERFACE` of layout.py: a build that is older than the Python package must not run
 constexpr int kRows = 16;      // rows interleaved in a tile
 constexpr int kCell = 32;      // weights of a row that share an activation scale
 constexpr int kVector = 64;    // bytes: four neighbouring weights of each of 16 rows
@@ -38,7 +38,7 @@ struct Ints {
   int32_t variant_in_code, flip;
   int32_t groups, affine;  // `groups` per cell (one or two) have a scale, and a minimum, of their own
   int32_t scale_flip, scale_linear;
-  uint8_t scale_table[32];  // scales that are no linear function of what is stored, plus 128
+  uint8_t scale_table[32];  // scales by what is stored, up to 32 of them, plus 128
   int32_t multiplier, generator_offset;
   Field code, sign_bits, d, dmin, scale, min, variant;
 };

@@ -6,10 +6,11 @@ namespace iqtorch { namespace IQTORCH_ISA {
 
 template <int Bits, int Vec, int Mode> class GridDecoder {
  public:
-  static constexpr bool kNarrow = true, kSmall = false;
+  static constexpr bool kSmall = false;
+  static constexpr int kMost = 127;
   const I32 variant;
 
-  explicit IQ_FN GridDecoder(const Format& f)
+  explicit IQ_FN GridDecoder(const Format& f, int = 0)
       : variant(bytes_of(f.i.delta)), low_(f.table + (Vec << Bits)), sign_(f.i.sign_bits.plane[0].offset), total_(2 * f.i.bias),
         levels_(_mm512_loadu_si512(low_ + (2 << Bits))) {
     if (Mode == kSignParity) {
@@ -108,7 +109,7 @@ template <int Bits, int Vec, int Mode> class GridDecoder {
   // Levels -> operands with their signs.
   IQ_FN U8 finish(__m512i level, __m512i signs, int q) const {
     const U8 v = {_mm512_permutexvar_epi8(level, levels_)};
-    if constexpr (Mode == kSignBits) return mirror(v, {signs}, q, total_);
+    if constexpr (Mode == kSignBits) return mirror(v, {signs}, bit_of(q), total_);
     if constexpr (Mode == kSignParity) {
       const __mmask64 m = _mm512_test_epi8_mask(_mm512_permutexvar_epi8(spread(q / 2), signs), _mm512_set1_epi32(q % 2 ? (int)0x80402010 : 0x08040201));
       return {_mm512_mask_sub_epi8(v.v, m, _mm512_set1_epi8((char)total_), v.v)};

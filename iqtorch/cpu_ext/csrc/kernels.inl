@@ -5,6 +5,7 @@
 #include IQ_OWN_GRIDS
 #endif
 #include "sides.inl"
+#include "cells.inl"
 
 namespace iqtorch { namespace IQTORCH_ISA {
 
@@ -66,11 +67,11 @@ template <class Decoder> IQ_FN void prefetch(const uint8_t* tile, int c, int cel
 }
 
 template <class Decoder, class Side> static void gemv(const Matrix& w, const Activations& x, const Output& out, int64_t g0, int64_t g1) {
-  constexpr bool narrow = Decoder::kNarrow || !kSignedDot, affine = Side::kAffine;
-  constexpr int groups = Side::kGroups, per_group = 8 / groups;
+  using Sum = CellSum<Decoder, Side>;
+  constexpr int groups = Side::kGroups;
   const Format& f = *w.format;
   const int cells = f.i.block / kCell, cell_bytes = f.i.tile_bytes / cells;
-  const Decoder decoder(f);
+  const Decoder decoder(f, Sum::kFlip);
   const uint8_t* tile = w.tiles + g0 * w.blocks * f.i.tile_bytes;
   for (int64_t g = g0; g < g1; ++g) {
     F32 acc = setf(0), rest = setf(0);
@@ -80,28 +81,21 @@ template <class Decoder, class Side> static void gemv(const Matrix& w, const Act
     const int32_t* sums = x.sums;
     for (int64_t b = 0; b < w.blocks; ++b, tile += f.i.tile_bytes, q += cells * kCell, scale += cells, sums += cells * groups) {
       const typename Side::template Reader<true> side(f, tile, d);
+      F32 part = setf(0), low = setf(0);  // of the block, in units of d and of dmin
       each_cell<Decoder>(cells, [&](int c) IQ_INLINE {
         prefetch<Decoder>(tile + kPrefetch, c, cell_bytes);
-        const F32 dx = setf(scale[c]);
-        I32 even = set(0), odd = set(0);
-        typename Side::Variant variant(f, tile, c, decoder.variant);
-        decoder.decode(tile, c, variant, [&](int v, U8 operand) IQ_INLINE {
-          const int e = c * groups + v / per_group;
-          if (!affine && v % per_group == 0) even = set(sums[e]);
-          if (v % 2) {
-            odd = dot_once<narrow>(odd, operand, q + c * kCell + 4 * v);
-          } else {
-            even = dot_once<narrow>(even, operand, q + c * kCell + 4 * v);
-          }
-          if ((v + 1) % per_group == 0) {
-            acc = fma(to_float(even + odd) * side.scale(e), dx, acc);
-            if (affine) rest = fma(side.low(e), as_float(set(sums[e])), rest);
-            even = set(0), odd = set(0);
-          }
-        });
+        Sum sum(f, tile, c, sums);
+        typename Sum::Variant variant(f, tile, c, decoder.variant);
+        decoder.decode(tile, c, variant, [&](int v, U8 operand) IQ_INLINE { sum.add(side, v, operand, q + c * kCell + 4 * v); });
+        part = fma(sum.total(), setf(scale[c]), part);
+        if constexpr (Side::kAffine)
+          IQ_UNROLL(2)
+          for (int e = c * groups; e < (c + 1) * groups; ++e) low = fma(side.low_number(e), as_float(set(sums[e])), low);
       });
+      acc = fma(part, side.unit(), acc);
+      if constexpr (Side::kAffine) rest = fma(low, side.low_unit(), rest);
     }
-    finish(out, w.rows, 0, g, affine ? acc + rest : acc);
+    finish(out, w.rows, 0, g, Side::kAffine ? acc + rest : acc);
   }
 }
 
@@ -317,7 +311,8 @@ struct Family {
   void (*sides)(const Format&, const uint8_t* tile, int tiles, F32 d, Sides&);
   void (*exact_sides)(const Format&, const uint8_t* tile, int tiles, F32 d, Sides&);
   void (*gemv)(const Matrix&, const Activations&, const Output&, int64_t, int64_t);
-  bool narrow;
+  int most;         // no operand is larger
+  bool plain_sums;  // gemv wants sums of activations, without a factor
 };
 
 // The first of `Sides` that fits; an empty family if none does.
@@ -325,7 +320,7 @@ template <class Decoder, class... SideTypes> static Family family_of(const Ints&
   Family family = {};
   ((!family.gemv && SideTypes::fits(i)
         ? (void)(family = {expand<Decoder, SideTypes>, SideTypes::template read<true>, SideTypes::template read<false>, gemv<Decoder, SideTypes>,
-                           Decoder::kNarrow || !kSignedDot})
+                           Decoder::kMost, CellSum<Decoder, SideTypes>::kPlainSums})
         : (void)0),
    ...);
   return family;
@@ -368,8 +363,7 @@ static Family find_family(const Ints& i) {
 
 static bool accepts(const Ints& i) {
   const Family family = find_family(i);
-  // operands of 128 and more would overflow the 16-bit sums of a kernel that was promised smaller ones
-  return family.gemv && (i.largest < 128 || !family.narrow || !kSignedDot);
+  return family.gemv && i.largest <= family.most;  // larger ones would overflow the 16-bit sums of a kernel that was promised smaller ones
 }
 
 // -- products ------------------------------------------------------------------------------------------------------------
@@ -393,10 +387,11 @@ template <int N> static Multiply multiply_of(const Ints& i, bool narrow) {
 }
 
 // Whether the products of m rows take operands as they are; else minus 128.
-static bool is_narrow(const Family& family, const Ints& i, int64_t m) { return family.narrow || (m > 1 && i.largest < 128); }
+static bool is_narrow(const Family& family, const Ints& i, int64_t m) { return !kSignedDot || (m > 1 ? i.largest : family.most) < 128; }
 
 static Sums sums_of(const Format& f, int64_t m) {
-  return {f.i.groups, f.i.affine, (is_narrow(find_family(f.i), f.i, m) ? 0 : 128) - f.i.bias};
+  const Family family = find_family(f.i);
+  return {f.i.groups, f.i.affine, m == 1 && family.plain_sums ? 1 : (is_narrow(family, f.i, m) ? 0 : 128) - f.i.bias};
 }
 
 static void linear_int8(const Matrix& w, const Activations& x, const Output& out, int64_t g0, int64_t g1) {

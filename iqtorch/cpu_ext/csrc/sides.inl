@@ -29,7 +29,7 @@ struct Sides {
 // minimum of `MinBits`; `Variants` of a cell have a bit that shifts all values.
 template <int Groups_, int Bits, int MinBits = 0, int Variants = 0, bool Affine = (MinBits > 0)> class Side {
  public:
-  static constexpr int kGroups = Groups_;
+  static constexpr int kGroups = Groups_, kBits = Bits, kVariants = Variants;
   static constexpr bool kAffine = Affine, kInTable = Bits > 0 && Bits <= 5;  // scales that may be any numbers
 
   static bool fits(const Ints& i) {
@@ -59,26 +59,51 @@ template <int Groups_, int Bits, int MinBits = 0, int Variants = 0, bool Affine 
         for (int h = 0; h < Bits - 3; ++h) values.v[h] = value(load32((const uint8_t*)(numbers + 16 * h))).v;
       mins.v[0] = to_float(load32((const uint8_t*)numbers)).v;
 #endif
-    }
-    // Of group e of the tile.
-    IQ_FN F32 scale(int e) const {
-      if constexpr (Bits == 0) return d * setf(format.f.scale_b);
-      if constexpr (Bits < 0) return d * value(shift_right(WordsDecoder::scale_byte(tile, e), 1));
-#ifdef IQ_FLOAT_TABLES
-      if constexpr (kTables) return d * lookup(values, rows_element<kBits, kCount, true>(tile + format.i.scale.plane[0].offset, e));
+#ifdef IQ_SCALE_PAIRS
+      if constexpr (kInTable) table = load_table<kEntries>(i.scale_table), flip_table(table, 128);
 #endif
-      return d * value(rows_element<kBits, kCount>(tile + format.i.scale.plane[0].offset, e));
     }
-    IQ_FN F32 low(int e) const {
-      if constexpr (MinBits == 0) return dmin * setf(format.f.min_b);
+    // Of group e of the tile: scale and minimum, and the numbers that d and dmin are multiplied by.
+    IQ_FN F32 scale(int e) const { return d * number(e); }
+    IQ_FN F32 low(int e) const { return dmin * low_number(e); }
+    IQ_FN F32 number(int e) const {
+      if constexpr (Bits == 0) return setf(format.f.scale_b);
+      if constexpr (Bits < 0) return value(shift_right(WordsDecoder::scale_byte(tile, e), 1));
 #ifdef IQ_FLOAT_TABLES
-      if constexpr (MinBits == 4) return dmin * lookup(mins, rows_element<4, kCount, true>(tile + format.i.min.plane[0].offset, e));
+      if constexpr (kTables) return lookup(values, rows_element<kWidth, kCount, true>(tile + format.i.scale.plane[0].offset, e));
 #endif
-      return dmin * to_float(rows_element<(MinBits ? MinBits : 1), kCount>(tile + format.i.min.plane[0].offset, e));
+      return value(rows_element<kWidth, kCount>(tile + format.i.scale.plane[0].offset, e));
     }
+    IQ_FN F32 low_number(int e) const {
+      if constexpr (MinBits == 0) return setf(format.f.min_b);
+#ifdef IQ_FLOAT_TABLES
+      if constexpr (MinBits == 4) return lookup(mins, rows_element<4, kCount, true>(tile + format.i.min.plane[0].offset, e));
+#endif
+      return to_float(rows_element<(MinBits ? MinBits : 1), kCount>(tile + format.i.min.plane[0].offset, e));
+    }
+#ifdef IQ_SCALE_PAIRS
+    // The number of group e as 16 bits, twice in each lane; one if only the block has a scale.
+    IQ_FN I32 pair(int e) const {
+      if constexpr (Bits == 0) return set(0x00010001);
+      const Ints& i = format.i;
+      const Floats& n = format.f;
+      if constexpr (Bits < 0) {
+        const I32 x = shift_right(WordsDecoder::scale_byte(tile, e), 1) ^ set(i.scale_flip);
+        return twice(x * set((int32_t)n.scale_a) + set((int32_t)n.scale_b));
+      }
+      const __m128i stored = rows_bytes<kWidth, kCount>(tile + i.scale.plane[0].offset, e);
+      if constexpr (kInTable) return twice(scale_of(table, stored));
+      __m128i x = _mm_xor_si128(stored, _mm_set1_epi8((char)i.scale_flip));
+      x = _mm_add_epi8(x, _mm_and_si128(x, _mm_set1_epi8(n.scale_a == 2 ? -1 : 0)));
+      return twice(_mm_add_epi8(x, _mm_set1_epi8((char)(int32_t)n.scale_b)));
+    }
+#endif
+    // What is common to the block, for sums in units of it.
+    IQ_FN F32 unit() const { return Bits ? d : d * setf(format.f.scale_b); }
+    IQ_FN F32 low_unit() const { return dmin; }
 
    private:
-    static constexpr int kBits = Bits > 0 ? Bits : 1, kCount = kMaxBlock / kCell * Groups_;
+    static constexpr int kWidth = Bits > 0 ? Bits : 1, kCount = kMaxBlock / kCell * Groups_;
     // What a stored scale stands for.
     IQ_FN F32 value(I32 stored) const {
       const Ints& i = format.i;
@@ -94,6 +119,10 @@ template <int Groups_, int Bits, int MinBits = 0, int Variants = 0, bool Affine 
     static constexpr bool kTables = Bits == 4 || Bits == 5;
     FloatTable<(Bits == 5 ? 5 : 4)> values;
     FloatTable<4> mins;
+#endif
+#ifdef IQ_SCALE_PAIRS
+    static constexpr int kEntries = Bits == 5 ? 32 : 16;
+    Table<kEntries> table;
 #endif
   };
 

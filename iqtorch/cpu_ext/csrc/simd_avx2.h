@@ -11,6 +11,7 @@ constexpr bool kSignedDot = false;
 constexpr bool kSignedDot = true;
 #define IQ_SIGNED_DOT
 #endif
+#define IQ_OWN_GRIDS "grids_avx2.inl"
 // Rows of activations, and groups of 16 rows of weights, whose sums fit the registers.
 constexpr int kBatch = 3, kBatchGroups = 1;
 constexpr int kFloatRows = 6, kFloatVectors = 1;  // the same in float32
@@ -24,6 +25,12 @@ struct F32 { __m256 v[2]; };
 #define IQ_PRAGMA(text) _Pragma(#text)
 #define IQ_UNROLL(n) IQ_PRAGMA(GCC unroll n)
 
+// Four bytes, again and again. From memory: GCC would go through an integer register.
+IQ_FN __m256i every_four(const void* x) {
+  __m256i v;
+  __asm__("vpbroadcastd %1, %0" : "=x"(v) : "m"(*(const int32_t(*)[1])x));
+  return v;
+}
 IQ_FN __m256i loadu(const void* p, int h) { return _mm256_loadu_si256((const __m256i*)p + h); }
 IQ_FN U8 load(const void* p) { return {{loadu(p, 0), loadu(p, 1)}}; }
 IQ_FN void store(void* p, U8 a) {
@@ -42,6 +49,11 @@ IQ_FN U8 or_masked(U8 a, U8 b, int mask) {
   const __m256i m = _mm256_set1_epi8((char)mask);
   return {{_mm256_or_si256(a.v[0], _mm256_and_si256(b.v[0], m)), _mm256_or_si256(a.v[1], _mm256_and_si256(b.v[1], m))}};
 }
+IQ_FN U8 shifted_and(U8 a, int n, int mask) {
+  const __m256i m = _mm256_set1_epi8((char)mask);
+  return {{_mm256_and_si256(shifted1(a.v[0], n), m), _mm256_and_si256(shifted1(a.v[1], n), m)}};
+}
+IQ_FN U8 operator|(U8 a, U8 b) { return {{_mm256_or_si256(a.v[0], b.v[0]), _mm256_or_si256(a.v[1], b.v[1])}}; }
 IQ_FN U8 flip(U8 a, int mask) {
   __m256i m = _mm256_set1_epi8((char)mask);
   return {{_mm256_xor_si256(a.v[0], m), _mm256_xor_si256(a.v[1], m)}};
@@ -76,6 +88,17 @@ template <int N> IQ_FN __m256i lookup1(Table<N> t, __m256i a) {
   return choose(a, 5, low, high);
 }
 template <int N> IQ_FN U8 lookup(Table<N> t, U8 a) { return {{lookup1<N>(t, a.v[0]), lookup1<N>(t, a.v[1])}}; }
+// The upper bits of an index stay where they are: bit `at` of the bytes of `high`, and the next one of tables of 64.
+#define IQ_SPLIT_TABLES
+template <int N> IQ_FN __m256i lookup_split1(const Table<N>& t, __m256i low, __m256i high, int at) {
+  const __m256i first = choose(high, at, _mm256_shuffle_epi8(t.v[0], low), _mm256_shuffle_epi8(t.v[1], low));
+  if (N == 32) return first;
+  const __m256i second = choose(high, at, _mm256_shuffle_epi8(t.v[2 % (N / 16)], low), _mm256_shuffle_epi8(t.v[3 % (N / 16)], low));
+  return choose(high, at + 1, first, second);
+}
+template <int N> IQ_FN U8 lookup_split(const Table<N>& t, U8 low, U8 high, int at) {
+  return {{lookup_split1<N>(t, low.v[0], high.v[0], at), lookup_split1<N>(t, low.v[1], high.v[1], at)}};
+}
 
 // First and second members of the pairs apart, 16 entries a register.
 struct PairTable { Table<32> first, second; };
@@ -106,16 +129,9 @@ IQ_FN __m256i mirror1(__m256i a, __m256i signs, __m256i bit, int total) {
   return _mm256_blendv_epi8(a, _mm256_sub_epi8(_mm256_set1_epi8((char)total), a), set);
 }
 IQ_FN U8 mirror(U8 a, U8 signs, int q, int total) {
-  __m256i bit = _mm256_set1_epi8((char)(1 << q));
-  return {{mirror1(a.v[0], signs.v[0], bit, total), mirror1(a.v[1], signs.v[1], bit, total)}};
+  const U8 other = {{_mm256_sub_epi8(_mm256_set1_epi8((char)total), a.v[0]), _mm256_sub_epi8(_mm256_set1_epi8((char)total), a.v[1])}};
+  return {{choose(signs.v[0], q, a.v[0], other.v[0]), choose(signs.v[1], q, a.v[1], other.v[1])}};
 }
-IQ_FN U8 mirror_rows(U8 a, I32 signs, int half, int total) {
-  const __m256i spread = _mm256_broadcastsi128_si256(_mm_set_epi32(0x0c0c0c0c, 0x08080808, 0x04040404, 0));
-  __m256i bit = _mm256_set1_epi32(half ? (int)0x80402010 : 0x08040201);
-  return {{mirror1(a.v[0], _mm256_shuffle_epi8(signs.v[0], spread), bit, total),
-           mirror1(a.v[1], _mm256_shuffle_epi8(signs.v[1], spread), bit, total)}};
-}
-
 IQ_FN U8 as_bytes(I32 a) { return {{a.v[0], a.v[1]}}; }
 IQ_FN I32 as_i32(U8 a) { return {{a.v[0], a.v[1]}}; }
 IQ_FN I32 load8(const uint8_t* p) {
@@ -140,9 +156,6 @@ IQ_FN I32 operator|(I32 a, I32 b) { return {{_mm256_or_si256(a.v[0], b.v[0]), _m
 IQ_FN I32 operator^(I32 a, I32 b) { return {{_mm256_xor_si256(a.v[0], b.v[0]), _mm256_xor_si256(a.v[1], b.v[1])}}; }
 IQ_FN I32 operator+(I32 a, I32 b) { return {{_mm256_add_epi32(a.v[0], b.v[0]), _mm256_add_epi32(a.v[1], b.v[1])}}; }
 IQ_FN I32 operator*(I32 a, I32 b) { return {{_mm256_mullo_epi32(a.v[0], b.v[0]), _mm256_mullo_epi32(a.v[1], b.v[1])}}; }
-template <int Step> IQ_FN I32 gather(const uint8_t* base, I32 index) {
-  return {{_mm256_i32gather_epi32((const int*)base, index.v[0], Step), _mm256_i32gather_epi32((const int*)base, index.v[1], Step)}};
-}
 // Operands below 128 times int8 sum in pairs within 16 bits (2 * 127 * 127). Wider ones are taken as signed (minus 128), and the
 // signs moved to x: 2 * 128 * 127 fits too. Nothing saturates.
 template <bool Narrow> IQ_FN __m256i dot1(__m256i acc, __m256i w, __m256i x) {
@@ -164,13 +177,24 @@ template <class T> IQ_FN T in_order(T a) {
   return a;
 }
 template <bool Narrow> IQ_FN I32 dot(I32 acc, U8 w, const void* x) {
-  int32_t four;
-  __builtin_memcpy(&four, x, 4);
-  __m256i b = _mm256_set1_epi32(four);
+  __m256i b = every_four(x);
   return in_order(I32{{dot1<Narrow>(acc.v[0], w.v[0], b), dot1<Narrow>(acc.v[1], w.v[1], b)}});
 }
 IQ_FN void prefetch_line(const uint8_t* p) { __builtin_prefetch(p); }
 template <bool Narrow> IQ_FN I32 dot_once(I32 acc, U8 w, const void* x) { return dot<Narrow>(acc, w, x); }
+
+// Numbers of 16 rows as bytes: element e of a field of `Count` numbers in the rows arrangement (layout.py).
+template <int Bits, int Count, int Low = 0> IQ_FN __m128i rows_bytes(const uint8_t* p, int e) {
+  constexpr int width = Bits & 8 ? 8 : Bits & 4 ? 4 : Bits & 2 ? 2 : 1;
+  __m128i v = _mm_loadu_si128((const __m128i*)(p + 16 * (e * width / 8)));
+  const int shift = e * width % 8 - Low;
+  if constexpr (width < 8) {
+    v = shift > 0 ? _mm_srli_epi16(v, shift) : shift < 0 ? _mm_slli_epi16(v, -shift) : v;
+    v = _mm_and_si128(v, _mm_set1_epi8((char)(((1 << width) - 1) << Low)));
+  }
+  if constexpr (Bits > width) v = _mm_or_si128(v, rows_bytes<Bits - width, Count, Low + width>(p + 16 * Count * width / 8, e));
+  return v;
+}
 IQ_FN I32 byte_sums(I32 acc, I32 a) {
   __m256i one = _mm256_set1_epi8(1);
   return {{dot1<true>(acc.v[0], a.v[0], one), dot1<true>(acc.v[1], a.v[1], one)}};
@@ -181,9 +205,7 @@ IQ_FN I32 byte_sums(I32 acc, I32 a) {
 #define IQ_PAIR_SUMS
 struct Pairs { __m256i v[2]; };
 IQ_FN Pairs pair_products(U8 w, const void* x) {
-  int32_t four;
-  __builtin_memcpy(&four, x, 4);
-  const __m256i b = _mm256_set1_epi32(four);
+  const __m256i b = every_four(x);
   return {{_mm256_maddubs_epi16(w.v[0], b), _mm256_maddubs_epi16(w.v[1], b)}};
 }
 IQ_FN Pairs operator+(Pairs a, Pairs b) { return in_order(Pairs{{_mm256_add_epi16(a.v[0], b.v[0]), _mm256_add_epi16(a.v[1], b.v[1])}}); }
@@ -193,13 +215,59 @@ IQ_FN I32 add_pairs(I32 acc, Pairs a) {
 }
 #endif
 
+#ifdef IQ_PAIR_SUMS
+// Scales are 16-bit integers, twice in each lane: one instruction multiplies sums of pairs by them and adds the two (cells.inl).
+#define IQ_SCALE_PAIRS
+template <int N> IQ_FN void flip_table(Table<N>& t, int mask) {
+  for (int i = 0; i < N / 16; ++i) t.v[i] = _mm256_xor_si256(t.v[i], _mm256_set1_epi8((char)mask));
+}
+IQ_FN I32 scaled_pairs(I32 total, Pairs a, I32 scale) {
+  return in_order(I32{{_mm256_add_epi32(total.v[0], _mm256_madd_epi16(a.v[0], scale.v[0])),
+                       _mm256_add_epi32(total.v[1], _mm256_madd_epi16(a.v[1], scale.v[1]))}});
+}
+// Pairs of products with signed bytes: their magnitudes times x with their signs.
+IQ_FN Pairs signed_pairs(U8 w, const void* x) {
+  const __m256i b = every_four(x);
+  return {{_mm256_maddubs_epi16(_mm256_abs_epi8(w.v[0]), _mm256_sign_epi8(b, w.v[0])),
+           _mm256_maddubs_epi16(_mm256_abs_epi8(w.v[1]), _mm256_sign_epi8(b, w.v[1]))}};
+}
+// total + scale * factor * x, for x of 16 bits; factors have a zero above each number.
+IQ_FN I32 add_scaled(I32 total, I32 scale, I32 factor, const int32_t* x) {
+  const __m256i b = every_four(x);
+  return {{_mm256_add_epi32(total.v[0], _mm256_madd_epi16(_mm256_mullo_epi16(scale.v[0], factor.v[0]), b)),
+           _mm256_add_epi32(total.v[1], _mm256_madd_epi16(_mm256_mullo_epi16(scale.v[1], factor.v[1]), b))}};
+}
+// Signed bytes of 16 rows, twice in each lane.
+IQ_FN I32 twice(__m128i a) {
+  const __m256i words = _mm256_cvtepi8_epi16(_mm_shuffle_epi32(a, 0xd8));
+  return {{_mm256_unpacklo_epi16(words, words), _mm256_unpackhi_epi16(words, words)}};
+}
+// Numbers of 16 bits, twice in each lane.
+IQ_FN I32 twice(I32 a) { return (a & set(0xffff)) | shift_left(a, 16); }
+IQ_FN __m128i scale_of(Table<16> t, __m128i stored) { return _mm_shuffle_epi8(_mm256_castsi256_si128(t.v[0]), stored); }
+IQ_FN __m128i scale_of(Table<32> t, __m128i stored) { return _mm256_castsi256_si128(lookup1<32>(t, _mm256_castsi128_si256(stored))); }
+
+#define IQ_FOUR_SUMS
+// Byte j of a lane: the sum of the bytes of value[j].
+IQ_FN __m256i four_sums1(__m256i a, __m256i b, __m256i c, __m256i d) {
+  const __m256i one = _mm256_set1_epi8(1), words = _mm256_set1_epi16(1);
+  const auto two = [&](__m256i low, __m256i high) IQ_INLINE {
+    const __m256i sums = _mm256_add_epi16(_mm256_maddubs_epi16(low, one), _mm256_slli_epi16(_mm256_maddubs_epi16(high, one), 8));
+    return _mm256_madd_epi16(sums, words);
+  };
+  return _mm256_or_si256(two(a, b), _mm256_slli_epi32(two(c, d), 16));
+}
+IQ_FN I32 four_sums(const I32* value) {
+  return {{four_sums1(value[0].v[0], value[1].v[0], value[2].v[0], value[3].v[0]),
+           four_sums1(value[0].v[1], value[1].v[1], value[2].v[1], value[3].v[1])}};
+}
+#endif
+
 #ifdef IQ_SIGNED_DOT
 IQ_FN U8 magnitude(U8 a) { return {{_mm256_abs_epi8(a.v[0]), _mm256_abs_epi8(a.v[1])}}; }
 // Signed bytes, whose magnitudes are known.
 IQ_FN I32 dot_signed(I32 acc, U8 w, U8 size, const void* x) {
-  int32_t four;
-  __builtin_memcpy(&four, x, 4);
-  const __m256i b = _mm256_set1_epi32(four);
+  const __m256i b = every_four(x);
   return in_order(I32{{dot1<true>(acc.v[0], size.v[0], _mm256_sign_epi8(b, w.v[0])), dot1<true>(acc.v[1], size.v[1], _mm256_sign_epi8(b, w.v[1]))}});
 }
 #endif

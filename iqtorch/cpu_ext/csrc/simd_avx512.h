@@ -65,12 +65,6 @@ IQ_FN U8 mirror(U8 a, U8 signs, int q, int total) {
   __mmask64 m = _mm512_test_epi8_mask(signs.v, _mm512_set1_epi8((char)(1 << q)));
   return {_mm512_mask_sub_epi8(a.v, m, _mm512_set1_epi8((char)total), a.v)};
 }
-IQ_FN U8 mirror_rows(U8 a, I32 signs, int half, int total) {
-  const __m512i spread = _mm512_broadcast_i32x4(_mm_set_epi32(0x0c0c0c0c, 0x08080808, 0x04040404, 0));
-  __mmask64 m = _mm512_test_epi8_mask(_mm512_shuffle_epi8(signs.v, spread), _mm512_set1_epi32(half ? (int)0x80402010 : 0x08040201));
-  return {_mm512_mask_sub_epi8(a.v, m, _mm512_set1_epi8((char)total), a.v)};
-}
-
 IQ_FN U8 as_bytes(I32 a) { return {a.v}; }
 IQ_FN I32 as_i32(U8 a) { return {a.v}; }
 IQ_FN I32 load8(const uint8_t* p) { return {_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p))}; }
@@ -98,7 +92,6 @@ IQ_FN I32 operator|(I32 a, I32 b) { return {_mm512_or_si512(a.v, b.v)}; }
 IQ_FN I32 operator^(I32 a, I32 b) { return {_mm512_xor_si512(a.v, b.v)}; }
 IQ_FN I32 operator+(I32 a, I32 b) { return {_mm512_add_epi32(a.v, b.v)}; }
 IQ_FN I32 operator*(I32 a, I32 b) { return {_mm512_mullo_epi32(a.v, b.v)}; }
-template <int Step> IQ_FN I32 gather(const uint8_t* base, I32 index) { return {_mm512_i32gather_epi32(index.v, base, Step)}; }
 template <bool Narrow> IQ_FN I32 dot(I32 acc, U8 w, const void* x) {
   int32_t four;
   __builtin_memcpy(&four, x, 4);
