@@ -254,6 +254,12 @@ def _scale_table(values: tuple[int, ...] | None) -> npt.NDArray[np.int32]:
     return table.astype(np.uint8).view(np.int32)
 
 
+def _folded_bias(values: IntArray, scales: tuple[int, ...] | None) -> int:
+    """What makes each product of a value and a scale an unsigned byte, or -1."""
+    products = np.outer(values, scales or (1 << 30,))
+    return -int(products.min()) if products.max() - products.min() < 256 and products.min() <= 0 else -1
+
+
 @lru_cache
 def layout(fmt: Format) -> Layout:
     """The layout of a plain format.
@@ -332,7 +338,7 @@ def layout(fmt: Format) -> Layout:
     ints = [
         INTERFACE, fmt.ggml_type, fmt.block_size, fmt.block_bytes, fmt.row_header_bytes, fmt.d_bytes, ROWS * fmt.block_bytes,
         decoder, sign, code.width, fmt.vec, largest, bias, delta, variant_in_code, flip,
-        CELL // min(fmt.group_size, CELL), int(fmt.affine),
+        CELL // min(fmt.group_size, CELL), int(fmt.affine), _folded_bias(values, fmt.scale_values),
         scale_flip, scale_linear, *_scale_table(fmt.scale_values if len(fmt.scale_values or ()) <= 32 or not scale_linear else None),
         np.int64(ik_trellis.MULTIPLIER).astype(np.int32), ik_trellis.OFFSET,
     ]  # fmt: skip

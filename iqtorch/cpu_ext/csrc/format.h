@@ -37,6 +37,7 @@ struct Ints {
   int32_t delta;  // added to the operands of weights whose variant bit is set, modulo 256
   int32_t variant_in_code, flip;
   int32_t groups, affine;  // `groups` per cell (one or two) have a scale, and a minimum, of their own
+  int32_t folded_bias;     // makes every scale times value an unsigned byte; -1 if they do not fit
   int32_t scale_flip, scale_linear;
   uint8_t scale_table[32];  // scales by what is stored, up to 32 of them, plus 128
   int32_t multiplier, generator_offset;

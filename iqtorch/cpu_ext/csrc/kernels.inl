@@ -109,7 +109,7 @@ struct Panel {
   Sides side;
 };
 
-constexpr int kChunk = 256;  // rows of activations: accumulators stay in the first-level cache, activations in the second
+constexpr int kChunk = 512;  // rows of activations: they and their sums stay in the second-level cache
 
 template <class Decoder, class Side> static void expand(const Format& f, const uint8_t* tile, int tiles, uint8_t* operand) {
   const Decoder decoder(f);
@@ -120,6 +120,23 @@ template <class Decoder, class Side> static void expand(const Format& f, const u
       typename Side::Variant variant(f, tile, c, decoder.variant);
       decoder.decode(tile, c, variant, [&](int v, U8 value) IQ_INLINE { store(operand + kVector * (8 * c + v), value); });
     });
+}
+
+// Makes operands of scale times value, plus `folded_bias`, where all of these fit a byte: what is left is d, in side.scale.
+template <class Decoder, class Side> static void fold(const Format& f, const uint8_t* tile, F32 d, Panel& panel) {
+  constexpr int per_group = 8 / Side::kGroups;
+  const typename Side::template Reader<true> side(f, tile, d);
+  for (int e = 0; e < f.i.block / kCell * Side::kGroups; ++e) {
+    // the low bytes of a float that large are the integer's; two bytes of a lane are multiplied at once: no product passes 16 bits
+    const I32 scale = as_int(side.number(e) + setf(12582912.0f)) & set(255), two = set(0x00ff00ff);
+    const U8 bias = as_bytes(((set(f.i.folded_bias) + scale * set(-f.i.bias)) & set(255)) * set(0x01010101));
+    for (int v = e * per_group; v < (e + 1) * per_group; ++v) {
+      const I32 operand = as_i32(load(panel.operand + kVector * v));
+      const I32 even = ((operand & two) * scale) & two, odd = ((shift_right(operand, 8) & two) * scale) & two;
+      store(panel.operand + kVector * v, add(as_bytes(even | shift_left(odd, 8)), bias));
+    }
+  }
+  storef(panel.side.scale, side.unit());
 }
 
 // Operands as the instruction set multiplies them.
@@ -138,15 +155,15 @@ static void arrange([[maybe_unused]] Panel& panel, [[maybe_unused]] int cells, [
 
 // M rows of activations times N groups of rows of weights, over the cells of a panel: `acc` is [N][kChunk][16].
 // `q`, `scale` and `sums` point at the first of M rows of activations in the panel.
-// `Depth` neighbouring vectors may be summed in 16 bits where an instruction set does so.
-template <int M, int N, int Groups, bool Affine, bool Narrow, int Depth>
+// `Depth` neighbouring vectors may be summed in 16 bits where an instruction set does so. `Folded`: see `fold`, minima apart.
+template <int M, int N, int Groups, bool Affine, bool Narrow, int Depth, bool Folded = false>
 IQ_FN void multiply_cells(const Panel* panel, int cells, const int8_t* q, const float* scale, const int32_t* sums, float* acc) {
   constexpr int per_group = 8 / Groups;
   F32 a[N][M];
   IQ_UNROLL(4)
   for (int n = 0; n < N; ++n)
     IQ_UNROLL(4)
-    for (int m = 0; m < M; ++m) a[n][m] = loadf(acc + kRows * (kChunk * n + m));
+    for (int m = 0; m < M; ++m) a[n][m] = Folded ? setf(0) : loadf(acc + kRows * (kChunk * n + m));
   const int64_t stride = cells * kCell, sums_stride = cells * Groups;
   for (int c = 0; c < cells; ++c, q += kCell, ++scale, sums += Groups) {
     F32 cell[N][M];
@@ -205,6 +222,13 @@ IQ_FN void multiply_cells(const Panel* panel, int cells, const int8_t* q, const 
         }
       }
 #endif
+      if constexpr (Folded) {
+        IQ_UNROLL(4)
+        for (int n = 0; n < N; ++n)
+          IQ_UNROLL(4)
+          for (int m = 0; m < M; ++m) cell[n][m] = to_float(d[n][m]);
+        continue;
+      }
       IQ_UNROLL(4)
       for (int n = 0; n < N; ++n) {
         const Sides& side = panel[n].side;
@@ -228,18 +252,21 @@ IQ_FN void multiply_cells(const Panel* panel, int cells, const int8_t* q, const 
   IQ_UNROLL(4)
   for (int n = 0; n < N; ++n)
     IQ_UNROLL(4)
-    for (int m = 0; m < M; ++m) storef(acc + kRows * (kChunk * n + m), a[n][m]);
+    for (int m = 0; m < M; ++m) {
+      float* p = acc + kRows * (kChunk * n + m);
+      storef(p, Folded ? fma(a[n][m], loadf(panel[n].side.scale), loadf(p)) : a[n][m]);
+    }
 }
 
-template <int N, int Groups, bool Affine, bool Narrow, int Depth>
+template <int N, int Groups, bool Affine, bool Narrow, int Depth, bool Folded = false>
 static void multiply(const Panel* panel, int cells, const Activations& x, int64_t m0, int64_t m1, int64_t cell, float* acc) {
   int64_t m = m0;
   const auto step = [&](auto size) {
     constexpr int M = decltype(size)::value;
     for (; m + M <= m1; m += M) {
       const int64_t at = cell * x.m + m * cells;
-      multiply_cells<M, N, Groups, Affine, Narrow, Depth>(panel, cells, x.q + at * kCell, x.scale + at, x.sums + at * Groups,
-                                                          acc + kRows * (m - m0));
+      multiply_cells<M, N, Groups, Affine, Narrow, Depth, Folded>(panel, cells, x.q + at * kCell, x.scale + at, x.sums + at * Groups,
+                                                                  acc + kRows * (m - m0));
     }
   };
   step(Size<kBatch>{});
@@ -306,21 +333,40 @@ static void multiply_floats(const float* panel, int count, const float* x, int64
 
 // -- which code runs a format ------------------------------------------------------------------------------------------
 
+template <int N, bool Affine>
+static void multiply_folded(const Panel* panel, int cells, const Activations& x, int64_t m0, int64_t m1, int64_t cell, float* acc) {
+  multiply<N, 1, Affine, true, 1, true>(panel, cells, x, m0, m1, cell, acc);
+  if constexpr (Affine) {
+    const int groups = 2 * cells;
+    const float* sums = (const float*)(x.sums + (cell * x.m + m0 * cells) * 2);
+    for (int n = 0; n < N; ++n) multiply_floats<1>(panel[n].side.low, groups, sums, groups, m1 - m0, acc + kRows * kChunk * n, kRows);
+  }
+}
+
 struct Family {
   void (*expand)(const Format&, const uint8_t* tile, int tiles, uint8_t* operand);
   void (*sides)(const Format&, const uint8_t* tile, int tiles, F32 d, Sides&);
   void (*exact_sides)(const Format&, const uint8_t* tile, int tiles, F32 d, Sides&);
   void (*gemv)(const Matrix&, const Activations&, const Output&, int64_t, int64_t);
+  void (*fold)(const Format&, const uint8_t* tile, F32 d, Panel&);
   int most;         // no operand is larger
   bool plain_sums;  // gemv wants sums of activations, without a factor
 };
+
+// Where bytes of all sizes are multiplied at one speed, and small codes times their scales are bytes.
+template <class Decoder, class Side> static auto fold_of() -> decltype(Family::fold) {
+#ifdef IQ_FOLDS
+  if constexpr (Decoder::kMost <= 7 && Side::kGroups == 2) return fold<Decoder, Side>;
+#endif
+  return nullptr;
+}
 
 // The first of `Sides` that fits; an empty family if none does.
 template <class Decoder, class... SideTypes> static Family family_of(const Ints& i) {
   Family family = {};
   ((!family.gemv && SideTypes::fits(i)
         ? (void)(family = {expand<Decoder, SideTypes>, SideTypes::template read<true>, SideTypes::template read<false>, gemv<Decoder, SideTypes>,
-                           Decoder::kMost, CellSum<Decoder, SideTypes>::kPlainSums})
+                           fold_of<Decoder, SideTypes>(), Decoder::kMost, CellSum<Decoder, SideTypes>::kPlainSums})
         : (void)0),
    ...);
   return family;
@@ -363,6 +409,7 @@ static Family find_family(const Ints& i) {
 
 static bool accepts(const Ints& i) {
   const Family family = find_family(i);
+  if (family.fold && (i.folded_bias < 0 || i.block != kMaxBlock)) return false;
   return family.gemv && i.largest <= family.most;  // larger ones would overflow the 16-bit sums of a kernel that was promised smaller ones
 }
 
@@ -381,7 +428,10 @@ template <int N, int Groups, bool Affine> static Multiply multiply_with(bool nar
   return narrow ? multiply<N, Groups, Affine, true, 1> : multiply<N, Groups, Affine, !kSignedDot, 1>;
 }
 
-template <int N> static Multiply multiply_of(const Ints& i, bool narrow) {
+template <int N> static Multiply multiply_of(const Ints& i, bool narrow, [[maybe_unused]] bool folded) {
+#ifdef IQ_FOLDS
+  if (folded) return i.affine ? multiply_folded<N, true> : multiply_folded<N, false>;
+#endif
   if (i.affine) return i.groups == 1 ? multiply_with<N, 1, true>(narrow, i.largest) : multiply_with<N, 2, true>(narrow, i.largest);
   return i.groups == 1 ? multiply_with<N, 1, false>(narrow, i.largest) : multiply_with<N, 2, false>(narrow, i.largest);
 }
@@ -391,7 +441,14 @@ static bool is_narrow(const Family& family, const Ints& i, int64_t m) { return !
 
 static Sums sums_of(const Format& f, int64_t m) {
   const Family family = find_family(f.i);
+  if (m > 1 && family.fold && !f.i.affine) return {1, 0, -f.i.folded_bias};
   return {f.i.groups, f.i.affine, m == 1 && family.plain_sums ? 1 : (is_narrow(family, f.i, m) ? 0 : 128) - f.i.bias};
+}
+
+// Asks for the lines that results of rows m0 .. m1 and groups from g on will be written to: rows of results lie in pages of their own.
+static void expect_results(const Output& out, int64_t m0, int64_t m1, int64_t g) {
+  const int64_t size = out.dtype == kFloat32 ? 4 : 2;
+  for (int64_t m = m0; m < m1; ++m) __builtin_prefetch((const uint8_t*)out.data + (m * out.stride + g * kRows) * size, 1);
 }
 
 static void linear_int8(const Matrix& w, const Activations& x, const Output& out, int64_t g0, int64_t g1) {
@@ -400,7 +457,7 @@ static void linear_int8(const Matrix& w, const Activations& x, const Output& out
   if (x.m == 1) return family.gemv(w, x, out, g0, g1);
   const int cells = f.i.block / kCell, most = kMaxBlock / f.i.block;
   const bool narrow = is_narrow(family, f.i, x.m);
-  const Multiply run[2] = {multiply_of<1>(f.i, narrow), multiply_of<kBatchGroups>(f.i, narrow)};
+  const Multiply run[2] = {multiply_of<1>(f.i, narrow, family.fold), multiply_of<kBatchGroups>(f.i, narrow, family.fold)};
   Panel panel[kBatchGroups];
   IQ_ALIGNED float acc[kBatchGroups * kChunk * kRows];
   for (int64_t m0 = 0; m0 < x.m; m0 += kChunk) {
@@ -415,8 +472,10 @@ static void linear_int8(const Matrix& w, const Activations& x, const Output& out
           const uint8_t* tile = w.tiles + ((g + n) * w.blocks + b) * f.i.tile_bytes;
           family.sides(f, tile, tiles, header_d(w, g + n), panel[n].side);
           family.expand(f, tile, tiles, panel[n].operand);
+          if (family.fold) family.fold(f, tile, header_d(w, g + n), panel[n]);
           arrange(panel[n], tiles * cells, narrow);
         }
+        if (b + tiles == w.blocks) expect_results(out, m0, m1, g);
         run[count > 1](panel, tiles * cells, x, m0, m1, b * cells, acc);
       }
       for (int64_t m = m0; m < m1; ++m)

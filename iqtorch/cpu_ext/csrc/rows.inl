@@ -30,7 +30,9 @@ static void to_float(const void* x, DType dtype, float* out, int64_t count) {
     __builtin_memcpy(out, x, count * sizeof(float));
   } else if (dtype == kBFloat16) {
     const uint16_t* p = (const uint16_t*)x;
-    for (int64_t i = 0; i < count; ++i) {
+    int64_t i = 0;
+    for (; i + kRows <= count; i += kRows) storef(out + i, as_float(shift_left(load16((const uint8_t*)(p + i)), 16)));
+    for (; i < count; ++i) {
       uint32_t u = (uint32_t)p[i] << 16;
       __builtin_memcpy(out + i, &u, 4);
     }
@@ -171,12 +173,8 @@ static void quantize_cells(const float* x, int cells, Sums kind, int8_t* q, floa
     const I32 a = as_int(as_float(low & keep) * inverse + shift) + back, b = as_int(as_float(high & keep) * inverse + shift) + back;
     store_bytes(q, a);
     store_bytes(q + kRows, b);
-    int32_t part[4];
-    half_sums(a, part);
-    half_sums(b, part + 2);
     for (int g = 0; g < Groups; ++g) {
-      int32_t sum = 0;
-      for (int i = 0; i < 4 / Groups; ++i) sum += part[g * 4 / Groups + i];
+      int32_t sum = sum_of(Groups == 1 ? a + b : g ? b : a);
       const float product = -step * (float)sum;
       sum *= kind.start;
       __builtin_memcpy(sums + g, kind.affine ? (const void*)&product : &sum, 4);

@@ -294,12 +294,11 @@ IQ_FN int32_t largest_of(I32 a) {
 }
 IQ_FN __m128i words(__m256i a) { return _mm_packs_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1)); }
 IQ_FN void store_bytes(int8_t* p, I32 a) { _mm_storeu_si128((__m128i*)p, _mm_packs_epi16(words(a.v[0]), words(a.v[1]))); }
-// Sums of lanes 0 .. 7 and 8 .. 15.
-IQ_FN void half_sums(I32 a, int32_t* two) {
-  const __m256i h = _mm256_hadd_epi32(a.v[0], a.v[1]);
-  const __m256i s = _mm256_hadd_epi32(h, h);
-  two[0] = _mm256_extract_epi32(s, 0) + _mm256_extract_epi32(s, 4);
-  two[1] = _mm256_extract_epi32(s, 1) + _mm256_extract_epi32(s, 5);
+IQ_FN int32_t sum_of(I32 a) {
+  const __m256i t = _mm256_add_epi32(a.v[0], a.v[1]);
+  __m128i s = _mm_add_epi32(_mm256_castsi256_si128(t), _mm256_extracti128_si256(t, 1));
+  s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
+  return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
 }
 IQ_FN __m256 from_half1(__m256i a) {
   __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(a, a), 0x08);

@@ -7,6 +7,7 @@ namespace iqtorch { namespace IQTORCH_ISA {
 
 constexpr bool kSignedDot = false;
 #define IQ_OWN_GRIDS "grids_avx512.inl"
+#define IQ_FOLDS
 // Rows of activations, and groups of 16 rows of weights, whose sums fit the registers.
 constexpr int kBatch = 4, kBatchGroups = 2;
 constexpr int kFloatRows = 8, kFloatVectors = 2;  // the same in float32
@@ -124,16 +125,7 @@ IQ_FN I32 as_int(F32 a) { return {_mm512_castps_si512(a.v)}; }
 IQ_FN I32 max(I32 a, I32 b) { return {_mm512_max_epi32(a.v, b.v)}; }
 IQ_FN int32_t largest_of(I32 a) { return _mm512_reduce_max_epi32(a.v); }
 IQ_FN void store_bytes(int8_t* p, I32 a) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(a.v)); }
-IQ_FN int32_t sum8(__m256i a) {
-  __m128i s = _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
-  s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
-  return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
-}
-// Sums of lanes 0 .. 7 and 8 .. 15.
-IQ_FN void half_sums(I32 a, int32_t* two) {
-  two[0] = sum8(_mm512_castsi512_si256(a.v));
-  two[1] = sum8(_mm512_extracti64x4_epi64(a.v, 1));
-}
+IQ_FN int32_t sum_of(I32 a) { return _mm512_reduce_add_epi32(a.v); }
 IQ_FN F32 from_half(I32 a) { return {_mm512_cvtph_ps(_mm512_cvtepi32_epi16(a.v))}; }
 IQ_FN void store_half(uint16_t* p, F32 a) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT)); }
 IQ_FN void store_bfloat16(uint16_t* p, F32 a) {

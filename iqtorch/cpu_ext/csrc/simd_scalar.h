@@ -147,7 +147,7 @@ IQ_FN I32 max(I32 a, I32 b) { IQ_EACH(16) a.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.
 IQ_FN int32_t largest_of(I32 a) { int32_t r = a.v[0]; IQ_EACH(16) r = a.v[i] > r ? a.v[i] : r; return r; }
 IQ_FN void store_bytes(int8_t* p, I32 a) { IQ_EACH(16) p[i] = (int8_t)a.v[i]; }
 // Sums of lanes 0 .. 7 and 8 .. 15.
-IQ_FN void half_sums(I32 a, int32_t* two) { two[0] = two[1] = 0; IQ_EACH(16) two[i / 8] += a.v[i]; }
+IQ_FN int32_t sum_of(I32 a) { int32_t sum = 0; IQ_EACH(16) sum += a.v[i]; return sum; }
 IQ_FN F32 from_half(I32 a) { F32 r; IQ_EACH(16) r.v[i] = half_to_float(a.v[i]); return r; }
 IQ_FN void store_half(uint16_t* p, F32 a) { IQ_EACH(16) p[i] = float_to_half(a.v[i]); }
 IQ_FN uint16_t float_to_bfloat16(float f) {
