@@ -7,8 +7,9 @@
 Products are `x [M, K] @ W.T` with weights `[N, K]` of random bytes; `--transposed`: `x [M, N] @ W`, as gradients need it.
 `--megabytes` weights are used in turn, so that they come from memory (at least 190 on a machine with large caches) or from a cache.
 Each repeat times the dense product directly before the packed one, and with `--ik` the same product of a local ik_llama.cpp directly
-after it; figures are medians over repeats, and ratios medians of the ratios of neighbours. With one thread the clock is the thread's
-CPU time.
+after it; figures are medians over repeats, and ratios medians of the ratios of neighbours. For one row of activations the same weights are
+also read by torch's reductions, in turn with the products: `of_read` is the speed of the product over that of the fastest reduction.
+With one thread the clock is the thread's CPU time.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from iqtorch.cpu_ext import memory
 from iqtorch.formats import Format, get_format, list_formats
 
 COLUMNS = ("format", "isa", "precision", "m", "n", "k", "threads", "weights_mb", "ms", "gb_per_s", "gflops", "dense_bf16_ms", "speedup")
-COLUMNS += ("ik_ms", "over_ik", "difference")
+COLUMNS += ("read_gb_per_s", "of_read")
+IK_COLUMNS = ("ik_ms", "over_ik", "difference")
 
 
 def random_blocks(fmt: Format, n: int, k: int) -> Tensor:
@@ -56,17 +58,18 @@ def timed(call: Callable[[int], object], count: int, clock: Callable[[], float])
     return (clock() - start) / count * 1e3
 
 
+def reads(data: Tensor) -> list[Callable[[], object]]:
+    """Ways to read bytes and do next to nothing else."""
+    whole = data.flatten()[: data.numel() // 64 * 64]
+    floats, integers = whole.view(torch.float32), whole.view(torch.int64)
+    return [lambda: torch.sum(floats), lambda: torch.sum(integers), lambda: torch.amax(floats)]
+
+
 def read_bandwidth(megabytes: float, threads: int) -> float:
     """GB/s of the fastest way found to read `megabytes` of memory in huge pages."""
-    data = memory.empty(round(megabytes * 1e6) // 64 * 64).view(torch.int64).zero_()
+    data = memory.empty(round(megabytes * 1e6) // 64 * 64).zero_()
     clock = clock_of(threads)
-    best = 0.0
-    for values, reduce in ((data.view(torch.float32), torch.sum), (data, torch.sum), (data.view(torch.float32), torch.amax)):
-        for _ in range(5):
-            start = clock()
-            reduce(values)
-            best = max(best, data.nbytes / (clock() - start) / 1e9)
-    return best
+    return max(data.nbytes / timed(lambda _, read=read: read(), 1, clock) / 1e6 for read in reads(data) for _ in range(5))
 
 
 def clock_of(threads: int) -> Callable[[], float]:
@@ -83,6 +86,7 @@ class Case:
         first = cpu_ext.pack(blocks, fmt)
         count = max(1, round(args.megabytes * 1e6 / first.nbytes))
         self.weights = [first, *(memory.empty(first.nbytes).copy_(first) for _ in range(count - 1))]
+        self.reads = list(zip(*map(reads, self.weights)))
         self.peer = ik_ggml.Matrices(library, blocks, fmt.ggml_type, args.k, len(self.weights)) if library else None
 
     def measure(self, m: int) -> Iterator[dict[str, object]]:
@@ -106,6 +110,9 @@ class Case:
                 ]
                 if peer:
                     calls.append((peer.run, len(self.weights)))
+                extra = len(calls)
+                if m == 1:
+                    calls += [(lambda i, read=read: read[i](), len(self.weights)) for read in self.reads]
                 times = torch.tensor([[timed(*call, clock_of(args.threads)) for call in calls] for _ in range(args.repeats + 1)])[1:]
                 ms = times.median(0).values.tolist()
                 ratios = (times / times[:, 1:2]).median(0).values.tolist()
@@ -124,6 +131,9 @@ class Case:
                     "dense_bf16_ms": round(ms[0], 3),
                     "speedup": round(ratios[0], 2),
                 }
+                if m == 1:
+                    read = self.weights[0].nbytes / min(ms[extra:]) / 1e6
+                    row |= {"read_gb_per_s": round(read, 2), "of_read": round(self.weights[0].nbytes / ms[1] / 1e6 / read, 3)}
                 if peer:
                     mine, theirs = product(0).double(), peer.result(0).double()
                     row |= {
@@ -182,11 +192,11 @@ def main() -> None:
         for m in args.m:
             for row in case.measure(m):
                 rows.append(row)
-                shown = ("format", "isa", "precision", "m", "ms", "gb_per_s", "speedup", "over_ik", "difference")
+                shown = ("format", "isa", "precision", "m", "ms", "gb_per_s", "speedup", "of_read", "over_ik", "difference")
                 print("  ".join(f"{key} {row[key]}" for key in shown if key in row), flush=True)
         case.close()
     if args.csv:
-        columns = COLUMNS if library else COLUMNS[:-3]
+        columns = COLUMNS + IK_COLUMNS if library else COLUMNS
         results_file.write(args.csv, header, columns, ([row.get(key, "") for key in columns] for row in rows))
 
 

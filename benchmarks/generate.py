@@ -235,10 +235,7 @@ def main() -> None:
                     "",
                 )
             )
-    for row in rows:
-        results_file.show(COLUMNS, row)
-    if args.csv:
-        results_file.write(args.csv, header, COLUMNS, rows)
+    results_file.report(args.csv, header, COLUMNS, rows)
 
 
 if __name__ == "__main__":

@@ -155,10 +155,7 @@ def main() -> None:
         )
         for name, median in medians.items()
     ]
-    for row in rows:
-        results_file.show(COLUMNS, row)
-    if args.csv:
-        results_file.write(args.csv, header, COLUMNS, rows)
+    results_file.report(args.csv, header, COLUMNS, rows)
 
 
 if __name__ == "__main__":

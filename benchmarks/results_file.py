@@ -44,3 +44,11 @@ def write(path: Path, header: Sequence[str], columns: Sequence[str], rows: Itera
         writer = csv.writer(file)
         writer.writerow(columns)
         writer.writerows(rows)
+
+
+def report(path: Path | None, header: Sequence[str], columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Prints all rows, and writes them if there is a path."""
+    for row in rows:
+        show(columns, row)
+    if path:
+        write(path, header, columns, rows)

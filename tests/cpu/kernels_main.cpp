@@ -98,7 +98,7 @@ void run(const Format& f, const Case& c, const Kernels& kern, const char* isa) {
     act.q = q.data(), act.scale = scale.data(), act.sums = sums.data();
     for (int64_t m : {c.m, (int64_t)1}) {
       std::vector<float> part(m * c.rows, NAN);
-      for (int64_t i = 0; i < m; ++i) kern.quantize(c.x.data() + i * c.k, c.k, kern.sums(f, m), i, m, q.data(), scale.data(), sums.data());
+      for (int64_t i = 0; i < m; ++i) kern.quantize(c.x.data(), kFloat32, c.k, kern.sums(f, m), i, m, q.data(), scale.data(), sums.data());
       act.m = m;
       kern.linear(w, act, {part.data(), kFloat32, c.rows, nullptr}, 0, groups);
       const std::vector<float> expected(c.product_int8.begin(), c.product_int8.begin() + m * c.rows);

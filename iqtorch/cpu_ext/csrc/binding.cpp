@@ -144,12 +144,11 @@ void multiply(const std::vector<Product>& products, const void* x, DType dtype, 
       });
     return;
   }
-  const auto row = [&](int64_t i) { return static_cast<const char*>(x) + i * k * element_size(dtype); };
   if (!int8) {
     act.x = static_cast<const float*>(x);
     if (dtype != kFloat32) {
       float* converted = scratch<float>(0, m * k);
-      parallel(m, m * k, [&](int64_t a, int64_t b) { kern.to_float(row(a), dtype, converted + a * k, (b - a) * k); });
+      parallel(m, m * k, [&](int64_t a, int64_t b) { kern.to_float(static_cast<const char*>(x) + 2 * a * k, dtype, converted + a * k, (b - a) * k); });
       act.x = converted;
     }
   }
@@ -161,11 +160,7 @@ void multiply(const std::vector<Product>& products, const void* x, DType dtype, 
       float* scale = scratch<float>(2, m * cells);
       int32_t* sums = scratch<int32_t>(3, m * cells * kind.groups);
       parallel(m, m * k, [&](int64_t a, int64_t b) {
-        float* converted = dtype == kFloat32 ? nullptr : scratch<float>(0, k);  // of this thread
-        for (int64_t i = a; i < b; ++i) {
-          if (converted) kern.to_float(row(i), dtype, converted, k);
-          kern.quantize(converted ? converted : reinterpret_cast<const float*>(row(i)), k, kind, i, m, q, scale, sums);
-        }
+        for (int64_t i = a; i < b; ++i) kern.quantize(x, dtype, k, kind, i, m, q, scale, sums);
       });
       act.q = q, act.scale = scale, act.sums = sums;
       prepared = kind;

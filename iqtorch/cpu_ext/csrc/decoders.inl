@@ -1,7 +1,7 @@
 // Decoders: one cell (16 rows x 32 weights) of a tile -> eight vectors of operands, value + bias as unsigned bytes.
 // `decode(tile, cell, variant, sink)` calls sink(q, operands of weights 4 q .. 4 q + 3) for q = 0 .. 7, in order.
 // The variant of the weights (`Side::Variant`) is added to their operands; it was made from the decoder's `variant`, bytes of what
-// it is worth. A decoder made with `flip` xors operands with it. kSmall: few instructions, and kLines lines of memory per cell.
+// it is worth. A decoder made with `flip` xors operands with it. kSmall: kLines lines of memory per cell; kUnrolled: see `each_cell`.
 // kMost promises that no operand is larger: sums of several fit 16 bits (cells.inl); a format may be registered only if it keeps it.
 
 namespace iqtorch { namespace IQTORCH_ISA {
@@ -76,7 +76,7 @@ IQ_FN I32 four_sums(const I32* value) {
 IQ_FN I32 bytes_of(int value) { return kept(set((int32_t)((value & 255u) * 0x01010101u))); }
 
 template <int Bits> struct PlainDecoder {
-  static constexpr bool kSmall = true;
+  static constexpr bool kSmall = true, kUnrolled = Bits == 2;
   static constexpr int kLines = Bits + 1, kMost = (1 << Bits) - 1;
   int mask;
   I32 variant = set(0);
@@ -94,7 +94,7 @@ template <int Bits> struct PlainDecoder {
 
 // Of codes of up to three bits the variant is one more bit: the table has both codebooks.
 template <int Bits> struct LookupDecoder {
-  static constexpr bool kSmall = true, kBoth = Bits < 4;
+  static constexpr bool kSmall = true, kBoth = Bits < 4, kUnrolled = Bits < 4;
   static constexpr int kLines = Bits + 1, kMost = Bits == 2 ? 63 : Bits == 3 ? 127 : 255;
   static constexpr int kEntries = Bits <= 4 ? 16 : 1 << Bits;
   Table<kEntries> table;
@@ -118,7 +118,7 @@ template <int Bits> struct LookupDecoder {
 
 // 40 bits per 16-bit lane hold eight five-bit codes of pairs; the look-up ignores the bits above the code.
 struct PairsDecoder {
-  static constexpr bool kSmall = true;
+  static constexpr bool kSmall = true, kUnrolled = false;
   static constexpr int kLines = 3, kMost = 127;
   PairTable table;
   I32 variant = set(0);
@@ -140,7 +140,7 @@ struct PairsDecoder {
 
 // iq4_kss: 15 bits of a 16-bit word are the Gray code of four 4-bit codes of even parity, bit 0 belongs to the scale.
 struct WordsDecoder {
-  static constexpr bool kSmall = false;
+  static constexpr bool kSmall = false, kUnrolled = false;
   static constexpr int kMost = 255;
   Table<16> table;
   I32 variant;
@@ -188,7 +188,7 @@ IQ_FN I32 parity_signs(const uint8_t* p, int g) {
 
 // A code selects `Vec` neighbouring operands from a table in memory.
 template <int Bits, int Vec, int Mode> struct GridDecoder {
-  static constexpr bool kSmall = false;
+  static constexpr bool kSmall = false, kUnrolled = false;
   static constexpr int kMost = 127;
   const uint8_t* table;
   Signs<Mode> signs;
@@ -214,7 +214,7 @@ template <int Bits, int Vec, int Mode> struct GridDecoder {
 
 // Values are generated: each step multiplies by a constant, a value is the sum of the low six bits of the four bytes, minus 126.
 template <int Bits, int Vec, int Mode> struct TrellisDecoder {
-  static constexpr bool kSmall = false;
+  static constexpr bool kSmall = false, kUnrolled = false;
   static constexpr int kMost = 255;
   Signs<Mode> signs;
   I32 multiplier, first;

@@ -94,8 +94,8 @@ struct Kernels {
   void (*to_float)(const void* x, DType dtype, float* out, int64_t count);
   void (*from_float)(const float* x, DType dtype, void* out, int64_t count);
   Sums (*sums)(const Format&, int64_t m);
-  // Row `row` of `rows` of the activations of a product.
-  void (*quantize)(const float* x, int64_t k, Sums, int64_t row, int64_t rows, int8_t* q, float* scale, int32_t* sums);
+  // Row `row` of `rows` of the activations x of a product.
+  void (*quantize)(const void* x, DType dtype, int64_t k, Sums, int64_t row, int64_t rows, int8_t* q, float* scale, int32_t* sums);
   void (*linear)(const Matrix&, const Activations&, const Output&, int64_t g0, int64_t g1);
   // Columns of blocks b0 .. b1 alone, in the rows of groups g0 .. g1 of `out`.
   void (*dequantize)(const Matrix&, DType, void* out, int64_t b0, int64_t b1, int64_t g0, int64_t g1);

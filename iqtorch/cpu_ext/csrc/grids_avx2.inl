@@ -5,7 +5,7 @@ namespace iqtorch { namespace IQTORCH_ISA {
 
 template <int Bits, int Vec, int Mode> class GridDecoder {
  public:
-  static constexpr bool kSmall = false;
+  static constexpr bool kSmall = false, kUnrolled = false;
   static constexpr int kMost = 127;
   const I32 variant;
 

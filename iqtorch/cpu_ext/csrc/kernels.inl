@@ -44,9 +44,10 @@ IQ_FN void finish(const Output& out, int64_t rows, int64_t m, int64_t group, F32
   __builtin_memcpy((uint16_t*)out.data + at, half, count * sizeof(uint16_t));
 }
 
-// The cells of a block in order; unrolled if the decoder is small: most of the instructions left are addresses and shifts by numbers.
+// The cells of a block in order. Unrolled where instructions are the limit: addresses and shifts are then by numbers. Elsewhere memory
+// is, and what fetches ahead in hardware follows a loop better than eight times as many loads.
 template <class Decoder, class Run> IQ_FN void each_cell(int cells, const Run& run) {
-  if constexpr (Decoder::kSmall) {
+  if constexpr (kUnrolls && Decoder::kUnrolled) {
     if (cells == 8) {
       IQ_UNROLL(8)
       for (int c = 0; c < 8; ++c) run(c);
@@ -109,6 +110,7 @@ struct Panel {
   Sides side;
 };
 
+constexpr int kResults = 48;  // rows whose results leave together, a multiple of kBatch
 constexpr int kChunk = 512;  // rows of activations: they and their sums stay in the second-level cache
 
 template <class Decoder, class Side> static void expand(const Format& f, const uint8_t* tile, int tiles, uint8_t* operand) {
@@ -155,20 +157,23 @@ static void arrange([[maybe_unused]] Panel& panel, [[maybe_unused]] int cells, [
 
 // M rows of activations times N groups of rows of weights, over the cells of a panel: `acc` is [N][kChunk][16].
 // `q`, `scale` and `sums` point at the first of M rows of activations in the panel.
-// `Depth` neighbouring vectors may be summed in 16 bits where an instruction set does so. `Folded`: see `fold`, minima apart.
+// `Depth` neighbouring vectors may be summed in 16 bits where an instruction set does so. `Folded`: see `fold`.
 template <int M, int N, int Groups, bool Affine, bool Narrow, int Depth, bool Folded = false>
 IQ_FN void multiply_cells(const Panel* panel, int cells, const int8_t* q, const float* scale, const int32_t* sums, float* acc) {
-  constexpr int per_group = 8 / Groups;
-  F32 a[N][M];
+  constexpr int parts = Folded ? 1 : Groups, per_group = 8 / parts;  // of a cell, with a sum of their own
+  F32 a[N][M], before[N][M];
   IQ_UNROLL(4)
   for (int n = 0; n < N; ++n)
     IQ_UNROLL(4)
-    for (int m = 0; m < M; ++m) a[n][m] = Folded ? setf(0) : loadf(acc + kRows * (kChunk * n + m));
+    for (int m = 0; m < M; ++m) {
+      a[n][m] = before[n][m] = loadf(acc + kRows * (kChunk * n + m));
+      if (Folded) a[n][m] = setf(0);
+    }
   const int64_t stride = cells * kCell, sums_stride = cells * Groups;
   for (int c = 0; c < cells; ++c, q += kCell, ++scale, sums += Groups) {
     F32 cell[N][M];
     IQ_UNROLL(4)
-    for (int g = 0; g < Groups; ++g) {
+    for (int g = 0; g < parts; ++g) {
       I32 d[N][M];
 #ifdef IQ_ROW_PAIRS
       IQ_UNROLL(2)
@@ -222,27 +227,26 @@ IQ_FN void multiply_cells(const Panel* panel, int cells, const int8_t* q, const 
         }
       }
 #endif
-      if constexpr (Folded) {
-        IQ_UNROLL(4)
-        for (int n = 0; n < N; ++n)
-          IQ_UNROLL(4)
-          for (int m = 0; m < M; ++m) cell[n][m] = to_float(d[n][m]);
-        continue;
-      }
       IQ_UNROLL(4)
       for (int n = 0; n < N; ++n) {
-        const Sides& side = panel[n].side;
-        const F32 s = loadf(side.scale + kRows * (c * Groups + g));
+        const F32 s = Folded ? setf(1) : loadf(panel[n].side.scale + kRows * (c * Groups + g));
         IQ_UNROLL(4)
         for (int m = 0; m < M; ++m) {
-          cell[n][m] = g ? fma(to_float(d[n][m]), s, cell[n][m]) : to_float(d[n][m]) * s;
-        }
-        if constexpr (Affine) {
-          const F32 low = loadf(side.low + kRows * (c * Groups + g));
-          IQ_UNROLL(4)
-          for (int m = 0; m < M; ++m) a[n][m] = fma(low, as_float(set(sums[m * sums_stride + g])), a[n][m]);
+          const F32 own = to_float(d[n][m]);
+          cell[n][m] = Folded ? own : g ? fma(own, s, cell[n][m]) : own * s;
         }
       }
+    }
+    if constexpr (Affine) {
+      F32(&sum)[N][M] = Folded ? before : a;
+      IQ_UNROLL(4)
+      for (int g = 0; g < Groups; ++g)
+        IQ_UNROLL(4)
+        for (int n = 0; n < N; ++n) {
+          const F32 low = loadf(panel[n].side.low + kRows * (c * Groups + g));
+          IQ_UNROLL(4)
+          for (int m = 0; m < M; ++m) sum[n][m] = fma(low, as_float(set(sums[m * sums_stride + g])), sum[n][m]);
+        }
     }
     IQ_UNROLL(4)
     for (int n = 0; n < N; ++n)
@@ -253,8 +257,7 @@ IQ_FN void multiply_cells(const Panel* panel, int cells, const int8_t* q, const 
   for (int n = 0; n < N; ++n)
     IQ_UNROLL(4)
     for (int m = 0; m < M; ++m) {
-      float* p = acc + kRows * (kChunk * n + m);
-      storef(p, Folded ? fma(a[n][m], loadf(panel[n].side.scale), loadf(p)) : a[n][m]);
+      storef(acc + kRows * (kChunk * n + m), Folded ? fma(a[n][m], loadf(panel[n].side.scale), before[n][m]) : a[n][m]);
     }
 }
 
@@ -332,16 +335,6 @@ static void multiply_floats(const float* panel, int count, const float* x, int64
 }
 
 // -- which code runs a format ------------------------------------------------------------------------------------------
-
-template <int N, bool Affine>
-static void multiply_folded(const Panel* panel, int cells, const Activations& x, int64_t m0, int64_t m1, int64_t cell, float* acc) {
-  multiply<N, 1, Affine, true, 1, true>(panel, cells, x, m0, m1, cell, acc);
-  if constexpr (Affine) {
-    const int groups = 2 * cells;
-    const float* sums = (const float*)(x.sums + (cell * x.m + m0 * cells) * 2);
-    for (int n = 0; n < N; ++n) multiply_floats<1>(panel[n].side.low, groups, sums, groups, m1 - m0, acc + kRows * kChunk * n, kRows);
-  }
-}
 
 struct Family {
   void (*expand)(const Format&, const uint8_t* tile, int tiles, uint8_t* operand);
@@ -430,7 +423,7 @@ template <int N, int Groups, bool Affine> static Multiply multiply_with(bool nar
 
 template <int N> static Multiply multiply_of(const Ints& i, bool narrow, [[maybe_unused]] bool folded) {
 #ifdef IQ_FOLDS
-  if (folded) return i.affine ? multiply_folded<N, true> : multiply_folded<N, false>;
+  if (folded) return i.affine ? multiply<N, 2, true, true, 1, true> : multiply<N, 1, false, true, 1, true>;
 #endif
   if (i.affine) return i.groups == 1 ? multiply_with<N, 1, true>(narrow, i.largest) : multiply_with<N, 2, true>(narrow, i.largest);
   return i.groups == 1 ? multiply_with<N, 1, false>(narrow, i.largest) : multiply_with<N, 2, false>(narrow, i.largest);
@@ -445,7 +438,7 @@ static Sums sums_of(const Format& f, int64_t m) {
   return {f.i.groups, f.i.affine, m == 1 && family.plain_sums ? 1 : (is_narrow(family, f.i, m) ? 0 : 128) - f.i.bias};
 }
 
-// Asks for the lines that results of rows m0 .. m1 and groups from g on will be written to: rows of results lie in pages of their own.
+// Asks for the lines that results of rows m0 .. m1 and groups from g on are written to.
 static void expect_results(const Output& out, int64_t m0, int64_t m1, int64_t g) {
   const int64_t size = out.dtype == kFloat32 ? 4 : 2;
   for (int64_t m = m0; m < m1; ++m) __builtin_prefetch((const uint8_t*)out.data + (m * out.stride + g * kRows) * size, 1);
@@ -475,11 +468,19 @@ static void linear_int8(const Matrix& w, const Activations& x, const Output& out
           if (family.fold) family.fold(f, tile, header_d(w, g + n), panel[n]);
           arrange(panel[n], tiles * cells, narrow);
         }
-        if (b + tiles == w.blocks) expect_results(out, m0, m1, g);
-        run[count > 1](panel, tiles * cells, x, m0, m1, b * cells, acc);
+        if (b + tiles < w.blocks) {
+          run[count > 1](panel, tiles * cells, x, m0, m1, b * cells, acc);
+          continue;
+        }
+        // Results leave row by row, and those of many rows may share a set of every cache: some at a time, asked for meanwhile.
+        for (int64_t m = m0, end; m < m1; m = end) {
+          end = m + kResults < m1 ? m + kResults : m1;
+          expect_results(out, m, end, g);
+          run[count > 1](panel, tiles * cells, x, m, end, b * cells, acc + kRows * (m - m0));
+          for (int64_t i = m; i < end; ++i)
+            for (int n = 0; n < count; ++n) finish(out, w.rows, i, g + n, loadf(acc + kRows * (kChunk * n + i - m0)));
+        }
       }
-      for (int64_t m = m0; m < m1; ++m)
-        for (int n = 0; n < count; ++n) finish(out, w.rows, m, g + n, loadf(acc + kRows * (kChunk * n + m - m0)));
     }
   }
 }

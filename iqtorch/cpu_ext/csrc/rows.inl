@@ -25,28 +25,10 @@ template <class Put> IQ_FN void decode_row(const Format& f, const Sides& side, i
 
 IQ_FN int64_t element_bytes(DType dtype) { return dtype == kFloat32 ? 4 : 2; }
 
-static void to_float(const void* x, DType dtype, float* out, int64_t count) {
-  if (dtype == kFloat32) {
-    __builtin_memcpy(out, x, count * sizeof(float));
-  } else if (dtype == kBFloat16) {
-    const uint16_t* p = (const uint16_t*)x;
-    int64_t i = 0;
-    for (; i + kRows <= count; i += kRows) storef(out + i, as_float(shift_left(load16((const uint8_t*)(p + i)), 16)));
-    for (; i < count; ++i) {
-      uint32_t u = (uint32_t)p[i] << 16;
-      __builtin_memcpy(out + i, &u, 4);
-    }
-  } else {
-    int64_t i = 0;
-    for (; i + kRows <= count; i += kRows) storef(out + i, from_half(load16((const uint8_t*)x + 2 * i)));
-    if (i < count) {
-      IQ_ALIGNED uint8_t last[32] = {};
-      IQ_ALIGNED float value[kRows];
-      __builtin_memcpy(last, (const uint8_t*)x + 2 * i, 2 * (count - i));
-      storef(value, from_half(load16(last)));
-      __builtin_memcpy(out + i, value, 4 * (count - i));
-    }
-  }
+template <DType T> IQ_FN F32 load_as(const void* x, int64_t i) {
+  if (T == kFloat32) return loadf((const float*)x + i);
+  const I32 half = load16((const uint8_t*)x + 2 * i);
+  return T == kFloat16 ? from_half(half) : as_float(shift_left(half, 16));
 }
 
 template <DType T> IQ_FN void store_as(void* out, int64_t i, F32 value) {
@@ -60,6 +42,20 @@ template <class Run> static void with_dtype(DType dtype, const Run& run) {
   if (dtype == kFloat32) return run(Size<kFloat32>{});
   if (dtype == kFloat16) return run(Size<kFloat16>{});
   run(Size<kBFloat16>{});
+}
+
+static void to_float(const void* x, DType dtype, float* out, int64_t count) {
+  with_dtype(dtype, [&](auto type) {
+    constexpr DType T = decltype(type)::value;
+    int64_t i = 0;
+    for (; i + kRows <= count; i += kRows) storef(out + i, load_as<T>(x, i));
+    if (i < count) {
+      IQ_ALIGNED float last[kRows] = {}, value[kRows];
+      __builtin_memcpy(last, (const uint8_t*)x + element_bytes(T) * i, element_bytes(T) * (count - i));
+      storef(value, load_as<T>(last, 0));
+      __builtin_memcpy(out + i, value, 4 * (count - i));
+    }
+  });
 }
 
 static void from_float(const float* x, DType dtype, void* out, int64_t count) {
@@ -158,10 +154,10 @@ static void transposed(const Matrix& w, const float* g, int64_t stride, int64_t 
 
 // Cells of a row of activations: int8 with a scale per 32, rounded to nearest; a cell with NaN or Inf gets a NaN scale, so that its
 // products are NaN.
-template <int Groups>
-static void quantize_cells(const float* x, int cells, Sums kind, int8_t* q, float* scale, int32_t* sums) {
-  for (int c = 0; c < cells; ++c, x += kCell, q += kCell, sums += Groups) {
-    const I32 magnitude = set(0x7fffffff), low = load32((const uint8_t*)x), high = load32((const uint8_t*)(x + kRows));
+template <int Groups, DType T>
+static void quantize_cells(const void* x, int64_t at, int cells, Sums kind, int8_t* q, float* scale, int32_t* sums) {
+  for (int c = 0; c < cells; ++c, at += kCell, q += kCell, sums += Groups) {
+    const I32 magnitude = set(0x7fffffff), low = as_int(load_as<T>(x, at)), high = as_int(load_as<T>(x, at + kRows));
     const int32_t largest = largest_of(max(low & magnitude, high & magnitude));
     float top;
     __builtin_memcpy(&top, &largest, 4);
@@ -184,13 +180,16 @@ static void quantize_cells(const float* x, int cells, Sums kind, int8_t* q, floa
 }
 
 // A panel of all rows lies together: rows at a distance of K would share few sets of the first-level cache.
-static void quantize(const float* x, int64_t k, Sums kind, int64_t row, int64_t rows, int8_t* q, float* scale, int32_t* sums) {
-  const auto run = kind.groups == 1 ? quantize_cells<1> : quantize_cells<2>;
+static void quantize(const void* x, DType dtype, int64_t k, Sums kind, int64_t row, int64_t rows, int8_t* q, float* scale, int32_t* sums) {
   constexpr int64_t panel = kMaxBlock / kCell;
-  for (int64_t first = 0; first < k / kCell; first += panel) {
-    const int64_t cells = k / kCell - first < panel ? k / kCell - first : panel, at = first * rows + row * cells;
-    run(x + first * kCell, (int)cells, kind, q + at * kCell, scale + at, sums + at * kind.groups);
-  }
+  with_dtype(dtype, [&](auto type) {
+    constexpr DType T = decltype(type)::value;
+    const auto run = kind.groups == 1 ? quantize_cells<1, T> : quantize_cells<2, T>;
+    for (int64_t first = 0; first < k / kCell; first += panel) {
+      const int64_t cells = k / kCell - first < panel ? k / kCell - first : panel, at = first * rows + row * cells;
+      run(x, row * k + first * kCell, (int)cells, kind, q + at * kCell, scale + at, sums + at * kind.groups);
+    }
+  });
 }
 
 }}  // namespace iqtorch::IQTORCH_ISA

@@ -12,6 +12,7 @@ constexpr bool kSignedDot = true;
 #define IQ_SIGNED_DOT
 #endif
 #define IQ_OWN_GRIDS "grids_avx2.inl"
+constexpr bool kUnrolls = false;  // see each_cell
 // Rows of activations, and groups of 16 rows of weights, whose sums fit the registers.
 constexpr int kBatch = 3, kBatchGroups = 1;
 constexpr int kFloatRows = 6, kFloatVectors = 1;  // the same in float32

@@ -8,6 +8,7 @@ namespace iqtorch { namespace IQTORCH_ISA {
 constexpr bool kSignedDot = false;
 #define IQ_OWN_GRIDS "grids_avx512.inl"
 #define IQ_FOLDS
+constexpr bool kUnrolls = true;  // see each_cell
 // Rows of activations, and groups of 16 rows of weights, whose sums fit the registers.
 constexpr int kBatch = 4, kBatchGroups = 2;
 constexpr int kFloatRows = 8, kFloatVectors = 2;  // the same in float32

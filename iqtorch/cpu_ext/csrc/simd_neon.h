@@ -11,6 +11,7 @@ constexpr bool kSignedDot = false;
 constexpr bool kSignedDot = true;
 #define IQ_SIGNED_DOT
 #endif
+constexpr bool kUnrolls = false;  // see each_cell
 // Rows of activations, and groups of 16 rows of weights, whose sums fit the registers.
 #ifdef IQ_I8MM
 constexpr int kBatch = 4, kBatchGroups = 1;

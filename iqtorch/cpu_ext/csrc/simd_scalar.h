@@ -5,6 +5,7 @@
 namespace iqtorch { namespace IQTORCH_ISA {
 
 constexpr bool kSignedDot = false;
+constexpr bool kUnrolls = false;  // see each_cell
 // Rows of activations, and groups of 16 rows of weights, whose sums fit the registers.
 constexpr int kBatch = 4, kBatchGroups = 1;
 constexpr int kFloatRows = 4, kFloatVectors = 1;  // the same in float32
