@@ -118,7 +118,7 @@ template <int Bits> struct LookupDecoder {
 
 // 40 bits per 16-bit lane hold eight five-bit codes of pairs; the look-up ignores the bits above the code.
 struct PairsDecoder {
-  static constexpr bool kSmall = true, kUnrolled = false;
+  static constexpr bool kSmall = true, kUnrolled = true;
   static constexpr int kLines = 3, kMost = 127;
   PairTable table;
   I32 variant = set(0);
