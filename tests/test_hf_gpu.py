@@ -77,13 +77,17 @@ def test_quantizing_while_loading_onto_a_device(device: str, tmp_path: Path) -> 
 
 
 @needs_gpu
-def test_auto_splits_layers_between_a_gpu_and_the_cpu(tmp_path: Path) -> None:
+@pytest.mark.parametrize("checkpoint", ["packed", "plain"])
+def test_auto_splits_layers_between_a_gpu_and_the_cpu(checkpoint: str, tmp_path: Path) -> None:
+    """By their packed sizes, whether they are packed already or quantized while they are loaded."""
     model = packed()
-    model.save_pretrained(tmp_path)
+    (model if checkpoint == "packed" else tiny_model("llama")).save_pretrained(tmp_path)
     size = sum(p.nbytes for p in model.parameters())
-    memory = {0: size // 2, "cpu": 4 * size}
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, device_map="auto", max_memory=memory)
-    assert set(map(str, loaded.hf_device_map.values())) == {"0", "cpu"}
+    memory = {0: size, "cpu": 4 * size}  # all but a head, beside room for a layer; of the plain model not even a layer
+    config = {} if checkpoint == "packed" else {"quantization_config": iqtorch.IQConfig(recipe=Recipe.pure("q8_0"))}
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, device_map="auto", max_memory=memory, **config)
+    assert set(map(str, loaded.hf_device_map.values())) == {"0", "cpu"} and iqtorch.report(loaded).packed_fraction == 1
+    assert any(p.device.type == GPU for p in loaded.model.layers[0].parameters())
     assert near(logits(loaded), logits(model))
 
 
