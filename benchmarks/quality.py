@@ -42,8 +42,10 @@ PLACES = {
     "iq4_ks": (-5, -4),
 }
 #: What rounded a row. 1: two passes of error feedback; 2: one; 3: feedback in bfloat16, scales from a quicker search, and fewer of them for
-#: codebooks of vectors. Rounding to nearest: 3 is by the encoders of the same day, 1 by earlier ones.
-VERSION = "3"
+#: codebooks of vectors; 4: large codebooks searched by bytes or cells, and q8_0 left to nearest, which is 8-bit activations' equal: this
+#: changes some formats only. Rounding to nearest: 3 is by the encoders of the same day, 1 by earlier ones.
+VERSION, BEFORE = "4", "3"
+CHANGED = ("iq1_kt", "iq2_kt", "iq3_kt", "iq4_kt", "iq1_s", "iq1_m", "q8_0")
 KEYS = ("format", "rounding", "windows", "seed")
 COLUMNS = (
     "format", "bpw", "rounding", "windows", "seed", "mean_kl", "stderr", "perplexity", "same_top", "reference_kl", "ratio", "version"
@@ -244,7 +246,8 @@ def main() -> None:
             for rounding in options.roundings:
                 key = {"format": name, "rounding": rounding, "windows": str(len(windows)), "seed": str(seed)}
                 known = [row for row in read(options.csv) if all(row[k] == v for k, v in key.items())]
-                if any(row["version"] == VERSION for row in known):
+                present = {VERSION} if name in CHANGED and rounding != "nearest" else {VERSION, BEFORE}
+                if any(row["version"] in present for row in known):
                     continue
                 found, losses = measure(base, heldout, windows, every, name, rounding)
                 row = {**key, "bpw": f"{iqtorch.get_format(name).bits_per_weight():.4f}", **found, "version": VERSION}

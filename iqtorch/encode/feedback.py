@@ -57,8 +57,14 @@ def feedback_effort(fmt: Format, speed: Speed = "default") -> Feedback:
         reach = 0 if fmt.codebook.entries >= 1 << 15 else 1 if fmt.vec == 8 or large else 2
     if speed == "fast":
         reach = min(reach, 1)
-    # Single values and pairs hardly depend on where the search of their scales starts.
-    return Feedback(reach=reach, min_reach=min(reach, 3), start="default" if vectors or speed == "best" else "fast")
+    # Single values and pairs hardly depend on where the search of their scales starts, and the largest codebooks on how many entries are
+    # compared with their signs.
+    return Feedback(
+        reach=reach,
+        min_reach=min(reach, 3),
+        shortlist=16 if speed != "best" and fmt.codebook.entries >= 1 << 15 else 32,
+        start="default" if vectors or speed == "best" else "fast",
+    )
 
 
 def encode_with_feedback(

@@ -63,8 +63,15 @@ def unit_factor(form: Tensor, step: int) -> tuple[Tensor, Tensor]:
 
 
 def inverse_unit(unit: Tensor) -> Tensor:
-    """Inverse of an upper triangular matrix with ones on its diagonal."""
-    return torch.linalg.solve_triangular(unit, torch.eye(len(unit), dtype=unit.dtype, device=unit.device), upper=True, unitriangular=True)
+    """Inverse of an upper triangular matrix with ones on its diagonal: by halves, which makes products of most of it."""
+    k = len(unit)
+    if k <= 64:
+        return torch.linalg.solve_triangular(unit, torch.eye(k, dtype=unit.dtype, device=unit.device), upper=True, unitriangular=True)
+    first, second = slice(0, k // 2), slice(k // 2, None)
+    found = torch.zeros_like(unit)
+    found[first, first], found[second, second] = inverse_unit(unit[first, first]), inverse_unit(unit[second, second])
+    found[first, second] = -(found[first, first] @ unit[first, second]) @ found[second, second]
+    return found
 
 
 def _over_blocks(columns: Tensor, inverse: Tensor) -> Tensor:
