@@ -99,6 +99,8 @@ def test_tokenizers_that_cannot_be_converted(tmp_path: Path) -> None:
         ({"tokenizer__ggml__pre": "unheard-of"}, "'unheard-of', known are"),
         ({"tokenizer__ggml__token_type": [1, 2]}, "2 types"),
         ({"tokenizer__ggml__tokens": ["a", "a"]}, "1 of them different"),
+        ({"tokenizer__ggml__tokens": [1, 2]}, "tokens must be an array of str"),
+        ({"tokenizer__ggml__merges": "a b"}, "merges must be an array of str"),
         ({"tokenizer__ggml__merges": ["zz zz"]}, "makes no tokenizer"),
         ({"tokenizer__huggingface__json": "{}"}, "cannot be read"),
     ):
