@@ -122,36 +122,32 @@ def fetch_constraints(bits):
 
 
 @triton.jit
-def fetch(start, at, BITS: tl.constexpr):
-    """Items `at [...]` (int32) of an array of BITS bits each, which starts at the pointer `start`: int32 `[..., words]`.
+def fetch_words(start, at, BITS: tl.constexpr):
+    """Items `at [...]` (int32) of an array of BITS bits each, which starts at the pointer `start`: a tuple of words, int32 `[...]` each.
 
     A load of Triton's own fixes how a tensor is spread over the threads, as suits coalescing, and what depends on it is exchanged
     through shared memory where that does not fit. These loads are elementwise: every thread reads what it will decode.
     """
+    n: tl.constexpr = max(BITS // 32, 1)
     text: tl.constexpr = fetch_text(BITS)
     constraints: tl.constexpr = fetch_constraints(BITS)
-    base = start.to(tl.int64)
-    if BITS == 256:
-        a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
-            text,
-            constraints,
-            [base, at],
-            dtype=(tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32),
-            is_pure=True,
-            pack=1,
-        )
-        v = tl.join(tl.join(tl.join(a, e), tl.join(c, g)), tl.join(tl.join(b, f), tl.join(d, h)))
-    elif BITS == 128:
-        a, b, c, d = tl.inline_asm_elementwise(
-            text, constraints, [base, at], dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1
-        )
-        v = tl.join(tl.join(a, c), tl.join(b, d))
-    elif BITS == 64:
-        a, b = tl.inline_asm_elementwise(text, constraints, [base, at], dtype=(tl.int32, tl.int32), is_pure=True, pack=1)
-        v = tl.join(a, b)
+    return tl.inline_asm_elementwise(text, constraints, [start.to(tl.int64), at], dtype=(tl.int32,) * n, is_pure=True, pack=1)
+
+
+@triton.jit
+def joined(words):
+    """Tensors `[...]` of a tuple as `[..., 2, 2]`, the last dimension the lowest bit of their number."""
+    if len(words) == 1:
+        v = words[0]
     else:
-        v = tl.inline_asm_elementwise(text, constraints, [base, at], dtype=tl.int32, is_pure=True, pack=1)
-    return tl.reshape(v, with_words(at.shape, BITS))
+        v = tl.join(joined(words[0::2]), joined(words[1::2]))
+    return v
+
+
+@triton.jit
+def fetch(start, at, BITS: tl.constexpr):
+    """`fetch_words` in one tensor, int32 `[..., words]`."""
+    return tl.reshape(joined(fetch_words(start, at, BITS)), with_words(at.shape, BITS))
 
 
 @triton.constexpr_function

@@ -30,7 +30,7 @@ from .asm import (
     shift_right,
     two_byte_sums,
 )
-from .planes import flatten_last, halved, halving, interleave, low_mask, plane, splat_mask, spread, unleave4, word_halves
+from .planes import each, flatten_last, halving, interleave, leave4, low_mask, plane, splat_mask, spread, unleave4, word_halves
 from .scales import raw_scale
 
 
@@ -198,12 +198,10 @@ def five(word):
 def code_plane(planes, i: tl.constexpr, S: tl.constexpr):
     """The i-th part of each code, in the lower bits of `[run / vec, A, B]`."""
     words = plane(planes, S, S.code[i][0])
+    if S.spare:
+        words = leave4(words[0], words[1], words[2], words[3])
     n: tl.constexpr = S.run // S.vec
-    if S.family == "trellis":
-        words = halved(words, S.code[i][1], tl.constexpr(n // words.shape[0]))
-    else:
-        words = spread(words, S.code[i][1], n)
-    return words
+    return spread(words, S.code[i][1], n)
 
 
 @triton.jit
@@ -270,7 +268,8 @@ def trellis_states(planes, S: tl.constexpr, ASM: tl.constexpr):
     if S.spare:
         state &= low_mask(S.code_bits)
     if S.variant_entries > 0:
-        state += ((raw_scale(planes, S, "scale", ASM) >> S.scale_bits) & 1) * S.variant_entries
+        more = ((raw_scale(planes, S, "scale", ASM) >> S.scale_bits) & 1) * S.variant_entries
+        state += each(more, state.shape[0] // S.groups)
     return state
 
 

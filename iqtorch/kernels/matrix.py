@@ -17,7 +17,7 @@ import triton.language as tl
 
 from .asm import bytes_of, half_offset, halves
 from .decode import prepare, quads
-from .planes import load_planes
+from .planes import each, load_planes
 from .scales import power_of_two, prepare_scales, row_exponent, row_scale, scales
 
 # -- more tokens ---------------------------------------------------------------------------------------------
@@ -75,12 +75,9 @@ def operand(planes, held, lut, exponent, S: tl.constexpr, BN: tl.constexpr, FRAG
     if S.shift != 0:
         bias += shift
     per: tl.constexpr = S.quads // S.groups
-    shape: tl.constexpr = (S.groups, per, BN, 4)
-    f0, f1, f2, f3 = halves(
-        q, each_quad(scale.to(tl.float16), q.shape, shape), each_quad(bias.to(tl.float16), q.shape, shape), S.signed, ASM
-    )
+    f0, f1, f2, f3 = halves(q, each(scale.to(tl.float16), per), each(bias.to(tl.float16), per), S.signed, ASM)
     if S.affine:
-        less = each_quad(low.to(tl.float16), q.shape, shape)
+        less = each(low.to(tl.float16), per)
         f0, f1, f2, f3 = f0 - less, f1 - less, f2 - less, f3 - less
     f = tl.join(tl.join(f0, f2), tl.join(f1, f3))  # [quads, BN, 4, h, e]
     if FRAGMENT:
@@ -96,12 +93,6 @@ def operand(planes, held, lut, exponent, S: tl.constexpr, BN: tl.constexpr, FRAG
 def step_runs(i, runs):
     """Runs of step `i` of gemm, `[1, 4]`; beyond the row, where activations are zero, its last one."""
     return tl.minimum(4 * i + tl.arange(0, 4), runs - 1)[None, :]
-
-
-@triton.jit
-def each_quad(v, TO: tl.constexpr, SHAPE: tl.constexpr):
-    """A value per scale `[groups, BN, 4]` -> one per quad."""
-    return tl.reshape(tl.broadcast_to(v[:, None, :, :], SHAPE), TO)
 
 
 @triton.jit(do_not_specialize=["tokens", "experts", "split"])

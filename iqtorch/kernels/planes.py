@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .asm import fetch
+from .asm import fetch, fetch_words
 
 
 @triton.constexpr_function
@@ -102,9 +102,25 @@ def load_plane(start, row, run, runs, BITS: tl.constexpr, PER: tl.constexpr, ASM
     return v
 
 
+@triton.constexpr_function
+def apart(s):
+    """The plane of four words that stay tensors of their own: both codes and scale lie in them, and want them in different registers."""
+    return s.code[0][0] if s.spare else -1
+
+
+@triton.jit
+def load_apart(start, row, run, runs, ASM: tl.constexpr):
+    """Items of four words as a tuple of int32 `[1, A, B]`."""
+    if ASM:
+        words = fetch_words(start, (row * runs + run)[None, :, :], 128)
+    else:
+        words = unleave4(load_plane(start, row, run, runs, 128, 1, ASM))
+    return words
+
+
 @triton.jit
 def load_planes(data, row, run, rows, runs, S: tl.constexpr, ASM: tl.constexpr):
-    """The stored bits of runs, everything that `quads` and `scales` read: a tuple of int32 `[words, A, B]`, one per plane."""
+    """The stored bits of runs, everything that `quads` and `scales` read: a tuple of int32 `[words, A, B]`, one per plane (see `apart`)."""
     return planes_from(data, row, run, rows, runs, 0, S, ASM)
 
 
@@ -113,7 +129,10 @@ def planes_from(data, row, run, rows, runs, I: tl.constexpr, S: tl.constexpr, AS
     which: tl.constexpr = loaded(S)
     P: tl.constexpr = which[I]
     start = data + plane_start(rows, runs, S, P)
-    planes = (load_plane(start, row, run, runs, item_bits(S, P), runs_per_item(S, P), ASM),)
+    if apart(S) == P:
+        planes = (load_apart(start, row, run, runs, ASM),)
+    else:
+        planes = (load_plane(start, row, run, runs, item_bits(S, P), runs_per_item(S, P), ASM),)
     if len(which) > I + 1:
         planes = planes + planes_from(data, row, run, rows, runs, I + 1, S, ASM)
     return planes
@@ -157,28 +176,41 @@ def unleave4(v):
 
 
 @triton.jit
+def leave4(v0, v1, v2, v3):
+    """Inverse of `unleave4`."""
+    return interleave(interleave(v0, v2), interleave(v1, v3))
+
+
+@triton.jit
 def word_halves(w):
     """`[4, A, B]` -> its first and second two words, `[2, A, B]` each."""
     return tl.split(tl.permute(tl.reshape(w, (2, 2, w.shape[1], w.shape[2])), (1, 2, 3, 0)))
 
 
 @triton.jit
-def shifted(words, WIDTH: tl.constexpr, EACH: tl.constexpr):
-    """`[n, A, B]` -> `[n * EACH, A, B]`: each word and its shifts by multiples of WIDTH."""
+def shifts(words, WIDTH: tl.constexpr, EACH: tl.constexpr):
+    """`[n, A, B]` -> `[n, A, B, 2, 2]`: each word and its shifts by multiples of WIDTH, EACH in all.
+
+    Joins, not a broadcast: words that also serve otherwise (scales in them) could be wanted in two layouts, and go through shared memory.
+    """
     if EACH > 1:
-        by = WIDTH * tl.arange(0, EACH)[None, :, None, None]
-        words = tl.reshape(words[:, None, :, :] >> by, (words.shape[0] * EACH, words.shape[1], words.shape[2]))
+        words = tl.join(shifts(words, 2 * WIDTH, halving(EACH)), shifts(words >> WIDTH, 2 * WIDTH, halving(EACH)))
     return words
 
 
 @triton.jit
-def halved(words, WIDTH: tl.constexpr, EACH: tl.constexpr):
-    """`shifted` by halves: more for the compiler to do, but codes in several planes stay in their threads (IQ1_KT on sm_100)."""
+def shifted(words, WIDTH: tl.constexpr, EACH: tl.constexpr):
+    """`[n, A, B]` -> `[n * EACH, A, B]`: each word and its shifts by multiples of WIDTH."""
     if EACH > 1:
-        even = halved(words, 2 * WIDTH, halving(EACH))
-        odd = halved(words >> WIDTH, 2 * WIDTH, halving(EACH))
-        words = interleave(even, odd)
+        words = flatten_last(tl.reshape(shifts(words, WIDTH, EACH), (words.shape[0], words.shape[1], words.shape[2], EACH)))
     return words
+
+
+@triton.jit
+def each(v, COUNT: tl.constexpr):
+    """`[n, A, B]` -> `[n * COUNT, A, B]`: every element COUNT times, where a mere broadcast may want another layout."""
+    many = tl.broadcast_to(v[:, None, :, :], (v.shape[0], COUNT, v.shape[1], v.shape[2]))
+    return tl.reshape(many, (v.shape[0] * COUNT, v.shape[1], v.shape[2]))
 
 
 @triton.jit

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from .asm import LOW_BYTES, fetch, from_lane, lane, shift_right
-from .planes import low_mask, plane, plane_start, spread, unleave, unleave4, word_halves
+from .planes import low_mask, plane, plane_start, spread, unleave, word_halves
 
 
 @triton.jit
@@ -35,6 +35,12 @@ def plane_width(s, field, i):
 
 
 @triton.jit
+def spare_bits(w):
+    """Bit 15 of both halves of a word, in bits 0 and 16."""
+    return shift_right(w, 15) & 0x00010001
+
+
+@triton.jit
 def raw_scale(planes, S: tl.constexpr, FIELD: tl.constexpr, ASM: tl.constexpr):
     """Stored scales or minima (and variant bits above them) `[S.groups, A, B]`."""
     n: tl.constexpr = S.groups
@@ -45,9 +51,8 @@ def raw_scale(planes, S: tl.constexpr, FIELD: tl.constexpr, ASM: tl.constexpr):
         low, high = unleave(shift_right((lo & LOW_BYTES) * 0x01020408, 24) & 15)
         raw = low | high << 4
     elif S.spare:
-        w = plane(planes, S, S.code[0][0])
-        w0, w1, w2, w3 = unleave4(shift_right(w, 15) & 0x00010001)
-        bits = w0 | w1 << 2 | w2 << 4 | w3 << 6
+        w0, w1, w2, w3 = plane(planes, S, S.code[0][0])
+        bits = spare_bits(w0) | spare_bits(w1) << 2 | spare_bits(w2) << 4 | spare_bits(w3) << 6
         raw = (bits | bits >> 15) & 255
     elif S.sign == "word":
         raw = shift_right(plane(planes, S, S.sign_plane), 28)
