@@ -91,7 +91,7 @@ def moves(name: str, way: str, arch: int | str = 90) -> Iterator[tuple[repack.Re
     for region in (repack.packing if way == "pack" else repack.unpacking)(name):
         tile = repack.tile(8192, region.move.size * 8192 // fmt.block_size)
         assert tile[0] * tile[1] == MOVED * 32 * tile[2]
-        pointers = {"source": "*i32", "target": {1: "*u8", 2: "*i16", 4: "*i32"}[region.move.unit], "table": "*i32", "places": "*i64"}
+        pointers = {"source": "*i32", "target": {1: "*u8", 2: "*i16", 4: "*i32"}[region.move.store], "table": "*i32", "places": "*i64"}
         yield region, compile_kernel(repack.move_bits, {"M": region.move, "ROWS": tile[0], "BLOCK": tile[1]}, pointers, arch, tile[2])
 
 

@@ -92,18 +92,24 @@ def test_plain_twins_compile_for_amd(name: str) -> None:
     assert_no_spill(sass.dequantize(name, "gfx942", asm=False))
 
 
-#: Most instructions per weight of packing, by count at or below what leaves it to the memory of an H200: 128 of a processor per clock,
-#: 16.45 bytes moved per clock, so 15.6 per byte of canonical blocks (docs/gpu.md).
-PACKING = {"iq2_kl": 4.2, "q4_k": 5.8, "iq4_ks": 6.0, "q8_0": 7.0}
+#: What an H200's memory leaves time for: instructions per byte of canonical blocks, read and written (docs/gpu.md).
+MEMORY = 15.6
+#: The way back that takes more, in multiples of that: prefix sums of parities.
+SLOWER = {("iq4_kss", "unpack"): 1.7}
 
 
-@pytest.mark.parametrize("name", PACKING)
-def test_packing_is_not_bound_by_instructions(name: str) -> None:
+def instructions_of_moving(name: str, way: str) -> float:
+    """Per byte of canonical blocks, of all kernels that pack or unpack a format."""
     total = 0.0
-    for region, kernel in sass.moves(name, "pack"):
+    for region, kernel in sass.moves(name, way):
         assert_no_spill(kernel)
-        total += len(sass.listing_of(kernel)) / sass.MOVED * region.move.size / get_format(name).block_size
-    assert total <= PACKING[name] <= 15.6 * get_format(name).block_bytes / get_format(name).block_size, total
+        total += len(sass.listing_of(kernel)) / sass.MOVED * region.move.size
+    return total / get_format(name).block_bytes
+
+
+@pytest.mark.parametrize("name", ["iq2_kl", "iq2_ks", "q8_0"])
+def test_packing_is_not_bound_by_instructions(name: str) -> None:
+    assert instructions_of_moving(name, "pack") <= MEMORY
 
 
 @pytest.mark.parametrize(
@@ -219,13 +225,9 @@ def test_every_format_compiles_everywhere(name: str, arch: int | str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FORMATS)
-def test_every_format_is_packed_by_words(name: str) -> None:
-    """At most 1.8 times (IQ4_KSS; most formats less than once) the instructions that memory leaves time for (see `PACKING`)."""
-    total = 0.0
-    for region, kernel in sass.moves(name, "pack"):
-        assert_no_spill(kernel)
-        total += len(sass.listing_of(kernel)) / sass.MOVED * region.move.size
-    assert total <= 1.8 * 15.6 * get_format(name).block_bytes, total / get_format(name).block_size
+def test_packing_of_every_format_at_memory_speed(name: str) -> None:
+    for way in ("pack", "unpack"):
+        assert instructions_of_moving(name, way) <= MEMORY * SLOWER.get((name, way), 1.0), way
 
 
 @pytest.mark.parametrize("name", FORMATS)

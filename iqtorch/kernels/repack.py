@@ -4,9 +4,11 @@ Within a block, every bit of the planes is a bit of the block, or the exclusive 
 table is not written down: it is read off `Layout.pack` and `Layout.unpack`, the plain-torch definition, by packing blocks with one bit
 set. So there is one description of the layout, and a format needs nothing for these kernels.
 
-A thread makes words of the target. Bits that keep their distance come together: one *segment* is 32 neighbouring bits of the source, at
-the distance that the table says, and a mask. Where a word's bits come in another order (codes sliced into nibbles), its places are first
+A thread makes words of the target. It is put together from *segments*: a word of the source (of the block: blocks need not begin at
+words), rotated, as far as a mask goes. Where a word's bits come in another order (codes sliced into nibbles), its places are first
 renamed: a permutation of the five bits of a bit's number, chosen so that few segments remain, and undone by a few swaps of bits.
+Masks that all units take are constants; segments that move alike from unit to unit are a *stream*, and only where a stream begins comes
+from a table.
 Not moved here: a `d` per row, which is copied, and the exponents of rows, which are computed from `d`.
 """
 
@@ -14,7 +16,7 @@ Not moved here: a `d` per row, which is copied, and the exponents of rows, which
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby, permutations
@@ -30,15 +32,51 @@ from ..formats import get_format
 from .choices import power_of_two
 from .layout import layout
 
-#: Instructions, about, of a segment and of a swap: what `_order` weighs.
-SEGMENT_COST, SWAP_COST = 11, 4
+#: Instructions, about, of a stream, of a word that it loads, of a segment, of one with its own mask, and of a swap: what `_plan` weighs.
+STREAM_COST, WORD_COST, SEGMENT_COST, OWN_COST, SWAP_COST = 5, 1, 2, 9, 4
 
-#: With more segments, a loop.
-UNROLLED = tl.constexpr(12)
 #: Launches of `unpack`, at most.
 MOST_REGIONS = 8
 
 Swaps = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Segments that move alike from unit to unit.
+
+    Attributes:
+        rotates: whether a unit has a rotation of its own, to which those of the segments are added.
+        words: the words that are loaded, from that of the table on.
+        segments: of each, the index into `words`, its rotation to the right, and its mask, or None: one per unit, from the table.
+    """
+
+    rotates: bool
+    words: tuple[int, ...]
+    segments: tuple[tuple[int, int, int | None], ...]
+
+
+#: A segment with masks of its own.
+OWN = Stream(True, (0,), ((0, 0, None),))
+
+
+@dataclass(frozen=True)
+class Place:
+    """Constants of one source of `move_bits`.
+
+    Attributes:
+        streams: what is taken from it.
+        bits: bits per block.
+        origin: bit of the block where its words are thought to begin.
+        aligned: whether these are words of the memory; else each is taken from two.
+        swaps: bits of words that are swapped before they are used (see `_swaps`).
+    """
+
+    streams: tuple[Stream, ...]
+    bits: int
+    origin: int
+    aligned: bool
+    swaps: Swaps
 
 
 @dataclass(frozen=True)
@@ -47,23 +85,19 @@ class Move:
 
     Attributes:
         size: units of the target per block.
-        stride: of a block in the target, in units.
         unit: bytes of one: 1, 2 or 4.
-        segments: of each place in the source, how many a unit takes from it.
-        bits: bits per block of each place.
-        aligned: whether each place consists of whole words; else a segment may lie across two.
-        swaps: bits of words of each place that are swapped before they are used (see `_swaps`).
-        after: the same, of the target's words, at the end.
+        store: bytes that are stored at once.
+        stride: of a block in the target, in these.
+        places: what comes from where.
+        after: bits of the target's words that are swapped at the end.
         clamped: the source may end with the last word that is used.
     """
 
     size: int
-    stride: int
     unit: int
-    segments: tuple[int, ...]
-    bits: tuple[int, ...]
-    aligned: tuple[bool, ...]
-    swaps: tuple[Swaps, ...]
+    store: int
+    stride: int
+    places: tuple[Place, ...]
     after: Swaps
     clamped: bool
 
@@ -78,24 +112,84 @@ def swap_bits(v, swaps: tl.constexpr):
 
 
 @triton.jit
-def segment(words, bit, table, last, p: tl.constexpr, M: tl.constexpr):
-    """What a segment gives to the units: 32 bits of place p from `bit + table` on, as far as the mask goes.
-
-    It may begin in the word before the block, or end in the one behind it, although nothing of those is used: there must be such words
-    (but none behind the word `last`, if `M.clamped`).
-    """
-    here = bit + tl.load(table)
-    mask = tl.load(table + M.size).to(tl.uint32, bitcast=True)
-    word = here >> 5
-    low = tl.load(words + word).to(tl.uint32, bitcast=True)
-    low = swap_bits(low, M.swaps[p])
-    high = low
-    if not M.aligned[p]:
-        if M.clamped:
-            word = tl.minimum(word, last - 1)
-        high = tl.load(words + word + 1).to(tl.uint32, bitcast=True)
+def funnel(low, high, n):
+    """32 bits of two words from bit `n % 32` on."""
     both = high.to(tl.uint64) << 32 | low.to(tl.uint64)
-    return (both >> (here & 31).to(tl.uint64)).to(tl.uint32) & mask
+    return (both >> (n & 31).to(tl.uint64)).to(tl.uint32)
+
+
+@triton.constexpr_function
+def loaded_words(aligned, stream):
+    """Words of the memory that a stream loads."""
+    return tuple(sorted({w + i for w in stream.words for i in ((0,) if aligned else (0, 1))}))
+
+
+@triton.constexpr_function
+def index_of(words, word):
+    return words.index(word)
+
+
+@triton.jit
+def load_words(words, at, last, which: tl.constexpr, CLAMPED: tl.constexpr, I: tl.constexpr):  # noqa: E741
+    """Words `at + which[I:]` as a tuple; none behind `last` if CLAMPED."""
+    if CLAMPED:
+        v = (tl.load(words + tl.minimum(at + which[I], last)).to(tl.uint32, bitcast=True),)
+    else:
+        v = (tl.load(words + at + which[I]).to(tl.uint32, bitcast=True),)
+    if len(which) > I + 1:
+        v = v + load_words(words, at, last, which, CLAMPED, I + 1)
+    return v
+
+
+@triton.jit
+def block_words(loaded, bit, P: tl.constexpr, T: tl.constexpr, I: tl.constexpr):  # noqa: E741
+    """The words of the block that stream T takes from, as a tuple."""
+    which: tl.constexpr = loaded_words(P.aligned, T)
+    v = loaded[index_of(which, T.words[I])]
+    if not P.aligned:
+        v = funnel(v, loaded[index_of(which, T.words[I] + 1)], bit)
+    v = (swap_bits(v, tl.constexpr(P.swaps)),)
+    if len(T.words) > I + 1:
+        v = v + block_words(loaded, bit, P, T, I + 1)
+    return v
+
+
+@triton.jit
+def turned(v, by, ROTATES: tl.constexpr, TURN: tl.constexpr):
+    """v rotated to the right by TURN, and if ROTATES by `by` too."""
+    if ROTATES:
+        v = v >> ((by + TURN) & 31) | v << ((32 - by - TURN) & 31)
+    elif TURN != 0:
+        v = v >> TURN | v << (32 - TURN)
+    return v
+
+
+@triton.jit
+def take(words, bit, table, last, P: tl.constexpr, T: tl.constexpr, CLAMPED: tl.constexpr, SIZE: tl.constexpr):
+    """What stream T of place P gives to the units (`bit`: where words of the block begin), and the rest of the table."""
+    here = tl.load(table)
+    table += SIZE
+    loaded = load_words(words, (bit >> 5) + (here >> 5), last, loaded_words(P.aligned, T), tl.constexpr(CLAMPED and not P.aligned), 0)
+    of_block = block_words(loaded, bit, P, T, 0)
+    out = of_block[0] & 0
+    for i in tl.static_range(tl.constexpr(len(T.segments))):
+        v = turned(of_block[T.segments[i][0]], here, T.rotates, T.segments[i][1])
+        if T.segments[i][2] is None:
+            out ^= v & tl.load(table).to(tl.uint32, bitcast=True)
+            table += SIZE
+        else:
+            out ^= v & T.segments[i][2]
+    return out, table
+
+
+@triton.jit
+def take_all(words, bit, table, last, P: tl.constexpr, CLAMPED: tl.constexpr, SIZE: tl.constexpr):
+    """What the streams of place P give to the units, and the rest of the table."""
+    out, table = take(words, bit, table, last, P, tl.constexpr(P.streams[0]), CLAMPED, SIZE)
+    for t in tl.static_range(1, tl.constexpr(len(P.streams))):
+        more, table = take(words, bit, table, last, P, tl.constexpr(P.streams[t]), CLAMPED, SIZE)
+        out ^= more
+    return out, table
 
 
 @triton.jit(do_not_specialize=["rows", "row_items", "first", "row_bytes", "matrix_bytes", "source_bytes", "source_words"])
@@ -105,34 +199,33 @@ def move_bits(
 ):  # fmt: skip
     """`M.size` units for each block of a row, `row_items` in all, from byte `first + row * row_bytes` of each matrix of the target on.
 
-    `source` points to words, `target` to units. `table` int32 `[segments, 2, M.size]`: of each segment the first bit within the block, and
-    its mask. `places` int64 `[places, 2]`: first byte and bytes per row. `source_words`: in all.
+    `source` points to words, `target` to units. `table` int32 `[rows, M.size]`: for each stream the word and the rotation
+    (32 word + rotation), for segments without a mask also this. `places` int64 `[places, 2]`: first byte and bytes per row.
+    `source_words`: in all. There must be a word behind the last that is used, if not `M.clamped`.
     """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
     inside = (row < rows) & (i < row_items)
     row, i = tl.minimum(row, rows - 1), tl.minimum(i, row_items - 1)
-    block = i // M.size
+    block = (i.to(tl.uint32) // M.size).to(tl.int32)
     j = i - block * M.size
     table += j
     matrix = tl.program_id(2).to(tl.int64)
     out = tl.zeros((ROWS, BLOCK), tl.uint32)
-    for p in tl.static_range(tl.constexpr(len(M.segments))):
+    for p in tl.static_range(tl.constexpr(len(M.places))):
         at = matrix * source_bytes + tl.load(places + 2 * p) + row * tl.load(places + 2 * p + 1)
         words = source + (at >> 2)
         last = tl.minimum(source_words - 1 - (at >> 2), 2147483647).to(tl.int32)
-        bit = block * M.bits[p] + (at & 3).to(tl.int32) * 8
-        if M.segments[p] <= UNROLLED:
-            for _ in tl.static_range(tl.constexpr(M.segments[p])):
-                out ^= segment(words, bit, table, last, p, M)
-                table += 2 * M.size
-        else:
-            for _ in range(M.segments[p]):
-                out ^= segment(words, bit, table, last, p, M)
-                table += 2 * M.size
-    out = swap_bits(out, M.after)
-    to = (matrix * matrix_bytes + first + row * row_bytes) // M.unit
-    tl.store(target + (to + block * M.stride + j), out.to(target.dtype.element_ty), mask=inside)
+        bit = block * M.places[p].bits + M.places[p].origin
+        if not M.places[p].aligned:
+            bit += (at & 3).to(tl.int32) * 8
+        more, table = take_all(words, bit, table, last, tl.constexpr(M.places[p]), M.clamped, M.size)
+        out ^= more
+    out = swap_bits(out, tl.constexpr(M.after))
+    to = (matrix * matrix_bytes + first + row * row_bytes) // M.store
+    target += to + (block * M.stride + j * (M.unit // M.store))
+    for b in tl.static_range(M.unit // M.store):
+        tl.store(target + b, (out >> (8 * M.store * b)).to(target.dtype.element_ty), mask=inside)
 
 
 # -- tables --------------------------------------------------------------------------------------------------
@@ -176,56 +269,103 @@ def _inverse(order: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(order.index(b) for b in range(len(order)))
 
 
-def _cheapest(pairs: np.ndarray, unit: int, aligned: bool, of_source: bool) -> tuple[float, int, bool, tuple[int, ...], np.ndarray]:
-    """How bits `pairs [n, 2]` (of the source, of the target) are best moved.
+@dataclass(frozen=True)
+class Plan:
+    """One way to move the bits of a place: its cost, the place, swaps at the end, and rows of the table `[rows, units]`."""
 
-    Returns the cost, the number of segments, whether they are of whole words, the order, and each pair's `(unit, offset)`.
-    The order renames the bits of the source's words (`of_source`, if these are whole) or of the target's.
+    cost: float
+    place: Place
+    after: Swaps
+    table: np.ndarray
+
+
+def _segments(pairs: np.ndarray, units: int, unit: int, order: tuple[int, ...], origin: int, of_source: bool) -> np.ndarray:
+    """Segments `[units, n, 3]`: word, rotation and mask of each, in the order of masks; those that a unit lacks have mask 0."""
+    source, to, number = pairs[:, 0] - origin, pairs[:, 1] % (8 * unit), pairs[:, 1] // (8 * unit)
+    word, bit = source // 32, source % 32
+    bit, to = (_renamed(bit, order), to) if of_source else (bit, _renamed(to, order))
+    keys, of = np.unique((number << 32) + (word << 5) + (bit - to) % 32, return_inverse=True)
+    masks = np.zeros(len(keys), np.int64)
+    np.bitwise_or.at(masks, of, 1 << to)
+    sort = np.lexsort((keys, masks, keys >> 32))
+    keys, masks = keys[sort], masks[sort]
+    counts = np.bincount(keys >> 32, minlength=units)
+    out = np.zeros((units, counts.max(), 3), np.int64)
+    out[keys >> 32, np.arange(len(keys)) - (np.cumsum(counts) - counts)[keys >> 32]] = np.stack(
+        [(keys >> 5) & 0x7FFFFFF, keys & 31, masks], 1
+    )
+    return out
+
+
+def _streams(found: np.ndarray) -> tuple[list[Stream], list[np.ndarray]]:
+    """Segments with the same masks in all units as streams, and their rows of the table."""
+    word, rotation = found[:, :, 0], found[:, :, 1]
+    ways = np.concatenate([word - word[:1], (rotation - rotation[:1]) % 32])
+    streams, rows = [], []
+    for way in np.unique(ways, axis=1).T:
+        mine = np.flatnonzero((ways == way[:, None]).all(0))
+        start = mine[word[0, mine].argmin()]
+        turns = bool((rotation[:, start] != rotation[0, start]).any())
+        words = np.unique(word[0, mine] - word[0, start])
+        places = np.searchsorted(words, word[0, mine] - word[0, start])
+        turn = (rotation[0, mine] - (rotation[0, start] if turns else 0)) % 32
+        streams.append(
+            Stream(turns, tuple(words.tolist()), tuple(zip(places.tolist(), turn.tolist(), found[0, mine, 2].tolist(), strict=True)))
+        )
+        rows.append(word[:, start] * 32 + (rotation[:, start] if turns else 0))
+    return streams, rows
+
+
+def _common(found: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Segments `[units, n, 3]` as those with masks that all units have, in one order, and the others."""
+    wanted = Counter(found[0, :, 2].tolist())
+    for unit in found[1:]:
+        wanted &= Counter(unit[:, 2].tolist())
+    rank = np.zeros(found.shape[:2], np.int64)  # of a segment among those of its unit with the same mask
+    for i in range(1, found.shape[1]):
+        rank[:, i] = np.where(found[:, i, 2] == found[:, i - 1, 2], rank[:, i - 1] + 1, 0)
+    taken = rank < np.vectorize(lambda mask: wanted[mask] if mask else 0, otypes=[np.int64])(found[:, :, 2])
+    return found[taken].reshape(len(found), -1, 3), found[~taken].reshape(len(found), -1, 3)
+
+
+def _plan(pairs: np.ndarray, units: int, unit: int, bits: int, aligned: bool, alone: bool) -> Plan:
+    """How bits `pairs [n, 2]` (of the source, of the target) are best moved; `alone`: they are all that the region is made of.
+
+    The order renames the bits of the source's words or, if `alone`, of the target's.
     """
-    width = 8 * unit
-    source, to, number = pairs[:, 0], pairs[:, 1] % width, pairs[:, 1] // width
-    found = []
-    for whole in (True, False) if aligned else (False,):
-        count = 5 if of_source else width.bit_length() - 1
-        for order in permutations(range(count)) if whole or not of_source else [tuple(range(count))]:
-            there, here = (_renamed(source % 32, order) + source // 32 * 32, to) if of_source else (source, _renamed(to, order))
-            offset = there // 32 * 32 + (there - here) % 32 if whole else there - here
-            keys = number * (1 << 20) + offset + (1 << 10)
-            segments = int(np.bincount(np.unique(keys) >> 20).max())
-            swaps = len(_swaps(order))
-            cost = segments * ((SEGMENT_COST - 4 if whole else SEGMENT_COST) + (swaps * SWAP_COST if of_source else 0)) + swaps * SWAP_COST
-            found.append((cost, segments, whole, order, np.stack([number, offset], 1)))
-            if segments == 1 and not swaps:
-                break
-    return min(found, key=lambda f: f[0])
+    best = None
+    for origin in [o for o in (0, 8, 16, 24) if o == 0 or (not aligned and o <= pairs[:, 0].min())]:
+        for of_source in (False, True) if alone else (True,):
+            for order in permutations(range(5 if of_source else (8 * unit).bit_length() - 1)):
+                swaps = _swaps(_inverse(order)) if of_source else _swaps(order)
+                each, once = (len(swaps) * SWAP_COST, 0) if of_source else (0, len(swaps) * SWAP_COST)
+                each += WORD_COST + (0 if aligned else 2)
+                if best and best.cost <= STREAM_COST + SEGMENT_COST + each + once:  # no order with these swaps costs less
+                    continue
+                common, own = _common(_segments(pairs, units, unit, order, origin, of_source))
+                streams, table = _streams(common)
+                cost = once + len(streams) * STREAM_COST + sum(len(s.segments) * (SEGMENT_COST + s.rotates) for s in streams)
+                cost += own.shape[1] * OWN_COST + (sum(len(s.words) for s in streams) + own.shape[1]) * each
+                if best and best.cost <= cost:
+                    continue
+                for i in range(own.shape[1]):
+                    table += [own[:, i, 0] * 32 + own[:, i, 1], own[:, i, 2]]
+                place = Place((*streams, *[OWN] * own.shape[1]), bits, origin, aligned, swaps if of_source else ())
+                best = Plan(cost, place, () if of_source else swaps, np.stack(table))
+    return best
 
 
 def _region(
-    parts: dict[int, np.ndarray], first: int, size: int, stride: int, unit: int, places: list[tuple[int, bool]], of_source: bool
+    parts: dict[int, np.ndarray], first: int, size: int, stride: int, store: int, places: list[tuple[int, bool]], clamped: bool
 ) -> Region:
-    """The region of `size` bytes from `first` on, every `stride` bytes.
+    """The region of `size` bytes from `first` on, every `stride` bytes, of which `store` can be stored at once.
 
     It is made of bits `parts[place] [n, 2]` (of the source's block, of the region); `places`: bits per block, whether whole words.
     """
-    units, rows, segments, whole, swaps, after = size // unit, [], [], [], [], ()
-    for place, pairs in parts.items():
-        _, count, is_whole, order, where = _cheapest(pairs, unit, places[place][1], of_source)
-        masks: list[dict[int, int]] = [defaultdict(int) for _ in range(units)]
-        width = 8 * unit
-        bit = pairs[:, 1] % width if of_source else _renamed(pairs[:, 1] % width, order)
-        for (number, offset), b in zip(where.tolist(), bit.tolist(), strict=True):
-            masks[number][offset] |= 1 << b
-        for i in range(count):
-            of_units = [list(m.items())[i] if i < len(m) else (0, 0) for m in masks]
-            rows.append([[offset for offset, _ in of_units], [mask for _, mask in of_units]])
-        segments.append(count)
-        whole.append(is_whole)
-        swaps.append(_swaps(_inverse(order)) if of_source else ())
-        after = after if of_source else _swaps(order)
-    table = torch.from_numpy(np.array(rows, np.int64).astype(np.uint32).view(np.int32))
-    move = Move(
-        units, stride // unit, unit, tuple(segments), tuple(places[p][0] for p in parts), tuple(whole), tuple(swaps), after, of_source
-    )
+    unit = gcd(size, 4)
+    plans = [_plan(pairs, size // unit, unit, *places[place], len(parts) == 1) for place, pairs in parts.items()]
+    table = torch.from_numpy(np.concatenate([plan.table for plan in plans]).astype(np.uint32, order="C").view(np.int32))
+    move = Move(size // unit, unit, store, stride // store, tuple(plan.place for plan in plans), plans[0].after, clamped)
     return Region(first, tuple(parts), move, table)
 
 
@@ -270,7 +410,7 @@ def unpacking(name: str) -> tuple[Region, ...]:
     fmt = get_format(name)
     plan, k, header = layout(fmt), fmt.block_size, fmt.row_header_bytes
     planes, sizes = _planes(name)
-    unit = gcd(4, header, fmt.block_bytes)
+    store = gcd(4, header, fmt.block_bytes)
     found = []
     for place, (i, size) in enumerate(zip(planes, sizes, strict=True)):
         rows = 8 * size
@@ -279,16 +419,18 @@ def unpacking(name: str) -> tuple[Region, ...]:
         pairs = _pairs(plan.unpack(data, rows, k)[:, header:])
         found.append(np.concatenate([np.full((len(pairs), 1), place), pairs], 1))
     moved = np.concatenate(found)
-    number = moved[:, 2] // (8 * unit)
-    kinds = [tuple(np.unique(moved[number == n, 0]).tolist()) for n in range(fmt.block_bytes // unit)]
-    if len(list(groupby(kinds))) > MOST_REGIONS:  # planes take turns
-        kinds = [tuple(range(len(planes)))] * len(kinds)
+    number = moved[:, 2] // (8 * store)
+    kinds = [tuple(np.unique(moved[number == n, 0]).tolist()) for n in range(fmt.block_bytes // store)]
+    runs = [kind for kind, _ in groupby(kinds)]
+    if len(runs) > MOST_REGIONS:  # planes take turns: those are made together
+        turns = {kind for kind in runs if runs.count(kind) > 1}
+        kinds = [tuple(sorted(set().union(*turns))) if kind in turns else kind for kind in kinds]
     out, n = [], 0
     for kind, same in groupby(kinds):
         count = len(list(same))
-        here = moved[(number >= n) & (number < n + count)] - np.array([0, 0, 8 * unit * n])
+        here = moved[(number >= n) & (number < n + count)] - np.array([0, 0, 8 * store * n])
         parts = {place: here[here[:, 0] == place, 1:] for place in kind}
-        out.append(_region(parts, unit * n, unit * count, fmt.block_bytes, unit, [(8 * s, s % 4 == 0) for s in sizes], True))
+        out.append(_region(parts, store * n, store * count, fmt.block_bytes, store, [(8 * s, s % 4 == 0) for s in sizes], True))
         n += count
     return tuple(out)
 
@@ -322,7 +464,7 @@ def _move(
     move, items = region.move, blocks * region.move.size
     tile_rows, block, warps = tile(rows, items)
     where = torch.tensor(places, dtype=torch.int64).to(source.device, non_blocking=True)
-    units = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[move.unit]
+    units = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[move.store]
     words = _words(source)
     move_bits[(triton.cdiv(rows, tile_rows), triton.cdiv(items, block), source.shape[0])](
         words, target.view(units), table, where, rows, items, first + region.first, row_bytes, target.shape[1], source.shape[1],
