@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import importlib
 import logging
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
-from .errors import KernelUnavailableError
+from .errors import KernelUnavailableError, UnsupportedOperationError
 from .formats import Format
 
 logger = logging.getLogger("iqtorch")
@@ -165,6 +166,29 @@ def kernel_info() -> dict[str, Any]:
     isa = cast(Any, get_backend("cpu")).capabilities()["isa"] if backends["cpu"] == "available" else None
     fallbacks = [{"format": f, "backend": backend, "reason": reason} for (f, reason), backend in _fallbacks.items()]
     return {"backends": backends, "isa": isa, "forced": _forced, "fallbacks": fallbacks}
+
+
+def refuse_elsewhere(namespace: str, operators: Iterable[str], key: str, home: str) -> torch.library.Library:
+    """Makes operators that only compute on `home` tensors say so by name where another dispatch key meets them.
+
+    Returns:
+        What the registration lives in: keep it.
+    """
+    library = torch.library.Library(namespace, "IMPL")
+
+    def refusal(operator: str) -> Callable[..., Any]:
+        def refuse(*args: Any) -> Any:
+            found = sorted({str(t.device) for arg in args for t in (arg if isinstance(arg, list) else [arg]) if isinstance(t, Tensor)})
+            raise UnsupportedOperationError(
+                f"{namespace}::{operator} computes on {home}, its tensors are on {' and '.join(found)}; "
+                "move activations and the packed weight to one device with .to(device), which gives a weight the layout of that device"
+            )
+
+        return refuse
+
+    for operator in operators:
+        library.impl(operator, refusal(operator), key)
+    return library
 
 
 # -- precision of activations --------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from iqtorch import kernels, ops
 from iqtorch.errors import KernelUnavailableError, UnsupportedOperationError
 from iqtorch.formats import get_format
-from iqtorch.kernels import choices, launch, matrix, routed, tuning, vector
+from iqtorch.kernels import choices, launch, library, matrix, routed, tuning, vector
 from iqtorch.kernels.layout import layout
 
 H200 = choices.Device(132, True)
@@ -151,19 +151,40 @@ def test_operands_on_other_devices_are_refused(recorded: dict[str, Recorder]) ->
     assert not any(recorder.grids for recorder in recorded.values())
 
 
-@pytest.mark.parametrize("operator", ["linear", "embedding", "grouped_linear", "routed_gated"])
-def test_processor_tensors_have_no_gpu_operator(operator: str) -> None:
-    """The dispatcher says so, and names the operator; nothing falls back in silence."""
-    fmt, data = get_format("iq2_kl"), packed("iq2_kl", 64, 512, 4)
-    kind, x, ids = fmt.ggml_type, torch.zeros(2, 512), torch.zeros(2, 1, dtype=torch.int64)
-    arguments: dict[str, tuple[Any, ...]] = {
+def arguments(operator: str, data: Tensor) -> tuple[Any, ...]:
+    """Of an operator, for experts `data` of 64 x 512 in iq2_kl."""
+    kind, x, ids = get_format("iq2_kl").ggml_type, torch.zeros(2, 512), torch.zeros(2, 1, dtype=torch.int64)
+    return {
         "linear": (x, data[0], kind, 64, None, 1),
+        "linear_many": (x, [data[0]], [kind], [64], [None], 1),
+        "linear_transposed": (torch.zeros(2, 64), data[0], kind, 512),
+        "dequantize": (data, kind, 64, 512, torch.float32),
         "embedding": (ids, data[0], kind, 64, 512, torch.float32),
         "grouped_linear": (x, data, torch.zeros(4, dtype=torch.int32), kind, 64, 1),
+        "routed_linear": (x, data, ids, kind, 64, 1),
         "routed_gated": (x, data, ids, kind, 64, "silu", 1),
-    }
-    with pytest.raises(NotImplementedError, match=rf"iqtorch_triton::{operator}.* 'CPU' backend"):
-        getattr(torch.ops.iqtorch_triton, operator)(*arguments[operator])
+        "routed_weighted": (x[:, None], data, ids, torch.ones(2, 1), kind, 64, 1),
+    }[operator]
+
+
+@pytest.mark.parametrize("operator", library._OPERATORS)
+def test_processor_tensors_are_refused_by_gpu_operators(operator: str) -> None:
+    """By name, with what to do; nothing falls back in silence."""
+    with pytest.raises(UnsupportedOperationError, match=rf"iqtorch_triton::{operator} computes on cuda, its tensors are on cpu; move"):
+        getattr(torch.ops.iqtorch_triton, operator)(*arguments(operator, packed("iq2_kl", 64, 512, 4)))
+
+
+@pytest.mark.parametrize("operator", ["linear", "linear_many", "linear_transposed", "dequantize", "embedding", "grouped_linear"])
+def test_gpu_tensors_are_refused_by_processor_operators(operator: str) -> None:
+    """What the dispatcher calls for tensors of a GPU, called as it does, without the GPU."""
+    from iqtorch import cpu_ext
+
+    if cpu_ext._unavailable is not None:
+        pytest.skip(cpu_ext._unavailable)
+    of_gpus = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    call = getattr(torch.ops.iqtorch_cpu, operator).default
+    with pytest.raises(UnsupportedOperationError, match=rf"iqtorch_cpu::{operator} computes on cpu, its tensors are on .*; move"):
+        call.redispatch(of_gpus, *arguments(operator, packed("iq2_kl", 64, 512, 4).to("meta")))
 
 
 def test_a_card_that_is_too_old_falls_back_visibly(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

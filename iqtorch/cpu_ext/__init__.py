@@ -15,17 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import BlockSizeError, KernelUnavailableError, UnsupportedOperationError
+from ..errors import BlockSizeError, KernelUnavailableError
 from ..formats import Format, get_format, list_formats
+from ..ops import refuse_elsewhere
 from . import kernel_file, memory
 from .layout import layout
 
 name = "cpu"
 
-_OPERATORS = (
-    *("linear", "linear_many", "linear_transposed", "dequantize", "embedding", "grouped_linear", "pack", "unpack"),
-    *("register_format", "isa_list", "isa_select"),
-)
+_PRODUCTS = ("linear", "linear_many", "linear_transposed", "dequantize", "embedding", "grouped_linear")
+_OPERATORS = (*_PRODUCTS, "pack", "unpack", "register_format", "isa_list", "isa_select")
 
 
 def _load() -> str | None:
@@ -247,24 +246,11 @@ def _register_fakes() -> None:
         return x.new_empty((x.shape[0], rows))
 
 
-def _register_refusals() -> torch.library.Library:
-    """What operators do with tensors of another device: say so, where PyTorch would list all of its backends."""
-
-    def refuse(x: Tensor, *args: Any) -> Any:
-        found = next(t.device for t in (x, *args) if isinstance(t, Tensor) and not t.is_cpu)
-        raise UnsupportedOperationError(f"activations are on {found}, the packed weight is on cpu; move one with .to(device)")
-
-    library = torch.library.Library("iqtorch_cpu", "IMPL")
-    for name in ("linear", "linear_many", "linear_transposed", "embedding", "grouped_linear"):
-        library.impl(name, refuse, "CompositeExplicitAutograd")
-    return library
-
-
 #: Why the compiled kernels cannot be used; None if they can.
 _unavailable = _load()
 if _unavailable is None:
     _register_fakes()
-    _refusals = _register_refusals()
+    _elsewhere = refuse_elsewhere("iqtorch_cpu", _PRODUCTS, "CompositeExplicitAutograd", "cpu")
     _linear = torch.ops.iqtorch_cpu.linear.default  # looked up once: it takes a fifth of a microsecond
     # All at once, so that a packed tensor works wherever it comes from (a pickle, another process).
     for _fmt in map(get_format, list_formats()):

@@ -7,6 +7,8 @@ import os
 import torch
 from torch import Tensor
 
+from ..ops import refuse_elsewhere
+
 _lib = torch.library.Library("iqtorch_triton", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 
@@ -83,7 +85,7 @@ def _routed_weighted(x: Tensor, data: Tensor, ids: Tensor, weights: Tensor, form
     return routed.routed_weighted(x, data, ids, weights, format, rows, precision)
 
 
-for _key, _fn in {
+_OPERATORS = {
     "linear": _linear,
     "linear_transposed": _linear_transposed,
     "dequantize": _dequantize,
@@ -92,9 +94,12 @@ for _key, _fn in {
     "routed_linear": _routed_linear,
     "routed_gated": _routed_gated,
     "routed_weighted": _routed_weighted,
-}.items():
+}
+for _key, _fn in _OPERATORS.items():
     for _device in ("CUDA", "CPU") if INTERPRETED else ("CUDA",):
         _lib.impl(_key, _fn, _device)
+if not INTERPRETED:
+    _elsewhere = refuse_elsewhere("iqtorch_triton", _OPERATORS, "CPU", "cuda")
 
 
 @torch.library.register_fake("iqtorch_triton::linear", lib=_lib)

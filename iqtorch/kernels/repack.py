@@ -129,6 +129,21 @@ def index_of(words, word):
     return words.index(word)
 
 
+@triton.constexpr_function
+def item(records, i):
+    return records[i]
+
+
+@triton.constexpr_function
+def swaps_of(place):
+    return place.swaps
+
+
+@triton.constexpr_function
+def last_swaps(move):
+    return move.after
+
+
 @triton.jit
 def load_words(words, at, last, which: tl.constexpr, CLAMPED: tl.constexpr, I: tl.constexpr):  # noqa: E741
     """Words `at + which[I:]` as a tuple; none behind `last` if CLAMPED."""
@@ -148,7 +163,7 @@ def block_words(loaded, bit, P: tl.constexpr, T: tl.constexpr, I: tl.constexpr):
     v = loaded[index_of(which, T.words[I])]
     if not P.aligned:
         v = funnel(v, loaded[index_of(which, T.words[I] + 1)], bit)
-    v = (swap_bits(v, tl.constexpr(P.swaps)),)
+    v = (swap_bits(v, swaps_of(P)),)
     if len(T.words) > I + 1:
         v = v + block_words(loaded, bit, P, T, I + 1)
     return v
@@ -185,9 +200,9 @@ def take(words, bit, table, last, P: tl.constexpr, T: tl.constexpr, CLAMPED: tl.
 @triton.jit
 def take_all(words, bit, table, last, P: tl.constexpr, CLAMPED: tl.constexpr, SIZE: tl.constexpr):
     """What the streams of place P give to the units, and the rest of the table."""
-    out, table = take(words, bit, table, last, P, tl.constexpr(P.streams[0]), CLAMPED, SIZE)
+    out, table = take(words, bit, table, last, P, item(P.streams, 0), CLAMPED, SIZE)
     for t in tl.static_range(1, tl.constexpr(len(P.streams))):
-        more, table = take(words, bit, table, last, P, tl.constexpr(P.streams[t]), CLAMPED, SIZE)
+        more, table = take(words, bit, table, last, P, item(P.streams, t), CLAMPED, SIZE)
         out ^= more
     return out, table
 
@@ -219,9 +234,9 @@ def move_bits(
         bit = block * M.places[p].bits + M.places[p].origin
         if not M.places[p].aligned:
             bit += (at & 3).to(tl.int32) * 8
-        more, table = take_all(words, bit, table, last, tl.constexpr(M.places[p]), M.clamped, M.size)
+        more, table = take_all(words, bit, table, last, item(M.places, p), M.clamped, M.size)
         out ^= more
-    out = swap_bits(out, tl.constexpr(M.after))
+    out = swap_bits(out, last_swaps(M))
     to = (matrix * matrix_bytes + first + row * row_bytes) // M.store
     target += to + (block * M.stride + j * (M.unit // M.store))
     for b in tl.static_range(M.unit // M.store):
