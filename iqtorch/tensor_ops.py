@@ -221,13 +221,15 @@ class _GroupedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, packed: Tensor, offsets: Tensor, fmt: Format, backend: str, rows: int, k: int) -> Tensor:
         ctx.save_for_backward(packed, offsets)
-        ctx.meta = (fmt, backend, k)
+        ctx.meta = (fmt, backend, rows, k)
         return ops.get_backend(backend).grouped_linear(x, packed, offsets, fmt, rows, ops.FLOAT)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         packed, offsets = ctx.saved_tensors
-        fmt, backend, k = ctx.meta
+        fmt, backend, rows, k = ctx.meta
+        if packed.is_cuda and grads[0].dtype == torch.bfloat16 and hasattr(F, "grouped_mm"):
+            return grouped_transposed(grads[0], packed, offsets, fmt, backend, rows, k), None, None, None, None, None, None
         out = grads[0].new_zeros((grads[0].shape[0], k))
         start = 0
         for expert, end in enumerate(offsets.tolist()):
@@ -235,6 +237,34 @@ class _GroupedLinear(torch.autograd.Function):
                 out[start:end] = ops.get_backend(backend).linear_transposed(grads[0][start:end], packed[expert], fmt, k)
             start = max(start, end)
         return out, None, None, None, None, None, None
+
+
+#: Weights of experts that are dequantized at a time for gradients: bounds the temporary copy (half a GiB in bfloat16).
+DENSE_WEIGHTS = 1 << 28
+
+
+def grouped_transposed(g: Tensor, packed: Tensor, offsets: Tensor, fmt: Format, backend: str, rows: int, k: int) -> Tensor:
+    """bfloat16 gradients `g [T, rows]`, sorted by expert, times the matrix of each one's expert: `[T, K]`.
+
+    On a GPU the host reads no value and no shape depends on the routing, so it can be captured in a graph: some experts at a time are
+    dequantized and multiplied by `F.grouped_mm`. (Of other dtypes PyTorch's own looks at the offsets.)
+    """
+    out = g.new_zeros((g.shape[0], k))
+    if g.shape[0] == 0:
+        return out
+    row = torch.arange(g.shape[0], device=g.device)[:, None]
+    begin = offsets.new_zeros(1)
+    step = max(1, DENSE_WEIGHTS // (rows * k))
+    for first in range(0, packed.shape[0], step):
+        ends = offsets[first : first + step]
+        dense = ops.get_backend(backend).dequantize(packed[first : first + step], fmt, rows, k, g.dtype)
+        if first:  # the rows of experts before are a group whose result is dropped
+            y = F.grouped_mm(g, torch.cat([dense[:1], dense]), offs=torch.cat([begin, ends]))
+        else:
+            y = F.grouped_mm(g, dense, offs=ends)
+        out = torch.where((row >= begin) & (row < ends[-1:]), y, out)
+        begin = ends[-1:]
+    return out
 
 
 def _grouped_mm(

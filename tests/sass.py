@@ -17,7 +17,7 @@ from triton.compiler import ASTSource
 
 from iqtorch.formats import get_format
 from iqtorch.kernels import matrix, repack, routed, scores, vector
-from iqtorch.kernels.choices import all_registers
+from iqtorch.kernels.choices import all_registers, gemm_tile
 from iqtorch.kernels.layout import layout
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -62,13 +62,14 @@ def gemv(
 def gemm(name: str, arch: int | str = 90, tokens: int = 16, asm: bool = True, grouped: bool = False) -> tuple[Any, float]:
     """The matrix kernel, and the weights per thread and step of its loop."""
     s = layout(get_format(name)).scheme
-    rows, warps = (128, 8) if tokens == 128 else (64, 4)
-    constants = {"S": s, "GROUPED": grouped, "BN": rows, "BM": tokens, "EP": 8 if grouped else 1, "ASM": asm, "bias": None}
+    tile = gemm_tile(8192, tokens, 32, 132, {80: 32, "gfx942": 64}.get(arch, 128))
+    constants = {"S": s, "GROUPED": grouped, "BN": tile.rows, "BM": tile.tokens, "EP": 8 if grouped else 1, "ASM": asm, "bias": None}
     constants["FRAGMENT"] = arch != 100
     if not grouped:
         constants["offsets"] = None
     pointers = {"xs": "*fp16", "steps": "*fp32", "data": "*u8", "book": "*i32", "lut": "*fp32", "y": "*bf16", "offsets": "*i32"}
-    return compile_kernel(matrix.gemm, constants, pointers, arch, warps, **all_registers(asm)), rows * 4 * s.run / (32 * warps)
+    kernel = compile_kernel(matrix.gemm, constants, pointers, arch, tile.warps, **{**all_registers(asm), "num_stages": tile.stages})
+    return kernel, tile.rows * 4 * s.run / (32 * tile.warps)
 
 
 def experts(name: str, arch: int | str = 90, asm: bool = True) -> list[Any]:

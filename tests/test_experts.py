@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import iqtorch
-from iqtorch import IQTensor, Recipe
+from iqtorch import IQTensor, Recipe, tensor_ops
 from iqtorch.experts import experts_forward
 from iqtorch.model import plan_formats
 from iqtorch.tensor_ops import grouped_linear
@@ -122,6 +122,27 @@ def test_experts_of_dbrx_which_lie_flat() -> None:
         setattr(model.mlp, name, nn.Parameter(getattr(model.mlp, name).dequantize().reshape(-1, 64)))
     want = model(x, index, weights)
     assert want.norm() > 0 and (got - want).norm() <= 1e-5 * want.norm()
+
+
+@pytest.mark.skipif(not hasattr(nn.functional, "grouped_mm"), reason="this PyTorch has no grouped_mm")
+@pytest.mark.parametrize("step", [1, 2, 5])
+def test_gradients_of_experts_without_the_host(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As GPUs take them: slices of experts, experts without rows, rows behind the last; and under fake tensors nothing is read."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    rows, k, ends = 64, 96, torch.tensor([2, 2, 7, 8, 11], dtype=torch.int32)
+    w = iqtorch.quantize(torch.randn(5, rows, k) / 8, "q8_0")
+    monkeypatch.setattr(tensor_ops, "DENSE_WEIGHTS", step * rows * k)
+    g = torch.randn(13, rows, dtype=torch.bfloat16)
+    wanted = torch.zeros(13, k)
+    for expert, (a, b) in enumerate(zip([0, *ends.tolist()], ends.tolist(), strict=False)):
+        wanted[a:b] = g[a:b].float() @ w.dequantize()[expert].float()
+    found = tensor_ops.grouped_transposed(g, w.packed, ends, w.format, w.backend, rows, k)
+    torch.testing.assert_close(found.float(), wanted, rtol=0.02, atol=0.02)
+    assert not found[11:].any()
+    with FakeTensorMode() as mode:
+        fake = [mode.from_tensor(t) for t in (g, w.packed, ends)]
+        assert tensor_ops.grouped_transposed(*fake, w.format, w.backend, rows, k).shape == (13, k)
 
 
 def test_gradients_of_grouped_experts() -> None:

@@ -94,8 +94,8 @@ def test_plain_twins_compile_for_amd(name: str) -> None:
 
 #: What an H200's memory leaves time for: instructions per byte of canonical blocks, read and written (docs/gpu.md).
 MEMORY = 15.6
-#: The way back that takes more, in multiples of that: prefix sums of parities.
-SLOWER = {("iq4_kss", "unpack"): 1.7}
+#: Ways back that take more, in multiples of that: parities of up to fifteen bits, and codes of 15 bits from three arrays.
+SLOWER = {("iq4_kss", "unpack"): 1.7, ("iq4_kt", "unpack"): 1.5}
 
 
 def instructions_of_moving(name: str, way: str) -> float:

@@ -132,7 +132,8 @@ def gemm_tile(rows: int, tokens: int, steps: int, processors: int, most: int = 1
 
     64 rows per warp group of 4 (one tensor-core instruction high), tokens padded to a power of two (at most `most`). The sum over K
     is split, not below four steps per part, so that rounds of three programs per processor (one of 8 warps) end about together; each
-    part costs writing and reading its sums. Only the power of two at or above `tokens` counts.
+    part costs writing and reading its sums. Only the power of two at or above `tokens` counts. Activations are loaded two stages ahead,
+    one where `most` is 32: there threads decode twice as many weights, and registers would be too few.
     """
     padded = power_of_two(tokens)
     tile_tokens = min(max(padded, 16), most)
@@ -140,7 +141,7 @@ def gemm_tile(rows: int, tokens: int, steps: int, processors: int, most: int = 1
     tiles = -(-rows // tile_rows) * -(-padded // tile_tokens)
     room = processors * (3 if warps == 4 else 1)
     split = min(range(1, max(1, min(steps // 4, 16)) + 1), key=lambda s: -(-tiles * s // room) / s + 0.01 * s * padded / 16)
-    return GemmTile(tile_rows, tile_tokens, split, warps, 3)
+    return GemmTile(tile_rows, tile_tokens, split, warps, 2 if tile_tokens == most == 32 else 3)
 
 
 Tile = TypeVar("Tile", GemvTile, GemmTile)
