@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import warnings
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
