@@ -179,9 +179,10 @@ def table(rows: list[dict[str, str]], reference: dict[str, dict[str, str]]) -> s
         own = [found.get(rounding, {}) for rounding in ROUNDINGS[:3]]
         kl = " | ".join(row.get("mean_kl", "-") for row in own)
         ratio = ", ".join(f"{float(row['ratio']):.2f}" if row.get("ratio") else "-" for row in own[1:])
-        perplexity = ", ".join(f"{float(row['perplexity']):.2f}" if row else "-" for row in (reference[name], *own))
-        bpw = f"{float(reference[name]['bpw']):.3f}"
-        lines.append(f"| `{name}` | {bpw} | {reference[name]['mean_kl']} | {kl} | {ratio} | {perplexity} |")
+        theirs = reference.get(name, {})
+        perplexity = ", ".join(f"{float(row['perplexity']):.2f}" if row else "-" for row in (theirs, *own))
+        bpw = f"{iqtorch.get_format(name).bits_per_weight():.3f}"
+        lines.append(f"| `{name}` | {bpw} | {theirs.get('mean_kl', '-')} | {kl} | {ratio} | {perplexity} |")
     return "\n".join(lines)
 
 
