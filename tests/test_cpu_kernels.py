@@ -591,26 +591,38 @@ def test_without_the_compiled_module_everything_runs_on_plain_torch() -> None:
     assert warning.startswith(" 1 ") and "many times slower. Remedy: pip install" in warning
 
 
-def test_kernels_of_the_same_sources_are_found_from_a_clone() -> None:
+def test_kernels_of_the_same_sources_are_found_from_a_clone(own_sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Python in a clone's folder imports the package from there, and `pip install .` has put the kernels elsewhere."""
-    code = (
-        "import importlib.util as u\n"
-        "find = u.find_spec\n"
-        "u.find_spec = lambda name, *a: None if name.endswith('cpu_ext._C') else find(name, *a)\n"
-        "import iqtorch\n"
-        "print(iqtorch.kernel_info()['backends']['cpu'])\n"
-    )
-    assert run_python(code).strip() == "available"
+    file, _ = cpu_ext.kernel_file.find()
+    monkeypatch.setattr(cpu_ext.kernel_file.importlib.util, "find_spec", lambda *args: None)
+    assert file is not None and cpu_ext.kernel_file.find() == (file, [])
+    (own_sources / "pack.cpp").write_text("// another\n")
+    with pytest.warns(RuntimeWarning, match=r"kernels were built from other C\+\+ sources than those here \(pack\.cpp\); matrix"):
+        assert "without" not in str(cpu_ext._load())
+    shutil.rmtree(own_sources)  # then nothing can be the same, not even a file that does not say what it was built from
+    unsaid = tmp_path / "path" / "iqtorch" / "cpu_ext" / "_C.so"
+    unsaid.parent.mkdir(parents=True)
+    unsaid.write_bytes(b"")
+    monkeypatch.syspath_prepend(tmp_path / "path")
+    assert cpu_ext.kernel_file.find() == (None, [])
 
 
-def test_sources_that_changed_since_the_build_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def own_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the C++ sources that the kernels were built from, in their place."""
     sources = tmp_path / "csrc"
     shutil.copytree(cpu_ext.kernel_file.SOURCES, sources)
-    file, _ = cpu_ext.kernel_file.find()
-    assert file is not None
     monkeypatch.setattr(cpu_ext.kernel_file, "SOURCES", sources)
-    assert cpu_ext.kernel_file.changed(file) == []
-    (sources / "pack.cpp").write_text("// another\n")
-    (sources / "more.inl").write_text("")
+    return sources
+
+
+def test_sources_that_changed_since_the_build_are_named(own_sources: Path) -> None:
+    (own_sources / ".#pack.cpp").symlink_to("someone@somewhere.1")  # what editors leave there
+    (own_sources / ".cache").mkdir()
+    (own_sources / "pack.cpp~").write_text("")
+    file, changed = cpu_ext.kernel_file.find()
+    assert file is not None and changed == []
+    (own_sources / "pack.cpp").write_text("// another\n")
+    (own_sources / "more.inl").write_text("")
     with pytest.warns(UserWarning, match=r"C\+\+ sources changed since the kernels were built \(more\.inl, pack\.cpp\); rebuild: pip"):
         assert cpu_ext._load() is None

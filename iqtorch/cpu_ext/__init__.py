@@ -29,10 +29,12 @@ _OPERATORS = (*_PRODUCTS, "pack", "unpack", "register_format", "isa_list", "isa_
 def _load() -> str | None:
     """Loads the extension module; returns why it cannot be used, or None. Kernels that are missing, unusable or out of date warn."""
     file, changed = kernel_file.find()
+    names = ", ".join(changed[:3]) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
+    if file is None and changed:
+        return _unusable(f"the installed kernels were built from other C++ sources than those here ({names})")
     if file is None:
         return _unusable("iqtorch was installed without its compiled kernels")
     if changed:
-        names = ", ".join(changed[:3]) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
         warnings.warn(f"C++ sources changed since the kernels were built ({names}); rebuild: {kernel_file.REBUILD}", stacklevel=2)
     try:
         torch.ops.load_library(file)

@@ -20,7 +20,7 @@ REINSTALL = "pip install --force-reinstall --no-deps iqtorch, with torch and a C
 
 
 def find() -> tuple[Path | None, list[str]]:
-    """The kernels' file, None if there is none, and the names of sources that were changed since it was built.
+    """The kernels' file, None if none can be used, and the names of sources that were changed since it (or the one nearest) was built.
 
     Python that runs in a clone's folder imports the package from there, which has no kernels: those of an installation are taken if they
     were built from the very same sources.
@@ -28,7 +28,10 @@ def find() -> tuple[Path | None, list[str]]:
     spec = importlib.util.find_spec(f"{__package__}._C")
     if spec is not None and spec.origin is not None:
         return Path(spec.origin), changed(Path(spec.origin))
-    return next(((file, []) for file in _installed() if stamps(file) == _now()), (None, []))
+    known = [file for file in _installed() if stamps(file) and _now()]
+    nearest = min(known, key=lambda file: len(changed(file)), default=None)
+    names = changed(nearest) if nearest else []
+    return None if names else nearest, names
 
 
 def changed(file: Path) -> list[str]:
@@ -40,14 +43,15 @@ def changed(file: Path) -> list[str]:
 def stamps(file: Path) -> dict[str, str]:
     """Name -> hash of the sources that a file was built from; empty if it does not say."""
     try:
-        lines = file.with_suffix(".sources").read_text(encoding="utf-8").split()
+        lines = file.with_suffix(".sources").read_text(encoding="utf-8").splitlines()
     except OSError:
         return {}
-    return dict(zip(lines[::2], lines[1::2], strict=True))
+    return dict(line.rpartition(" ")[::2] for line in lines)
 
 
 def _now() -> dict[str, str]:
-    files = SOURCES.iterdir() if SOURCES.is_dir() else ()
+    # what editors leave there (`.#pack.cpp`, `pack.cpp~`) is no source; CMakeLists.txt takes the same
+    files = (file for kind in ("cpp", "h", "inl") for file in SOURCES.glob(f"[a-z]*.{kind}") if file.is_file())
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
