@@ -234,6 +234,19 @@ def test_gemma4_as_transformers_cannot_have_it(tmp_path: Path, key: str, value: 
         load_gguf(path)
 
 
+@pytest.mark.skipif("gemma4" not in gguf_models.MODELS, reason="this transformers has no Gemma 4")
+@pytest.mark.parametrize(("head", "pairs"), [(32, 4), (80, 7), (44, 15), (80, 40)])
+def test_gemma4_rotates_as_many_pairs_again(tmp_path: Path, head: int, pairs: int) -> None:
+    """Also where their share is no binary fraction: rounded to double precision, 15 / 22 * 22 is below 15."""
+    share = (pairs + 0.25) / (head // 2) if 2 * pairs < head else 1.0
+    rope = {"rope_type": "proportional", "rope_theta": 1e6, "partial_rotary_factor": share}
+    local = {"rope_type": "default", "rope_theta": 1e4}
+    model = tiny("gemma4", global_head_dim=head, rope_parameters={"full_attention": rope, "sliding_attention": local})
+    save_gguf(model, tmp_path / "a.gguf")
+    frequencies = [m.model.rotary_emb.full_attention_inv_freq for m in (model, load_gguf(tmp_path / "a.gguf", dtype=torch.bfloat16))]
+    assert torch.equal(*frequencies) and int((frequencies[0] > 0).sum()) == pairs
+
+
 def test_architectures_without_a_decoder_alone(tmp_path: Path) -> None:
     save_gguf(tiny("llama"), tmp_path / "a.gguf")
     for arch in ("t5", "bert"):

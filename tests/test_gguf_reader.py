@@ -315,9 +315,15 @@ ATTACKS = [
     ("exabyte", one_tensor((2**61, 1)), GGUFTruncatedError, "beyond the end"),
     ("size that wraps", one_tensor((2**60, 4), kind=28), GGUFTruncatedError, str(2**65)),
     ("unknown type", one_tensor(kind=9999), GGUFTypeError, r"9999.*157 iq2_kl.*id_map"),
-    ("interleaved type", one_tensor(kind=208), GGUFTypeError, "type id 208 is q8_0_r8, rows interleaved.*without repacking.*id_map"),
-    ("type of another program", one_tensor(kind=135), GGUFTypeError, "type id 135 is iq2_bn, which is not read here; make the file"),
-    ("retired type", one_tensor(kind=4), GGUFTypeError, "type id 4;"),
+    *(
+        (f"interleaved type {name}", one_tensor(kind=kind), GGUFTypeError, f"id {kind} is {name}, rows interleaved.*original$")
+        for kind, name in ((208, "q8_0_r8"), (31, "q4_0_4_4"), (32, "q4_0_4_8"), (33, "q4_0_8_8"))
+    ),
+    *(
+        (f"type {name} of another program", one_tensor(kind=kind), GGUFTypeError, f"id {kind} is {name}, which is not read here.*original$")
+        for kind, name in ((135, "iq2_bn"), (41, "q1_0_g128"))
+    ),
+    ("retired type", one_tensor(kind=4), GGUFTypeError, "type id 4;.*id_map"),
     ("row length", one_tensor((33, 2), kind=8), GGUFTensorError, "multiple of 32"),
     ("rows of _r4", one_tensor((256, 3), kind=337), GGUFTensorError, "3 rows: iq2_k_r4 merges 4"),
     ("vector of _r4", one_tensor((256,), kind=337), GGUFTensorError, "1 rows"),

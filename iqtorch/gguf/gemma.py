@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -61,6 +62,9 @@ def read_gemma4(file: GGUFFile, config: dict[str, Any]) -> dict[str, Any]:
     cap = "gemma4.final_logit_softcapping"  # 30 is what readers assume
     theta = {key: positive(file, f"gemma4.rope.{key}", usual) for key, usual in (("freq_base", 1e6), ("freq_base_swa", 1e4))}
     rotated = file.data("rope_freqs.weight").float().flatten() < STILL if "rope_freqs.weight" in file.tensors else torch.ones(1)
+    pairs, share = int(rotated.sum()), float(rotated.double().mean())
+    if share * rotated.numel() < pairs:
+        share = math.nextafter(share, 1.0)  # transformers multiplies again, and rounds down
     per_layer = file.tensors.get("per_layer_token_embd.weight")
     return {
         "layer_types": ["sliding_attention" if kind else "full_attention" for kind in sliding],
@@ -71,7 +75,7 @@ def read_gemma4(file: GGUFFile, config: dict[str, Any]) -> dict[str, Any]:
         "final_logit_softcapping": positive(file, cap, 30.0) if meta.get(cap, 30.0) != 0 else None,
         "rope_parameters": {
             "full_attention": {
-                "rope_type": "proportional", "rope_theta": theta["freq_base"], "partial_rotary_factor": float(rotated.float().mean()),
+                "rope_type": "proportional", "rope_theta": theta["freq_base"], "partial_rotary_factor": share,
             },
             "sliding_attention": {"rope_type": "default", "rope_theta": theta["freq_base_swa"]},
         },

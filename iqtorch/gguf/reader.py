@@ -54,12 +54,13 @@ _SPLIT_NAME = re.compile(r"^(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.
 
 #: Types of other programs that are not read, by id (ik_llama.cpp and llama.cpp, `ggml.h`): rows interleaved for a kind of CPU, and others.
 _INTERLEAVED = {
+    31: "q4_0_4_4", 32: "q4_0_4_8", 33: "q4_0_8_8",
     202: "q4_0_r8", 206: "q5_0_r4", 208: "q8_0_r8", 210: "q2_k_r4", 211: "q3_k_r4", 212: "q4_k_r4", 213: "q5_k_r4", 214: "q6_k_r4",
     216: "iq2_xxs_r4", 217: "iq2_xs_r4", 218: "iq3_xxs_r4", 219: "iq1_s_r4", 220: "iq4_nl_r4", 221: "iq3_s_r4", 222: "iq2_s_r4",
     223: "iq4_xs_r8", 229: "iq1_m_r4", 230: "bf16_r16", 233: "q6_0_r4", 335: "iq2_bn_r4", 353: "mxfp4_r8", 397: "q8_k_r16",
     398: "q8_kv_r8", 399: "q8_k_r8",
 }  # fmt: skip
-_OTHERS = {34: "tq1_0", 35: "tq2_0", 36: "i2_s", 134: "iq1_bn", 135: "iq2_bn", 151: "q8_kv"}
+_OTHERS = {34: "tq1_0", 35: "tq2_0", 36: "i2_s", 41: "q1_0_g128", 134: "iq1_bn", 135: "iq2_bn", 151: "q8_kv"}
 
 
 def _named(ggml_type: int) -> str | None:
@@ -397,8 +398,8 @@ class _Part:
             try:
                 fmt = format_by_ggml_type(ggml_type)
             except UnknownFormatError as error:
-                known = _named(ggml_type) or str(error)
-                raise GGUFTypeError(f"{self.path}: tensor {name!r}: {known}; pass id_map={{{ggml_type}: NAME}} if you know it") from error
+                known = _named(ggml_type) or f"{error}; pass id_map={{{ggml_type}: NAME}} if you know it"
+                raise GGUFTypeError(f"{self.path}: tensor {name!r}: {known}") from error
         rows = math.prod(ne[1:])
         if fmt is None:
             nbytes = rows * ne[0] * (dtype or torch.uint8).itemsize
