@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import groupby, permutations
 from math import gcd
 
@@ -453,7 +453,7 @@ def unpacking(name: str) -> tuple[Region, ...]:
 # -- launches ------------------------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=64)
+@cache
 def _on_device(name: str, way: str, device: torch.device) -> tuple[tuple[Region, Tensor], ...]:
     return tuple((r, r.table.to(device)) for r in {"pack": packing, "unpack": unpacking}[way](name))
 
