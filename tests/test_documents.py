@@ -72,6 +72,10 @@ def reader(folder: Path) -> dict[str, Any]:
     return {**models, "ids": ids, "windows": windows, "more_batches": windows.split(6)}
 
 
+def test_the_readme_has_python_to_run() -> None:
+    assert len(fenced(README, "python")) >= 4
+
+
 @pytest.mark.parametrize("document", [path for path in DOCUMENTS if fenced(path, "python")], ids=lambda path: path.stem)
 def test_python_runs_in_order(document: Path, desk: Path, request: pytest.FixtureRequest) -> None:
     """In one namespace, as a reader would type it; tracebacks show the document's lines. Only the device is another."""
@@ -112,7 +116,9 @@ def commands(document: Path) -> list[list[str]]:
 @every_document
 def test_make_targets_exist(document: Path) -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    for target in set(re.findall(r"\bmake ([a-z-]+)", "\n".join(block for _, block in fenced(document, "sh")))):
+    targets = set(re.findall(r"\bmake ([a-z-]+)", "\n".join(block for _, block in fenced(document, "sh"))))
+    assert document != README or targets >= {"demo", "test"}
+    for target in targets:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 
@@ -121,6 +127,7 @@ def test_what_is_named_exists(document: Path) -> None:
     """Links, and files of this repository in code marks."""
     text = document.read_text(encoding="utf-8")
     links = [link.partition("#")[0] for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link]
+    assert document != README or len(links) >= 5
     assert [link for link in links if link and not (document.parent / link).exists()] == []
     files = re.findall(r"`((?:benchmarks|tests|examples|docs|iqtorch)/[\w/.-]+\.\w+)`", text.replace("NAME", "iq2_kl"))
     assert [file for file in files if not (ROOT / file).exists()] == []

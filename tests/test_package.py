@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-import importlib
+import importlib.util
 import inspect
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
@@ -46,14 +46,23 @@ def test_imports_go_one_way() -> None:
     TopologicalSorter(imports).prepare()  # a CycleError names the circle
 
 
+def test_imports_are_seen_however_they_are_written(tmp_path: Path) -> None:
+    file = tmp_path / "new.py"
+    file.write_text("import torch, iqtorch.a\nfrom iqtorch import b\nfrom iqtorch.c import x\nfrom . import d\nfrom .e import y\n")
+    modules = {f"iqtorch.{name}": file for name in "abcdef"}
+    assert sorted(_imported("iqtorch.new", file, modules)) == sorted(modules)[:5]
+
+
 def _imported(name: str, file: Path, modules: dict[str, Path]) -> Iterator[str]:
     package = name if file.name == "__init__.py" else name.rpartition(".")[0]
     for node in _when_loaded(ast.parse(file.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.level:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in modules)
+        elif isinstance(node, ast.ImportFrom):
             base = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
             for alias in node.names:
                 whole = f"{base}.{alias.name}"
-                yield whole if whole in modules else base
+                yield from [found for found in (whole, base) if found in modules][:1]
 
 
 def _when_loaded(tree: ast.AST) -> Iterator[ast.AST]:
