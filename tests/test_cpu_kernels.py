@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import mmap
 import os
 import re
@@ -311,13 +313,14 @@ def test_linear_of_more_than_one_chunk(name: str, isa: str) -> None:
 
 @kinds
 def test_error_of_int8_activations(fmt: Format) -> None:
-    """At most 1 % on Gaussian activations, and on heavy-tailed ones with outliers up to 6e4; 0.3 % in float."""
+    """At most 1 % on Gaussian activations and the largest, and on heavy-tailed ones with outliers up to 6e4; 0.3 % in float."""
     blocks = random_blocks(fmt, 256, 1024)
     packed, exact = cpu_ext.pack(blocks, fmt), weights(fmt, blocks).double()
     gaussian = activations(8, 1024)
     heavy = gaussian / activations(8, 1024, seed=5).abs().clamp(min=0.05)
     heavy[:, 17] = 6e4
-    for x in (gaussian, heavy, gaussian * 1e-20, gaussian * 1e20):
+    most = exact[:5].sign().float() * 8e31  # sums are largest; docs/cpu.md has the limit
+    for x in (gaussian, heavy, gaussian * 1e-20, gaussian * 1e20, most, most[:1]):
         expected = x.double() @ exact.T
         assert error(cpu_ext.linear(x, packed, fmt, 256, None, 1), expected) < 1e-2
         assert error(cpu_ext.linear(x, packed, fmt, 256, None, 0), expected) < 3e-3
@@ -325,18 +328,19 @@ def test_error_of_int8_activations(fmt: Format) -> None:
 
 def test_extreme_operands_do_not_saturate(isa: str) -> None:
     """All weights and activations at their extremes: pairs of products are largest."""
-    for fmt in PLAIN:
+    for fmt, least in itertools.product(PLAIN, (True, False)):
         parts = fmt.unpack(random_blocks(fmt, 16, 256))
-        extreme = int(fmt.codebook.values[0].astype(int).sum(-1).argmin() if fmt.vec > 1 else fmt.codebook.values[0, :, 0].argmin())
-        parts["code"].fill_(extreme)
+        sums = fmt.codebook.values[0].astype(int).sum(-1)
+        parts["code"].fill_(int(sums.argmin() if least else sums.argmax()))
         blocks = fmt.pack(parts)
         if not torch.equal(fmt.unpack(blocks)["code"], parts["code"]):
             continue  # iq4_kss: codes of four neighbours depend on each other
         x = torch.full((3, 256), 5.0)
         x[1] = -5.0
-        exact = weights(fmt, blocks).double()
-        wrong = (cpu_ext.linear(x, cpu_ext.pack(blocks, fmt), fmt, 16, None, 1).double() - x.double() @ exact.T).abs()
-        assert bool((wrong <= 1e-5 * (x.double().abs() @ exact.abs().T)).all()), fmt.name
+        packed, exact = cpu_ext.pack(blocks, fmt), weights(fmt, blocks).double()
+        for rows in (x, x[:1], x[1:2]):
+            wrong = (cpu_ext.linear(rows, packed, fmt, 16, None, 1).double() - rows.double() @ exact.T).abs()
+            assert bool((wrong <= 1e-5 * (rows.double().abs() @ exact.abs().T)).all()), (fmt.name, least, len(rows))
 
 
 @kinds
@@ -508,6 +512,20 @@ def test_operators_refuse_what_does_not_fit() -> None:
     assert "iq2_k" in str(cpu_ext.supports(interleaved, 16, 256))
     with pytest.raises(KernelUnavailableError, match="iq2_k_r4"):
         cpu_ext.pack(torch.zeros(4, interleaved.row_bytes(256), dtype=torch.uint8), interleaved)
+
+
+@pytest.mark.parametrize(
+    ("name", "scales", "shown"),
+    [
+        ("q6_k", range(-200, 56), "256 scales of -200 .. 55"),
+        ("q4_k", range(0, 128, 3)[:43], "43 scales of 0 .. 126"),
+        ("q2_k", range(120, 136), "16 scales of 120 .. 135"),
+    ],
+)
+def test_scales_that_do_not_fit_the_kernels_are_named(name: str, scales: range, shown: str) -> None:
+    fmt = dataclasses.replace(get_format(name), scale_values=tuple(scales))
+    with pytest.raises(KernelUnavailableError, match=f"{name} has {shown}"):
+        cpu_ext.layout(fmt)
 
 
 def test_every_plain_format_has_kernels() -> None:

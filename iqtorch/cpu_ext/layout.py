@@ -246,12 +246,16 @@ def _parity_signs() -> npt.NDArray[np.uint8]:
     return (seven | sum(seven >> i & 1 for i in range(7)) % 2 << 7).astype(np.uint8)
 
 
-def _scale_table(values: tuple[int, ...] | None) -> npt.NDArray[np.int32]:
-    """Up to 32 scales plus 128 as bytes, four to a number."""
-    table = np.resize(np.array(values or (0,), np.int64) + 128, 32)
-    if len(values or ()) > 32 or table.min() < 0 or table.max() > 255:
-        raise KernelUnavailableError("scales that are no linear function of what is stored are at most 32 numbers of -128 .. 127")
-    return table.astype(np.uint8).view(np.int32)
+def _scale_table(fmt: Format, step: float) -> npt.NDArray[np.int32]:
+    """Up to 32 scales plus 128 as bytes, four to a number. More are computed, as bytes too, from `step` (0: they are not linear)."""
+    scales = fmt.scale_values or (0,)
+    if min(scales) < -128 or max(scales) > 127 or (len(scales) > 32 and step not in (1, 2)):
+        raise KernelUnavailableError(
+            f"{fmt.name} has {len(scales)} scales of {min(scales)} .. {max(scales)}; the CPU kernels know numbers of -128 .. 127, "
+            "and more than 32 of them only if they grow by 1 or by 2"
+        )
+    table = np.array(scales if len(scales) <= 32 else (0,), np.int64) + 128
+    return np.resize(table, 32).astype(np.uint8).view(np.int32)
 
 
 def _folded_bias(values: IntArray, scales: tuple[int, ...] | None) -> int:
@@ -339,7 +343,7 @@ def layout(fmt: Format) -> Layout:
         INTERFACE, fmt.ggml_type, fmt.block_size, fmt.block_bytes, fmt.row_header_bytes, fmt.d_bytes, ROWS * fmt.block_bytes,
         decoder, sign, code.width, fmt.vec, largest, bias, delta, variant_in_code, flip,
         CELL // min(fmt.group_size, CELL), int(fmt.affine), _folded_bias(values, fmt.scale_values),
-        scale_flip, scale_linear, *_scale_table(fmt.scale_values if len(fmt.scale_values or ()) <= 32 or not scale_linear else None),
+        scale_flip, scale_linear, *_scale_table(fmt, scale_a),
         np.int64(ik_trellis.MULTIPLIER).astype(np.int32), ik_trellis.OFFSET,
     ]  # fmt: skip
     for name in ("code", "sign", "d", "dmin", "scale", "min", "variant"):

@@ -71,6 +71,7 @@ template <class Decoder, class Side> class CellSum {
 
 // Sums of products as 32-bit integers, multiplied by scales in floating point.
 template <class Decoder, class Side> class CellSum {
+  // only NEON tells them apart: it takes wider operands minus 128
   static constexpr bool kNarrow = Decoder::kMost < 128 || !kSignedDot;
   static constexpr int kPerGroup = 8 / Side::kGroups;
 

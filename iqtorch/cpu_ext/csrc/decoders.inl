@@ -1,7 +1,7 @@
 // Decoders: one cell (16 rows x 32 weights) of a tile -> eight vectors of operands, value + bias as unsigned bytes.
 // `decode(tile, cell, variant, sink)` calls sink(q, operands of weights 4 q .. 4 q + 3) for q = 0 .. 7, in order.
 // The variant of the weights (`Side::Variant`) is added to their operands; it was made from the decoder's `variant`, bytes of what
-// it is worth. A decoder made with `flip` xors operands with it. kSmall: kLines lines of memory per cell; kUnrolled: see `each_cell`.
+// it is worth. A decoder of kMost > 127 made with `flip` xors operands with it. kSmall: kLines lines of memory per cell; kUnrolled: see `each_cell`.
 // kMost promises that no operand is larger: sums of several fit 16 bits (cells.inl); a format may be registered only if it keeps it.
 
 namespace iqtorch { namespace IQTORCH_ISA {

@@ -93,6 +93,10 @@ template <int Bits, int Vec, int Mode> class GridDecoder {
     const __m256i rows = _mm256_set_epi32(0x07070707, 0x06060606, 0x05050505, 0x04040404, 0x03030303, 0x02020202, 0x01010101, 0);
     return {{_mm256_shuffle_epi8(eight, rows), _mm256_shuffle_epi8(eight, _mm256_add_epi8(rows, _mm256_set1_epi8(8)))}};
   }
+  static IQ_FN __m256i mirror1(__m256i a, __m256i signs, __m256i bit, int total) {
+    const __m256i set = _mm256_cmpeq_epi8(_mm256_and_si256(signs, bit), bit);
+    return _mm256_blendv_epi8(a, _mm256_sub_epi8(_mm256_set1_epi8((char)total), a), set);
+  }
   static IQ_FN U8 mirror_bytes(U8 a, U8 signs, int half, int total) {
     const __m256i bit = _mm256_set1_epi32(half ? (int)0x80402010 : 0x08040201);
     return {{mirror1(a.v[0], signs.v[0], bit, total), mirror1(a.v[1], signs.v[1], bit, total)}};

@@ -402,7 +402,8 @@ static Family find_family(const Ints& i) {
 
 static bool accepts(const Ints& i) {
   const Family family = find_family(i);
-  if (family.fold && (i.folded_bias < 0 || i.block != kMaxBlock)) return false;
+  // sums of folded operands with minima start from 0 (multiply_cells)
+  if (family.fold && (i.folded_bias < 0 || (i.affine && i.folded_bias) || i.block != kMaxBlock)) return false;
   return family.gemv && i.largest <= family.most;  // larger ones would overflow the 16-bit sums of a kernel that was promised smaller ones
 }
 

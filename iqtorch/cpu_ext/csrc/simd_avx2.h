@@ -125,10 +125,6 @@ IQ_FN U8 and16_or(U8 a, int mask, U8 b) {
   return {{_mm256_or_si256(_mm256_and_si256(a.v[0], m), b.v[0]), _mm256_or_si256(_mm256_and_si256(a.v[1], m), b.v[1])}};
 }
 
-IQ_FN __m256i mirror1(__m256i a, __m256i signs, __m256i bit, int total) {
-  __m256i set = _mm256_cmpeq_epi8(_mm256_and_si256(signs, bit), bit);
-  return _mm256_blendv_epi8(a, _mm256_sub_epi8(_mm256_set1_epi8((char)total), a), set);
-}
 IQ_FN U8 mirror(U8 a, U8 signs, int q, int total) {
   const U8 other = {{_mm256_sub_epi8(_mm256_set1_epi8((char)total), a.v[0]), _mm256_sub_epi8(_mm256_set1_epi8((char)total), a.v[1])}};
   return {{choose(signs.v[0], q, a.v[0], other.v[0]), choose(signs.v[1], q, a.v[1], other.v[1])}};
@@ -157,20 +153,12 @@ IQ_FN I32 operator|(I32 a, I32 b) { return {{_mm256_or_si256(a.v[0], b.v[0]), _m
 IQ_FN I32 operator^(I32 a, I32 b) { return {{_mm256_xor_si256(a.v[0], b.v[0]), _mm256_xor_si256(a.v[1], b.v[1])}}; }
 IQ_FN I32 operator+(I32 a, I32 b) { return {{_mm256_add_epi32(a.v[0], b.v[0]), _mm256_add_epi32(a.v[1], b.v[1])}}; }
 IQ_FN I32 operator*(I32 a, I32 b) { return {{_mm256_mullo_epi32(a.v[0], b.v[0]), _mm256_mullo_epi32(a.v[1], b.v[1])}}; }
-// Operands below 128 times int8 sum in pairs within 16 bits (2 * 127 * 127). Wider ones are taken as signed (minus 128), and the
-// signs moved to x: 2 * 128 * 127 fits too. Nothing saturates.
-template <bool Narrow> IQ_FN __m256i dot1(__m256i acc, __m256i w, __m256i x) {
+IQ_FN __m256i dot1(__m256i acc, __m256i w, __m256i x) {
 #ifdef IQ_VNNI
   return _mm256_dpbusd_avx_epi32(acc, w, x);
+#else  // operands of at most 128 times int8 sum in pairs within 16 bits; wider ones: dot_signed, signed_pairs
+  return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(w, x), _mm256_set1_epi16(1)));
 #endif
-  __m256i pairs;
-  if (Narrow) {
-    pairs = _mm256_maddubs_epi16(w, x);
-  } else {
-    w = _mm256_xor_si256(w, _mm256_set1_epi8((char)128));
-    pairs = _mm256_maddubs_epi16(_mm256_sign_epi8(w, w), _mm256_sign_epi8(x, w));
-  }
-  return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
 // A sum as it stands: GCC would make a tree of a chain of sums, whose leaves do not fit the 16 registers.
 template <class T> IQ_FN T in_order(T a) {
@@ -179,10 +167,9 @@ template <class T> IQ_FN T in_order(T a) {
 }
 template <bool Narrow> IQ_FN I32 dot(I32 acc, U8 w, const void* x) {
   __m256i b = every_four(x);
-  return in_order(I32{{dot1<Narrow>(acc.v[0], w.v[0], b), dot1<Narrow>(acc.v[1], w.v[1], b)}});
+  return in_order(I32{{dot1(acc.v[0], w.v[0], b), dot1(acc.v[1], w.v[1], b)}});
 }
 IQ_FN void prefetch_line(const uint8_t* p) { __builtin_prefetch(p); }
-template <bool Narrow> IQ_FN I32 dot_once(I32 acc, U8 w, const void* x) { return dot<Narrow>(acc, w, x); }
 
 // Numbers of 16 rows as bytes: element e of a field of `Count` numbers in the rows arrangement (layout.py).
 template <int Bits, int Count, int Low = 0> IQ_FN __m128i rows_bytes(const uint8_t* p, int e) {
@@ -196,12 +183,14 @@ template <int Bits, int Count, int Low = 0> IQ_FN __m128i rows_bytes(const uint8
   if constexpr (Bits > width) v = _mm_or_si128(v, rows_bytes<Bits - width, Count, Low + width>(p + 16 * Count * width / 8, e));
   return v;
 }
+
+#ifdef IQ_VNNI
+template <bool Narrow> IQ_FN I32 dot_once(I32 acc, U8 w, const void* x) { return dot<Narrow>(acc, w, x); }
 IQ_FN I32 byte_sums(I32 acc, I32 a) {
   __m256i one = _mm256_set1_epi8(1);
-  return {{dot1<true>(acc.v[0], a.v[0], one), dot1<true>(acc.v[1], a.v[1], one)}};
+  return {{dot1(acc.v[0], a.v[0], one), dot1(acc.v[1], a.v[1], one)}};
 }
-
-#ifndef IQ_VNNI
+#else
 // Sums of pairs of products in 16 bits, for small operands (see multiply_with).
 #define IQ_PAIR_SUMS
 struct Pairs { __m256i v[2]; };
@@ -226,7 +215,7 @@ IQ_FN I32 scaled_pairs(I32 total, Pairs a, I32 scale) {
   return in_order(I32{{_mm256_add_epi32(total.v[0], _mm256_madd_epi16(a.v[0], scale.v[0])),
                        _mm256_add_epi32(total.v[1], _mm256_madd_epi16(a.v[1], scale.v[1]))}});
 }
-// Pairs of products with signed bytes: their magnitudes times x with their signs.
+// Pairs of products with signed bytes (operands minus 128): their magnitudes times x with their signs, 2 * 128 * 127 at most.
 IQ_FN Pairs signed_pairs(U8 w, const void* x) {
   const __m256i b = every_four(x);
   return {{_mm256_maddubs_epi16(_mm256_abs_epi8(w.v[0]), _mm256_sign_epi8(b, w.v[0])),
@@ -266,10 +255,10 @@ IQ_FN I32 four_sums(const I32* value) {
 
 #ifdef IQ_SIGNED_DOT
 IQ_FN U8 magnitude(U8 a) { return {{_mm256_abs_epi8(a.v[0]), _mm256_abs_epi8(a.v[1])}}; }
-// Signed bytes, whose magnitudes are known.
+// The same, where magnitudes are known.
 IQ_FN I32 dot_signed(I32 acc, U8 w, U8 size, const void* x) {
   const __m256i b = every_four(x);
-  return in_order(I32{{dot1<true>(acc.v[0], size.v[0], _mm256_sign_epi8(b, w.v[0])), dot1<true>(acc.v[1], size.v[1], _mm256_sign_epi8(b, w.v[1]))}});
+  return in_order(I32{{dot1(acc.v[0], size.v[0], _mm256_sign_epi8(b, w.v[0])), dot1(acc.v[1], size.v[1], _mm256_sign_epi8(b, w.v[1]))}});
 }
 #endif
 

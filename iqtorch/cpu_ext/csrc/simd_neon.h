@@ -184,7 +184,6 @@ IQ_FN void store_bytes(int8_t* p, I32 a) {
   const int16x8_t low = vcombine_s16(vmovn_s32(a.v[0]), vmovn_s32(a.v[1])), high = vcombine_s16(vmovn_s32(a.v[2]), vmovn_s32(a.v[3]));
   vst1q_s8(p, vcombine_s8(vmovn_s16(low), vmovn_s16(high)));
 }
-// Sums of lanes 0 .. 7 and 8 .. 15.
 IQ_FN int32_t sum_of(I32 a) { return vaddvq_s32(vaddq_s32(vaddq_s32(a.v[0], a.v[1]), vaddq_s32(a.v[2], a.v[3]))); }
 IQ_FN F32 from_half(I32 a) { return IQ_FOUR(vcvt_f32_f16(vreinterpret_f16_u16(vmovn_u32(vreinterpretq_u32_s32(a.v[h]))))); }
 IQ_FN void store_half(uint16_t* p, F32 a) {

@@ -147,7 +147,6 @@ IQ_FN I32 as_int(F32 a) { I32 r; __builtin_memcpy(&r, &a, sizeof r); return r; }
 IQ_FN I32 max(I32 a, I32 b) { IQ_EACH(16) a.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i]; return a; }
 IQ_FN int32_t largest_of(I32 a) { int32_t r = a.v[0]; IQ_EACH(16) r = a.v[i] > r ? a.v[i] : r; return r; }
 IQ_FN void store_bytes(int8_t* p, I32 a) { IQ_EACH(16) p[i] = (int8_t)a.v[i]; }
-// Sums of lanes 0 .. 7 and 8 .. 15.
 IQ_FN int32_t sum_of(I32 a) { int32_t sum = 0; IQ_EACH(16) sum += a.v[i]; return sum; }
 IQ_FN F32 from_half(I32 a) { F32 r; IQ_EACH(16) r.v[i] = half_to_float(a.v[i]); return r; }
 IQ_FN void store_half(uint16_t* p, F32 a) { IQ_EACH(16) p[i] = float_to_half(a.v[i]); }
