@@ -119,7 +119,7 @@ def choose_backend(fmt: Format, rows: int, k: int, device: torch.device) -> str:
     name = _forced or _DEVICE_BACKEND.get(device.type)
     if name is None:
         if device.type != "meta":
-            _note_fallback(fmt, device.type, "iqtorch has none for such devices", logging.WARNING)
+            _note_fallback(fmt, device.type, f"iqtorch has none for {device.type} devices", logging.WARNING)
         return "torch"
     if name == "torch":
         return name

@@ -110,9 +110,14 @@ def _slice(func: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
     dim = stored_dim(dim, w.dim(), w.transposed)
     if dim == w.dim() - 1 or step != 1:
         return fallback(func, args, kwargs)
-    blocks = aten.slice(w.to_blocks(), dim, start, end)
+    whole = w.to_blocks()
+    blocks = aten.slice(whole, dim, start, end)
     if w.backend == "torch":
         return _as_stored(w, blocks)  # a view, which may be written to
+    if blocks.shape != whole.shape:
+        blocks = blocks.clone()  # does not keep the others in memory
+    if not blocks.shape[dim]:
+        return _as_stored(w, blocks)  # kernels want rows
     return IQTensor.from_blocks(blocks, w.format, w.dtype, transposed=w.transposed, defer=True)
 
 

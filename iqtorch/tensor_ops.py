@@ -108,8 +108,8 @@ def autocasts(x: Tensor) -> bool:
     return device != "meta" and torch.is_autocast_enabled(device)
 
 
-def _product(x: Tensor, w: IQTensor, bias: Tensor | None, transposed: bool) -> Tensor:
-    """`x W^T + bias` (`transposed`: `x W`), W the stored `[rows, K]` matrix of a 2-D `w`."""
+def _product(x: Tensor, w: IQTensor, bias: Tensor | None, transposed: bool, autocast: bool = True) -> Tensor:
+    """`x W^T + bias` (`transposed`: `x W`), W the stored `[rows, K]` matrix of a 2-D `w`; `autocast`: where it is on, it applies."""
     if w.leading:
         raise ShapeError(f"a linear product needs a 2-D weight, got shape {tuple(w.shape)}; select one expert, or use grouped_mm")
     inner, outer = (w.rows, w.k) if transposed else (w.k, w.rows)
@@ -118,7 +118,7 @@ def _product(x: Tensor, w: IQTensor, bias: Tensor | None, transposed: bool) -> T
         raise ShapeError(
             f"activations of shape {tuple(x.shape)} do not fit a weight of shape {tuple(w.shape)}: the last dimension must be {inner}"
         )
-    if autocasts(x):
+    if autocast and autocasts(x):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     if x.dtype not in ops.KERNEL_DTYPES:
         if not x.is_floating_point():
@@ -143,18 +143,27 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     return _product(input, weight, bias, weight.transposed)
 
 
-@function_handler(torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.mm, torch.Tensor.mm)
+@function_handler(torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
 def _matmul(input: Tensor, other: Tensor, *, out: Tensor | None = None) -> Tensor:
     if type(other) is not IQTensor or isinstance(input, IQTensor) or other.leading:
         return _plain(torch.matmul, input, other, out=out)
-    y = _product(input, other, None, not other.transposed)
+    y = _product(input, other, None, not other.transposed, autocast=out is None)
     return y if out is None else _write(y, out)
 
 
+@function_handler(torch.mm, torch.Tensor.mm)
+def _mm(input: Tensor, mat2: Tensor, *, out: Tensor | None = None) -> Tensor:
+    return _matmul(input, mat2, out=out)
+
+
 def _write(y: Tensor, out: Tensor) -> Tensor:
-    """A result into `out=`, as PyTorch's operators do it."""
+    """A result into `out=`, as PyTorch's operators do it: autocast does not apply, gradients and other dtypes or devices are refused."""
     if isinstance(out, IQTensor):
         _refuse("out=", "it would write into it")
+    if torch.is_grad_enabled() and (y.requires_grad or out.requires_grad):
+        raise RuntimeError("out=... does not support automatic differentiation, but one of the arguments requires grad")
+    if out.device != y.device:
+        raise RuntimeError(f"Expected out tensor to be on {y.device}, but it is on {out.device}")
     if out.dtype != y.dtype:
         raise RuntimeError(f"Expected out tensor to have dtype {y.dtype}, but got {out.dtype} instead")
     return (out if out.shape == y.shape else out.resize_(y.shape)).copy_(y)
@@ -169,9 +178,14 @@ def _rmatmul(self: Tensor, other: Tensor) -> Tensor:
 def _addmm(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1, out: Tensor | None = None) -> Tensor:
     if type(mat2) is not IQTensor or isinstance(mat1, IQTensor) or isinstance(input, IQTensor) or beta != 1 or alpha != 1:
         return _plain(torch.addmm, input, mat1, mat2, beta=beta, alpha=alpha, out=out)
-    bias = input.dim() == 1 and input.shape[0] == mat2.shape[1]
-    y = _product(mat1, mat2, input if bias else None, not mat2.transposed)
-    y = y if bias else y + input
+    bias, autocast = input.dim() == 1 and input.shape[0] == mat2.shape[1], out is None
+    y = _product(mat1, mat2, input if bias else None, not mat2.transposed, autocast)
+    if not bias:
+        if autocast and autocasts(mat1):
+            input = input.to(y.dtype)
+        if input.dtype != y.dtype:
+            raise RuntimeError(f"addmm adds {y.dtype} to a tensor of {input.dtype}: both must have the same dtype")
+        y = y + input.expand_as(y)  # the product itself is not broadcast
     return y if out is None else _write(y, out)
 
 
@@ -179,7 +193,12 @@ def _addmm(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha:
 def _addmm_(self: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
     if type(mat2) is not IQTensor or isinstance(mat1, IQTensor) or isinstance(self, IQTensor):
         return _plain(torch.Tensor.addmm_, self, mat1, mat2, beta=beta, alpha=alpha)
-    return (self if beta == 1 else self.mul_(beta)).add_(_product(mat1, mat2, None, not mat2.transposed), alpha=alpha)
+    y = _product(mat1, mat2, None, not mat2.transposed, autocast=False)
+    if (self.shape, self.dtype) != (y.shape, y.dtype):
+        raise RuntimeError(f"addmm_ of {y.dtype} {tuple(y.shape)} into {self.dtype} {tuple(self.shape)}: both must be the same")
+    if beta == 0:
+        return self.copy_(alpha * y)  # whatever it holds, NaN too, is ignored
+    return (self if beta == 1 else self.mul_(beta)).add_(y, alpha=alpha)
 
 
 @function_handler(F.embedding)
@@ -228,7 +247,7 @@ class _GroupedLinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         packed, offsets = ctx.saved_tensors
         fmt, backend, rows, k = ctx.meta
-        if packed.is_cuda and grads[0].dtype == torch.bfloat16 and hasattr(F, "grouped_mm"):
+        if grads[0].dtype == torch.bfloat16 and rows % 8 == 0 and grouped_mm_stays_on(packed.device):
             return grouped_transposed(grads[0], packed, offsets, fmt, backend, rows, k), None, None, None, None, None, None
         out = grads[0].new_zeros((grads[0].shape[0], k))
         start = 0
@@ -239,31 +258,38 @@ class _GroupedLinear(torch.autograd.Function):
         return out, None, None, None, None, None, None
 
 
-#: Weights of experts that are dequantized at a time for gradients: bounds the temporary copy (half a GiB in bfloat16).
+#: Weights of experts that are dequantized at a time for gradients: bounds the temporary copy (half a GiB in bfloat16, and one expert).
 DENSE_WEIGHTS = 1 << 28
+
+
+def grouped_mm_stays_on(device: torch.device) -> bool:
+    """Whether PyTorch's product of groups in bfloat16 is a kernel for this device; elsewhere it reads the offsets on the host."""
+    if device.type != "cuda" or not hasattr(F, "grouped_mm"):
+        return False
+    card = torch.cuda.get_device_capability(device)
+    return card == (9, 0) or (card == (10, 0) and torch.__version__ >= "2.13")  # compares as versions do
 
 
 def grouped_transposed(g: Tensor, packed: Tensor, offsets: Tensor, fmt: Format, backend: str, rows: int, k: int) -> Tensor:
     """bfloat16 gradients `g [T, rows]`, sorted by expert, times the matrix of each one's expert: `[T, K]`.
 
-    On a GPU the host reads no value and no shape depends on the routing, so it can be captured in a graph: some experts at a time are
-    dequantized and multiplied by `F.grouped_mm`. (Of other dtypes PyTorch's own looks at the offsets.)
+    Some experts at a time are dequantized and multiplied by `F.grouped_mm`, which wants `rows` to be a multiple of 8. Here the host
+    reads no value and no shape depends on the routing: where `grouped_mm_stays_on` the device, it can be captured in a graph.
     """
     out = g.new_zeros((g.shape[0], k))
     if g.shape[0] == 0:
         return out
+    g = g.clone(memory_format=torch.contiguous_format)  # `contiguous` leaves a single row its stride, and memory that is not aligned
     row = torch.arange(g.shape[0], device=g.device)[:, None]
     begin = offsets.new_zeros(1)
     step = max(1, DENSE_WEIGHTS // (rows * k))
-    for first in range(0, packed.shape[0], step):
-        ends = offsets[first : first + step]
-        dense = ops.get_backend(backend).dequantize(packed[first : first + step], fmt, rows, k, g.dtype)
-        if first:  # the rows of experts before are a group whose result is dropped
-            y = F.grouped_mm(g, torch.cat([dense[:1], dense]), offs=torch.cat([begin, ends]))
-        else:
-            y = F.grouped_mm(g, dense, offs=ends)
-        out = torch.where((row >= begin) & (row < ends[-1:]), y, out)
-        begin = ends[-1:]
+    for start in range(0, packed.shape[0], step):
+        # with the expert before: the group of all rows up to `begin`, whose result is dropped
+        group = slice(max(start - 1, 0), start + step)
+        dense = ops.get_backend(backend).dequantize(packed[group], fmt, rows, k, g.dtype)
+        end = offsets[group][-1:]
+        out = torch.where((row >= begin) & (row < end), F.grouped_mm(g, dense, offs=offsets[group]), out)
+        begin = end
     return out
 
 

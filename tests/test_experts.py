@@ -145,6 +145,64 @@ def test_gradients_of_experts_without_the_host(step: int, monkeypatch: pytest.Mo
         assert tensor_ops.grouped_transposed(*fake, w.format, w.backend, rows, k).shape == (13, k)
 
 
+@pytest.mark.skipif(not hasattr(nn.functional, "grouped_mm"), reason="this PyTorch has no grouped_mm")
+@pytest.mark.parametrize("tokens", [7, 1])
+@pytest.mark.parametrize("rows", [64, 30])
+def test_gradients_of_experts_of_any_strides(rows: int, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients as sums, concatenations, transpositions and slices leave them, on the way of GPUs."""
+    monkeypatch.setattr(tensor_ops, "grouped_mm_stays_on", lambda device: True)
+    w = iqtorch.quantize(torch.randn(3, rows, 96) / 8, "q8_0")
+    dense, ends = w.dequantize().float(), torch.tensor([0, tokens // 2, tokens])
+    for use in (
+        lambda y: y.sum(),
+        lambda y: torch.cat([y, torch.ones(tokens, 3)], 1).sin().sum(),
+        lambda y: y.T.contiguous().sin().sum(),
+        lambda y: torch.cat([torch.ones(3), y.flatten()]).sin().sum(),
+        lambda y: (y.clone() ** 2).sum(),
+    ):
+        x = torch.randn(tokens, 96, dtype=torch.bfloat16, requires_grad=True)
+        y = grouped_linear(x, w, ends)
+        y.retain_grad()
+        use(y).backward()
+        want = torch.cat([y.grad[: tokens // 2].float() @ dense[1], y.grad[tokens // 2 :].float() @ dense[2]])
+        torch.testing.assert_close(x.grad.float(), want, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.skipif(not hasattr(nn.functional, "grouped_mm"), reason="this PyTorch has no grouped_mm")
+@pytest.mark.parametrize("step", [1, 2])
+def test_gradients_of_experts_bound_their_dense_copy(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    made = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, Tensor) and out.dtype == torch.bfloat16 and out.dim() == 3:
+                made.append(len(out))
+            return out
+
+    w = iqtorch.quantize(torch.randn(5, 64, 96), "q8_0")
+    monkeypatch.setattr(tensor_ops, "DENSE_WEIGHTS", step * 64 * 96)
+    g, ends = torch.randn(9, 64, dtype=torch.bfloat16), torch.tensor([1, 3, 4, 6, 9], dtype=torch.int32)
+    with Record():
+        tensor_ops.grouped_transposed(g, w.packed, ends, w.format, w.backend, 64, 96)
+    assert made == {1: [1, 2, 2, 2, 2], 2: [2, 3, 2]}[step]
+
+
+@pytest.mark.skipif(not hasattr(nn.functional, "grouped_mm"), reason="this PyTorch has no grouped_mm")
+def test_cards_whose_products_of_groups_stay_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stays(card: tuple[int, int], version: str) -> bool:
+        card_properties = SimpleNamespace(major=card[0], minor=card[1])
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card_properties)
+        monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion(version))
+        return tensor_ops.grouped_mm_stays_on(torch.device("cuda"))
+
+    assert not tensor_ops.grouped_mm_stays_on(torch.device("cpu"))
+    assert [stays(card, "2.13.0") for card in ((8, 0), (9, 0), (10, 0), (10, 3), (12, 0))] == [False, True, True, False, False]
+    assert [stays(card, "2.9.1") for card in ((9, 0), (10, 0))] == [True, False]
+
+
 def test_gradients_of_grouped_experts() -> None:
     layer = expert_layer(True, True, False, False)
     plain = copy.copy(layer)

@@ -121,6 +121,68 @@ def test_products_into_a_tensor_that_is_there(float_precision: None) -> None:
         iqtorch.set_fallback("warn")
 
 
+def test_addmm_in_place_looks_before_it_writes(float_precision: None) -> None:
+    w, x = packed(), torch.randn(5, 512)
+    want = x @ w.dequantize().T
+    same(torch.full((5, 8), torch.nan).addmm_(x, w.T, beta=0, alpha=2), 2 * want)
+    for target, a in (
+        (torch.ones(4, 8), x),
+        (torch.ones(5, 8), x[:1]),
+        (torch.ones(5, 8), x.bfloat16()),
+        (torch.ones(5, 8), x[:, :256]),
+    ):
+        with pytest.raises((RuntimeError, ShapeError)):
+            target.addmm_(a, w.T, beta=0.5)
+        assert torch.equal(target, torch.ones_like(target))
+    with torch.autocast("cpu", torch.bfloat16):
+        same(torch.ones(5, 8).addmm_(x, w.T), 1 + want)
+
+
+def test_products_with_a_target_refuse_and_cast_as_those_of_plain_tensors(float_precision: None) -> None:
+    w, x, ones = packed(), torch.randn(5, 512), torch.ones(5, 8)
+    dense = w.dequantize()
+    want = x @ dense.T
+    same(torch.mm(x, mat2=w.T), want)
+    for weight in (w, dense):
+        for refused in (
+            lambda w: torch.mm(x.clone().requires_grad_(), w.T, out=torch.empty(5, 8)),
+            lambda w: torch.mm(x, w.T, out=torch.empty(5, 8, requires_grad=True)),
+            lambda w: torch.mm(x, w.T, out=torch.empty(5, 8, device="meta")),
+            lambda w: torch.addmm(ones, x[:1], w.T),
+            lambda w: torch.addmm(ones, x.bfloat16(), w.bfloat16().T),
+        ):
+            with pytest.raises(RuntimeError):
+                refused(weight)
+        with torch.no_grad():
+            assert not torch.mm(x.clone().requires_grad_(), weight.T, out=torch.empty(5, 8)).requires_grad
+        with torch.autocast("cpu", torch.bfloat16):
+            for product in (torch.mm, torch.matmul, lambda *args, out: torch.addmm(torch.zeros(5, 8), *args, out=out)):
+                same(product(x, weight.T, out=torch.empty(5, 8)), want)
+            assert torch.addmm(ones, x, weight.T).dtype == torch.bfloat16
+
+
+def test_some_rows_hold_only_their_bytes() -> None:
+    w = packed(rows=64)
+    if w.backend == "torch":
+        pytest.skip("without kernels they are views, which may be written to")
+    rows, held = w[5:9], io.BytesIO()
+    torch.save(rows, held)
+    assert rows.to_blocks().untyped_storage().nbytes() == rows.nbytes and len(held.getvalue()) < w.nbytes
+    assert torch.equal(w[:].to_blocks(), w.to_blocks())
+    iqtorch.set_backend("cpu")
+    try:
+        assert w[5:5].shape == (0, 512)
+    finally:
+        iqtorch.set_backend(None)
+
+
+def test_every_device_without_kernels_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(iqtorch.ops, "_fallbacks", {})
+    for device in ("mps", "xpu", "xpu"):
+        assert iqtorch.ops.choose_backend(get_format("iq2_kl"), 64, 512, torch.device(device)) == "torch"
+    assert [entry["backend"] for entry in iqtorch.kernel_info()["fallbacks"]] == ["mps", "xpu"]
+
+
 def test_noncontiguous_activations() -> None:
     w = packed()
     x = torch.randn(512, 6).t()[::2]
