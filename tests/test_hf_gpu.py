@@ -178,7 +178,8 @@ def test_a_tied_table_serves_another_gpu(tmp_path: Path) -> None:
 
 @needs_two_gpus
 @pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss", "mixtral"])
-def test_experts_on_another_gpu(kind: str) -> None:
+def test_experts_on_another_gpu(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(iqtorch.ops, "_precision", iqtorch.ops.FLOAT)  # on both: other roundings of activations can choose another token
     model = packed(kind)
     want, generated = logits(model), tokens(model)
     iqtorch.place(model, {r"experts$": f"{GPU}:1"}, default=f"{GPU}:0")
