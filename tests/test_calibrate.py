@@ -14,6 +14,7 @@ from calibration_cases import correlated, llama, output_error, tokens
 from torch import Tensor, nn
 
 import iqtorch
+from iqtorch import cpu_ext
 from iqtorch.calibration import moments as collecting
 from iqtorch.calibration import sequence
 from iqtorch.calibration.moments import HELD_OUT, SAMPLE, Moments
@@ -134,16 +135,21 @@ def test_weight_that_makes_up_for_the_layers_before(name: str, rows: int) -> Non
     assert errors[1] < 0.95 * errors[0]
 
 
-@pytest.mark.parametrize(
-    "name", ["iq2_kl", "iq3_k", "iq4_kss", "q4_k", "q4_1", "mxfp4", "iq2_xxs", "iq3_s", "iq1_s", "iq1_m", "iq1_kt", "iq4_kt"]
-)
+#: Rows, and how far the mean errors of both passes may lie apart. Near-ties fall either way and send a row another way, in large codebooks
+#: at nearly every step (scores are summed in another order, and found by bytes or cells first): there it takes more rows for the same mean.
+APART = dict.fromkeys(("iq2_kl", "iq3_k", "iq4_kss", "q4_k", "q4_1", "mxfp4", "iq2_xxs", "iq3_s"), (19, 0.01))
+APART |= dict.fromkeys(("iq1_s", "iq1_m", "iq1_kt", "iq4_kt"), (67, 0.006))
+
+
+@pytest.mark.parametrize("name", APART)
 def test_compiled_pass_is_the_plain_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same errors by either, and each the e H e^T of the weights it leaves: the identity the method rests on."""
+    rows, apart = APART[name]
     monkeypatch.setattr(metrics, "factor_dtype", lambda _: torch.float32)
     if not compiled.available(torch.device("cpu")):
         pytest.skip("no compiled module")
     x = correlated(512, 2048)
-    weight = 0.5 * torch.randn(67, 512, generator=torch.Generator().manual_seed(3))
+    weight = 0.5 * torch.randn(rows, 512, generator=torch.Generator().manual_seed(3))
     weight[2] *= 37
     fmt = iqtorch.get_format(name).for_encoding
     metric = Metric(x.T @ x / 2048, fmt, 0.01)
@@ -158,8 +164,28 @@ def test_compiled_pass_is_the_plain_one(name: str, monkeypatch: pytest.MonkeyPat
         error = (rounding.x - rounding._effective()).double()
         costs.append((error * (whole(metric) @ error)).sum(0))
         torch.testing.assert_close(reported.double(), costs[-1], rtol=1e-4, atol=0)
-    # Near-ties may fall either way and send a row another way.
-    torch.testing.assert_close(costs[0].mean(), costs[1].mean(), rtol=0.01, atol=0)
+    torch.testing.assert_close(costs[0].mean(), costs[1].mean(), rtol=apart, atol=0)
+
+
+@pytest.mark.parametrize("name", ["iq2_kl", "iq4_ks", "iq3_xxs", "iq4_kt"])
+def test_instruction_sets_agree_on_feedback(name: str) -> None:
+    """Not so formats of vectors of eight, compared as bytes only where AVX512-VNNI is, nor scalar code, whose multiply-adds are not fused
+    (see docs/quality.md, Cost)."""
+    if not compiled.available(torch.device("cpu")):
+        pytest.skip("no compiled module")
+    x = correlated(512, 1024)
+    weight = torch.randn(19, 512, generator=torch.Generator().manual_seed(3))
+    fmt = iqtorch.get_format(name).for_encoding
+    metric = Metric(x.T @ x / 1024, fmt, 0.01)
+    found: dict[str, Tensor] = {}
+    try:
+        for isa in (i for i, state in cpu_ext.capabilities().items() if state == "available" and i != "scalar"):
+            cpu_ext.select_isa(isa)
+            found[isa] = encode_with_feedback(weight, fmt, metric)
+    finally:
+        cpu_ext.select_isa(None)
+    first, *others = found.values()
+    assert all(torch.equal(blocks, first) for blocks in others)
 
 
 @pytest.mark.parametrize("name", ["iq1_m", "iq1_kt", "iq2_kt", "iq3_kt", "iq4_kt"])
@@ -167,6 +193,8 @@ def test_search_of_large_codebooks_leaves_hardly_more_error(name: str, monkeypat
     """By bytes and by cells first, against a comparison of all entries in float32."""
     if not compiled.available(torch.device("cpu")):
         pytest.skip("no compiled module")
+    if name != "iq4_kt" and cpu_ext.capabilities().get("avx512") != "available":
+        pytest.skip("bytes are compared only where AVX512-VNNI is")
     x = correlated(256, 1024)
     weight = torch.randn(99, 256, generator=torch.Generator().manual_seed(3))
     weight[5], weight[7, :64] = 0, 0
@@ -183,7 +211,7 @@ def test_search_of_large_codebooks_leaves_hardly_more_error(name: str, monkeypat
     quick, book = left(), compiled._book
     none = torch.zeros(0)
     monkeypatch.setattr(compiled, "_book", lambda *a: replace(book(*a), tiles=none, bytes=none.to(torch.uint8), cuts=none))
-    assert quick == pytest.approx(left(), rel=0.01)
+    assert quick == pytest.approx(left(), rel=0.003)
 
 
 def test_what_8_bit_activations_hide_is_rounded_to_nearest() -> None:
@@ -196,6 +224,18 @@ def test_what_8_bit_activations_hide_is_rounded_to_nearest() -> None:
         assert said == note
         nearest = iqtorch.quantize(weight, name, moments.importance)
         assert torch.equal(found.to_blocks(), nearest.to_blocks()) == (note == PRECISE)
+
+
+@pytest.mark.parametrize("sample", [torch.zeros(0, 256), torch.zeros(8, 256)], ids=["none", "zeros"])
+def test_without_activations_kept_aside_feedback_is_trusted(sample: Tensor) -> None:
+    x = correlated(256, 1024)
+    weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(3))
+    fmt = iqtorch.get_format("iq2_kl")
+    moments = Moments(x.T @ x / 1024, 1024, sample)
+    found, said = quantize_calibrated(weight, fmt, (moments,))
+    nearest = iqtorch.quantize(weight, fmt, moments.importance).to_blocks()
+    assert said == FEEDBACK
+    assert cost(weight, found.to_blocks(), fmt.name, moments.matrix).sum() < 0.9 * cost(weight, nearest, fmt.name, moments.matrix).sum()
 
 
 def test_rows_make_up_for_each_other() -> None:
@@ -561,6 +601,7 @@ def test_experts(fixed: bool, caplog: pytest.LogCaptureFixture) -> None:
     recipe = {"experts": "iq2_k", "_proj": "iq3_k"}
     by_importance = iqtorch.quantize_model(copy.deepcopy(base), recipe, iqtorch.collect_importance(base, text), progress=False)
     model = iqtorch.quantize_model(copy.deepcopy(base), recipe, calibration=found if fixed else text, rounding="ldlq", progress=False)
+    assert all("nearest" not in row.reason for row in iqtorch.report(model).rows if "experts" in row.name)
     assert output_error(model, base, tokens(batches=9)[6:]) < output_error(by_importance, base, tokens(batches=9)[6:])
 
 

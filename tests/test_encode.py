@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from iqtorch import cpu_ext
 from iqtorch.encode import compiled, encode, encoder
-from iqtorch.encode.encoder import CHUNK, EFFORTS, LANES, _encode_rows
+from iqtorch.encode.encoder import CHUNK, EFFORTS, LANES, Speed, _encode_rows
 from iqtorch.encode.nearest import SCORE_ELEMENTS, CellNearest, GridNearest, TableNearest, nearest
 from iqtorch.encode.search import Effort, ScaleGrid, StoredFloat, large_codebook
 from iqtorch.errors import WeightError
@@ -107,7 +107,9 @@ def test_what_another_order_of_sums_changes(fmt: Format, monkeypatch: pytest.Mon
     found = fmt.decode(encode(weight, fmt, importance, "rmse"))
     monkeypatch.setattr(compiled, "available", lambda device: False)
     oracle = fmt.decode(encode(weight, fmt, importance, "rmse"))
-    assert ((found - oracle).abs() <= 2e-3 * oracle.abs()).float().mean() >= 0.75
+    # in these two every group of a block has its own scale and minimum and all share `d` and `dmin`, so that one tie moves 256 weights
+    least = 0.8 if fmt.name in ("q2_k", "q5_k") else 0.9
+    assert ((found - oracle).abs() <= 2e-3 * oracle.abs()).float().mean() >= least
 
 
 @pytest.mark.parametrize("fmt", TRELLIS, ids=lambda f: f.name)
@@ -398,6 +400,22 @@ def test_scales_that_are_powers_of_two_are_the_best_there_are(engine: str) -> No
         least = torch.minimum(least, (w * (x - 2.0**power * nearest_one).square()).sum(1))
     best = (least.view(8, -1).sum(1) / (w * x * x).view(8, -1).sum(1)).sqrt()
     torch.testing.assert_close(found, best, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("speed", ["fast", "default", "best"])
+@pytest.mark.parametrize(("ratio", "importance"), [(16, 1e-3), (32, 1e-4), (64, 1e-5)])
+def test_powers_of_two_for_a_largest_weight_that_hardly_counts(ratio: int, importance: float, speed: Speed, engine: str) -> None:
+    fmt = get_format("mxfp4")
+    weight = 0.1 * torch.randn(21, 512, generator=torch.Generator().manual_seed(0))
+    weight[:, 5::32], w = 0.1 * 2 * ratio, torch.ones(512)
+    w[5::32] = importance
+    x = weight.double().view(-1, 32)
+    book, least = torch.from_numpy(fmt.codebook.values[0, :, 0].astype(np.float64)), torch.full((len(x),), torch.inf, dtype=torch.float64)
+    for power in range(-16, 6):
+        error = x - 2.0**power * book[(x[..., None] / 2.0**power - book).abs().argmin(-1)]
+        least = torch.minimum(least, (w[:32] * error.square()).sum(1))
+    best = (least.view(21, -1).sum(1) / (w * weight.double().square()).sum(1)).sqrt()
+    torch.testing.assert_close(errors(weight, effective(fmt, encode(weight, fmt, w, "rmse", speed)), w), best, rtol=1e-5, atol=0)
 
 
 def test_even_signs() -> None:

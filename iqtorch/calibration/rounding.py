@@ -105,7 +105,8 @@ def best_of(
     some, seen = weight[judged], None if curvature is None else curvature[judged, judged]
     target = some @ x.T
     nearest = _decoded(fmt, encode(some, fmt, importance, objective, speed))
-    if _size((some - nearest) @ y.T, seen) <= _size(some @ (y - _to_8_bits(y)).T, seen):
+    # without activations both are zero, and feedback is trusted
+    if _size((some - nearest) @ y.T, seen) < _size(some @ (y - _to_8_bits(y)).T, seen):
         return encode(weight, fmt, importance, objective, speed), PRECISE
     rows = None if curvature is None else RowFeedback(curvature, OUTPUT_DAMPING)
     fed = encode_with_feedback(weight, fmt, metric(), objective, feedback_effort(fmt.for_encoding, speed), rows)

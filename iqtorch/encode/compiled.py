@@ -241,6 +241,7 @@ def _prepared(fmt: Format, groups: int, effort: Effort) -> tuple[Tensor, Tensor,
         effort.shortlist if effort.rounds or fmt.vec > 1 else 0,
         effort.rounds,
         int(np.log2(entries) / 2 + 2) if boxes else 0,
+        search.sure_trials(fmt, effort.trials) if not fmt.affine else 0,
     ]
     t.floats += [search.reference(fmt), float(np.abs(fmt.codebook.values).min()), effort.trial_depth, effort.depth]
     t.lookup(table.lookup if table else None)

@@ -31,8 +31,8 @@ SINGLE_EFFORTS = {
     "default": Effort(trials=24, keep=8, steps=24, shortlist=2, rounds=1, trial_depth=1.0, depth=1.0),
     "best": Effort(trials=64, keep=16, steps=64, shortlist=6, rounds=4, trial_depth=1.0, depth=1.0),
 }
-#: Weights encoded at a time (on a CPU, per thread): temporaries are a few dozen bytes per weight, and should stay in the cache. What
-#: is prepared per column is shared by all rows of a chunk.
+#: Weights encoded at a time (on a CPU, per thread): temporaries of the search in torch are some hundred bytes per weight, the
+#: compiled one needs some for sixteen units at a time only. What is prepared per call, or per column, is shared by all rows of a chunk.
 CHUNK = {"cpu": 1 << 19, "columns": 1 << 23, "gpu": 1 << 22}
 #: Rows that share a pass of the compiled search, if `d` is per row.
 LANES = 16

@@ -131,11 +131,17 @@ SPANS = {
 
 def trial_ratios(fmt: Format, trials: int) -> list[float]:
     """Trial scales, relative to that of `reference`."""
-    if fmt.d_kind == "e8m0":  # the trial scales are the only ones there are; of 16,000 groups none was best at the lowest of four
-        return [2.0**power for power in range(-2 if trials < 64 else -4, 2)]
+    if fmt.d_kind == "e8m0":  # the trial scales are the only ones there are
+        return [2.0**power for power in range(1, -9, -1)]
     spans, bits = SPANS[fmt.vec == 1], int(np.log2(fmt.codebook.entries))
     low, high = spans[max(b for b in spans if b <= bits)]
     return np.linspace(low, high, trials).tolist()
+
+
+def sure_trials(fmt: Format, trials: int) -> int:
+    """How many of the trial scales are tried in any case; a later one only where that before it is the best so far. Powers of two below
+    the fourth only serve groups whose largest weight hardly counts."""
+    return 4 if fmt.d_kind == "e8m0" and trials < 64 else len(trial_ratios(fmt, trials))
 
 
 def large_codebook(fmt: Format) -> bool:
@@ -175,19 +181,21 @@ def propose(units: Units, fmt: Format, near: Nearest, effort: Effort) -> tuple[T
     powers = fmt.d_kind == "e8m0"
     if powers:
         start = StoredFloat(fmt.d_kind, units.exponent).round(start)
-    ratios = trial_ratios(fmt, effort.trials)
+    ratios, sure = trial_ratios(fmt, effort.trials), sure_trials(fmt, effort.trials)
     optimum: list[Tensor] = []
     curvature: list[Tensor] = []
     gain: list[Tensor] = []
     kinds: list[int] = []
 
-    def trial(variant: int, ratio: float, again: bool) -> None:
+    def trial(variant: int, ratio: float, again: bool, sure: bool) -> None:
         c = near.values(x, w, start * ratio, variant)
         xc, cc = wx.mul(c).sum(1), c.square_().mul_(w).sum(1)
         best = start * ratio if powers else divide(xc, cc)
         won = best * (2 * xc - best * cc) if powers else best * xc
         if again:  # a parabola is kept once, not for every trial scale that leads to the same codes
             won = torch.where((best == optimum[-1]) & (cc == curvature[-1]), -INF, won)
+        if not sure:
+            won = torch.where(gain[-1] > torch.stack(gain[:-1]).amax(0), won, -INF)
         optimum.append(best)
         curvature.append(cc)
         gain.append(won)
@@ -197,7 +205,7 @@ def propose(units: Units, fmt: Format, near: Nearest, effort: Effort) -> tuple[T
     signs = (1, -1) if two_signs(fmt) else (1,)
     for variant, sign in itertools.product(range(variants), signs):
         for i, ratio in enumerate(ratios):
-            trial(variant, ratio * sign, i > 0)
+            trial(variant, ratio * sign, i > 0, i < sure)
     keep = min(effort.keep, len(gain))
     top, index = torch.stack(gain, 1).topk(keep, 1)
     kind = torch.tensor(kinds, device=x.device, dtype=torch.int32)[index]

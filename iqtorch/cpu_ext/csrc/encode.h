@@ -69,6 +69,7 @@ enum FloatKind : int32_t { kHalf, kSingle, kExponent };
 struct EncodeInts {
   int32_t group, groups, vec, entries, variants, code_parity, signs, d_kind, affine, two_signs, free_minimum;
   int32_t keep, shortlist, rounds, box_bits;
+  int32_t sure_trials;  // a later trial scale only where that before it is the best so far
 };
 
 struct Encoder {

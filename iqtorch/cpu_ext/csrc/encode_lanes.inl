@@ -70,7 +70,7 @@ template <class Near, bool AFFINE> struct Lanes {
     return u < data.units ? u : data.units - 1;
   }
 
-  // As `Stored::round`.
+  // As `Stored::round`; powers of two below 2^-126, subnormal, need not be the nearest.
   F rounded(F v) const {
     v = v * up;
     if (f.i.d_kind == kHalf) {
@@ -141,7 +141,7 @@ template <class Near, bool AFFINE> struct Lanes {
       for (int k = 0; k < words; ++k) {
         const int at = f.order[j + k];
         const F xj = load(x + at * kLanes), y = fma(xj, inverse, none - shift), c = near(y) + shift;
-        const I own = gather(f.values.code, truncate(c - shift - set(f.values.low)));
+        const I own = code_of(f.values, c - shift);
         const I other = gather(f.other, cell_of(f.values.cells, y + y));
         const F other_value = gather(f.book, other) + shift, a = xj - s * other_value, b = xj - s * c;
         const F change = load(w + at * kLanes) * (a * a - b * b);
@@ -194,11 +194,14 @@ template <class Near, bool AFFINE> struct Lanes {
       const int variant = f.i.two_signs ? pass / 2 : pass;
       const F unit = f.i.two_signs && pass % 2 ? none - most : most, shift = set(f.values.shift[variant]), minus = none - shift;
       F last = none, last_cc = set(-1);
-      const auto found = [&](F xc, F cc, F trial) {
+      const auto last_is_best = [&] { return equal(load(form(g, 0) + kLanes), last); };
+      const auto found = [&](F xc, F cc, F trial, bool sure) {
         const F s = powers ? trial : quotient(xc, cc);
         const M again = equal(s, last) & equal(cc, last_cc);  // the same codes as at the last trial scale
+        F error = select(again, set(kInfinity), powers ? s * (s * cc - set(2) * xc) : none - s * xc);
+        if (!sure) error = select(last_is_best(), error, set(kInfinity));
         last = s, last_cc = cc;
-        insert(g, {select(again, set(kInfinity), powers ? s * (s * cc - set(2) * xc) : none - s * xc), s, none, cc, none, shift});
+        insert(g, {error, s, none, cc, none, shift});
       };
       if (f.i.code_parity) {
         for (int t = 0; t < f.trial_count; ++t) {
@@ -208,11 +211,12 @@ template <class Near, bool AFFINE> struct Lanes {
             const F vc = load(w + j * kLanes) * c[j];
             xc = fma(load(x + j * kLanes), vc, xc), cc = fma(vc, c[j], cc);
           }
-          found(xc, cc, unit * set(f.trials[t]));
+          found(xc, cc, unit * set(f.trials[t]), true);
         }
         continue;
       }
       for (int t = 0; t < f.trial_count; t += 2) {  // two at a time hide the latency of the sums
+        if (t >= f.i.sure_trials && !any(last_is_best())) break;
         const bool both = t + 1 < f.trial_count;
         const F inverse = inverse_of(unit * set(f.trials[t])), inverse2 = inverse_of(unit * set(f.trials[both ? t + 1 : t]));
         F xc = none, cc = none, xc2 = none, cc2 = none;
@@ -222,8 +226,8 @@ template <class Near, bool AFFINE> struct Lanes {
           const F vc = v * c, vc2 = v * c2;
           xc = fma(xj, vc, xc), cc = fma(vc, c, cc), xc2 = fma(xj, vc2, xc2), cc2 = fma(vc2, c2, cc2);
         }
-        found(xc, cc, unit * set(f.trials[t]));
-        if (both) found(xc2, cc2, unit * set(f.trials[t + 1]));
+        found(xc, cc, unit * set(f.trials[t]), t < f.i.sure_trials);
+        if (both) found(xc2, cc2, unit * set(f.trials[t + 1]), t + 1 < f.i.sure_trials);
       }
     }
     fill(g);
