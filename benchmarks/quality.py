@@ -34,7 +34,7 @@ WINDOW = 512
 #: Where labels stand beside their points, in typographic points, if not on the right: there they would cover another.
 PLACES = {
     "iq2_kt": (-5, 0),
-    "iq2_k": (-5, -7),
+    "iq2_k": (0, -20),
     "iq3_kt": (-5, 0),
     "iq3_ks": (0, -10),
     "iq4_kss": (-5, 0),
@@ -187,11 +187,11 @@ def table(rows: list[dict[str, str]], reference: dict[str, dict[str, str]]) -> s
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """KL divergence and perplexity against bits per weight, one line per rounding."""
+    """KL divergence and perplexity against bits per weight, one line per rounding, of the formats that the reference was measured in."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    last = [r for r in rows if r["rounding"] == "yaqa"]
+    last = [r for r in rows if r["rounding"] == "yaqa" and r["reference_kl"]]
     series = {"ik_llama.cpp": read(RESULTS / "quality_reference.csv")}
     series |= {f"iqtorch, {rounding}": [r for r in rows if r["rounding"] == rounding] for rounding in ROUNDINGS}
     figure = Figure(figsize=(11, 5), layout="constrained", dpi=150)
