@@ -16,7 +16,7 @@ from .errors import CalibrationError, ImportanceError
 from .formats import get_format
 from .fuse import fuse as fuse_projections
 from .linear import is_conv1d, is_flat_experts, is_pointwise, matrix_of, packable, set_weight
-from .progress import bars
+from .progress import share_bars
 from .quantize import ROUNDINGS, Rounding, check_finite, check_importance, check_options, check_weight, quantize
 from .recipe import ModelFacts, Recipe, WeightFacts, layer_of, role_of
 from .tensor import IQTensor
@@ -428,9 +428,7 @@ def lookup_importance(table: Mapping[str, Tensor], site: Site) -> Tensor | None:
 
 def _progress(packed: Iterator[tuple[Site, IQTensor]], plan: list[Planned], show: bool) -> Iterator[tuple[Site, IQTensor]]:
     """What is packed, under a progress bar that counts weights."""
-    from rich.progress import BarColumn, TaskProgressColumn, TimeRemainingColumn
-
-    with bars("quantizing", BarColumn(), TaskProgressColumn(), TimeRemainingColumn(), "{task.description}", show=show) as bar:
+    with share_bars("quantizing", show) as bar:
         task = bar.add_task("", total=sum(site.weight.numel() for site, _, _ in plan))
         for site, weight in packed:
             bar.update(task, advance=site.weight.numel(), description=f"{site.name} {weight.format.name}")

@@ -23,3 +23,10 @@ def bars(*columns: str | ProgressColumn, show: bool = True, console: Console | N
     console = console or Console(stderr=True)
     seen = console.is_terminal or console.is_jupyter
     return Progress(*columns, console=console, transient=True, disable=not (show and seen))
+
+
+def share_bars(label: str, show: bool) -> Progress:
+    """Bars of work whose size is known: the label, the share that is done, time left, and what is at hand (the task's description)."""
+    from rich.progress import BarColumn, TaskProgressColumn, TimeRemainingColumn
+
+    return bars(label, BarColumn(), TaskProgressColumn(), TimeRemainingColumn(), "{task.description}", show=show)

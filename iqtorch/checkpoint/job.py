@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from ..lazy import LazyTensor, read
-from ..progress import bars
+from ..progress import share_bars
 from .shards import Layout, Placed
 
 #: Bytes of a piece, where rows can be read one by one.
@@ -317,9 +317,7 @@ class _Bar:
     """Progress on standard error: share of the bytes to go through, time left, and the tensor."""
 
     def __init__(self, label: str, pieces: Sequence[Piece], done: set[int], show: bool) -> None:
-        from rich.progress import BarColumn, TaskProgressColumn, TimeRemainingColumn
-
-        self.bars = bars(label, BarColumn(), TaskProgressColumn(), TimeRemainingColumn(), "{task.description}", show=show)
+        self.bars = share_bars(label, show)
         self.task = self.bars.add_task("", total=sum(p.cost for p in pieces), completed=sum(pieces[n].cost for n in done))
 
     def __enter__(self) -> _Bar:
