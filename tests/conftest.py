@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+# Without it cuBLAS refuses to work under deterministic algorithms, which the poison below needs; read when CUDA starts.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 GOLDEN = Path(__file__).parent / "golden"
 
 
@@ -20,7 +23,7 @@ def golden(name: str) -> dict[str, Tensor]:
 @pytest.fixture(autouse=True)
 def poisoned_memory() -> object:
     """`torch.empty` fills with NaN / the largest integer, so that an element nobody wrote shows."""
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())  # of models, too, which may use others there
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
