@@ -46,7 +46,7 @@ import iqtorch
 from iqtorch import kernels
 from iqtorch.formats import Format, get_format, list_formats
 from iqtorch.kernels import launch, tuning
-from iqtorch.kernels.timing import REPLAYS, copies_of, microseconds, repeated, synchronize
+from iqtorch.kernels.timing import REPLAYS, copies_of, microseconds, synchronize
 
 #: Of the run; `main` replaces it.
 plan = Plan()
@@ -207,7 +207,7 @@ def tile_times(names: list[str], bandwidth: float) -> Iterator[dict[str, Any]]:
 
 
 def model_times(names: list[str]) -> Iterator[dict[str, Any]]:
-    """A Llama-8B-shaped model: compiled decoding of one sequence, and a prompt, packed against bfloat16 in the same run."""
+    """A Llama-8B-shaped model, compiled: decoding of one sequence and a prompt, a CUDA graph each, against bfloat16 in the same run."""
     shape, dtype = plan.model, torch.bfloat16
 
     def packed(fmt: Format) -> Callable[[int, int], Tensor]:
@@ -247,10 +247,9 @@ def model_run(model: Model) -> tuple[dict[str, float], float]:
     whole = model.forward(prompt, positions).float()
     model.forward(prompt[:-1], positions[:-1])
     alone = model.forward(prompt[-1:], positions[-1:]).float()
-    step = torch.compile(model.forward, fullgraph=True, **plan.compile_decode)
-    prefill = torch.compile(model.forward, fullgraph=True, **plan.compile_prefill)
-    decode_us = repeated(step, plan.device, plan.steps, prompt[-1:].clone(), positions[-1:].clone())
-    prefill_us = repeated(prefill, plan.device, max(plan.steps // 16, 1), prompt, positions)
+    model.compile(**plan.compile)
+    decode_us = timed(lambda i: model.forward(prompt[-1:], positions[-1:]), 1)
+    prefill_us = timed(lambda i: model.forward(prompt, positions), 1)
     return {"decode": decode_us, "prefill": prefill_us}, float((whole - alone).norm() / whole.norm())
 
 

@@ -19,7 +19,7 @@ class Shape:
     kv_heads: int = 8
     head: int = 128
     vocabulary: int = 128256
-    context: int = 4096
+    context: int = 2304
 
     def matrices(self) -> dict[str, tuple[int, int]]:
         """Name -> `(rows, k)` of each layer's matrices; query, key and value, and gate and up, are one matrix each."""
@@ -36,7 +36,9 @@ TINY = Shape(1, 64, 64, 2, 1, 32, 64, 8)
 
 
 class Model:
-    """One sequence; `step` decodes a token, `prefill` reads a prompt. Caches are written in place, shapes never change.
+    """One sequence: `forward` decodes a token or reads a prompt. Caches are written in place, shapes never change.
+
+    `compile` compiles what layers share, once for all of them; graphs over the whole are the caller's.
 
     Args:
         shape: sizes.
@@ -49,7 +51,7 @@ class Model:
         self.layers = [{name: make(*size) for name, size in shape.matrices().items()} for _ in range(shape.layers)]
         self.head = make(shape.vocabulary, shape.hidden)
         self.embedding = torch.randn(shape.vocabulary, shape.hidden, device=device, dtype=dtype)
-        cache = (1, shape.kv_heads, shape.context, shape.head)
+        cache = (shape.kv_heads, shape.context, shape.head)
         self.caches = [
             (torch.zeros(cache, device=device, dtype=dtype), torch.zeros(cache, device=device, dtype=dtype)) for _ in self.layers
         ]
@@ -61,19 +63,50 @@ class Model:
         cos, sin = self.cos[positions], self.sin[positions]
         return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
+    def _attend(self, q: Tensor, keys: Tensor, values: Tensor, seen: Tensor) -> Tensor:
+        """`q [heads, T, head]`, caches `[kv_heads, context, head]`, `seen [T, context]` -> `[T, heads * head]`.
+
+        The query heads of a group are rows of one product: masked attention of PyTorch with `enable_gqa` would copy the caches for each.
+        """
+        s, count = self.shape, q.shape[1]
+        q = q.reshape(s.kv_heads, -1, s.head)
+        seen = seen.repeat(s.heads // s.kv_heads, 1)
+        if count == 1:
+            scores = (q @ keys.transpose(1, 2) * s.head**-0.5).masked_fill(~seen, float("-inf"))
+            mixed = scores.softmax(-1) @ values
+        else:
+            mixed = F.scaled_dot_product_attention(q[None], keys[None], values[None], attn_mask=seen)[0]
+        return mixed.reshape(s.heads, count, s.head).transpose(0, 1).reshape(count, -1)
+
+    def compile(self, **options: object) -> None:
+        """`torch.compile` with these options, for each number of tokens by itself."""
+        self._layer = torch.compile(self._layer, fullgraph=True, dynamic=False, **options)  # type: ignore[call-overload, method-assign]
+
     def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Tokens `[T]` at int64 positions `[T]` -> logits `[vocabulary]` of the last."""
-        s = self.shape
-        count = tokens.shape[0]
         x = self.embedding[tokens]
-        seen = torch.arange(s.context, device=x.device)[None, :] <= positions[:, None]
+        seen = torch.arange(self.shape.context, device=x.device)[None, :] <= positions[:, None]
         for layer, (keys, values) in zip(self.layers, self.caches, strict=True):
-            qkv = F.linear(F.rms_norm(x, (s.hidden,)), layer["qkv"]).view(count, -1, s.head).transpose(0, 1)
-            q, k, v = qkv.split([s.heads, s.kv_heads, s.kv_heads])
-            keys.index_copy_(2, positions, self._rotate(k, positions)[None])
-            values.index_copy_(2, positions, v[None])
-            mixed = F.scaled_dot_product_attention(self._rotate(q, positions)[None], keys, values, attn_mask=seen, enable_gqa=True)
-            x = x + F.linear(mixed[0].transpose(0, 1).reshape(count, -1), layer["out"])
-            gate, up = F.linear(F.rms_norm(x, (s.hidden,)), layer["gate_up"]).chunk(2, -1)
-            x = x + F.linear(F.silu(gate) * up, layer["down"])
-        return F.linear(F.rms_norm(x[-1:], (s.hidden,)), self.head)[0]
+            x = self._layer(x, positions, seen, keys, values, **layer)
+        return F.linear(F.rms_norm(x[-1:], (self.shape.hidden,)), self.head)[0]
+
+    def _layer(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        seen: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        qkv: Tensor,
+        out: Tensor,
+        gate_up: Tensor,
+        down: Tensor,
+    ) -> Tensor:
+        s, count = self.shape, x.shape[0]
+        heads = F.linear(F.rms_norm(x, (s.hidden,)), qkv).view(count, -1, s.head).transpose(0, 1)
+        q, k, v = heads.split([s.heads, s.kv_heads, s.kv_heads])
+        keys.index_copy_(1, positions, self._rotate(k, positions))
+        values.index_copy_(1, positions, v)
+        x = x + F.linear(self._attend(self._rotate(q, positions), keys, values, seen), out)
+        gate, up = F.linear(F.rms_norm(x, (s.hidden,)), gate_up).chunk(2, -1)
+        return x + F.linear(F.silu(gate) * up, down)

@@ -30,13 +30,11 @@ class Plan:
     routes: int = 8
     model: Shape = field(default_factory=Shape)
     prompt: int = 2048
-    steps: int = 64
     workers: int = min(12, os.cpu_count() or 1)
     tiles: int = 0
     seconds: float = 0.0
     deadline: float = float("inf")
-    compile_decode: dict[str, Any] = field(default_factory=lambda: {"mode": "reduce-overhead"})
-    compile_prefill: dict[str, Any] = field(default_factory=dict)
+    compile: dict[str, Any] = field(default_factory=dict)
     quick: tuple[str, ...] = ("iq2_kl", "iq4_ks", "iq2_kt", "iq4_kt", "iq4_k", "q4_k")
     first_tokens: tuple[int, ...] = (1, 16, 512, 2048)
 
@@ -49,6 +47,6 @@ class Plan:
 REHEARSAL = Plan(
     device=torch.device("cpu"), tokens=(1, 5), timed=(1, 16), checked=((9, 128), (5, 64)), large_tokens=(1,), workers=2,
     tiles=1, first_tokens=(1,), exact=(torch.float32, torch.float16),
-    shapes=((16, 64),), copy_bytes=1 << 12, experts=(3, 2, 32, 64), expert_tokens=(1, 3), routes=1, model=TINY, prompt=3, steps=1,
-    compile_decode={"backend": "eager"}, compile_prefill={"backend": "eager"}, quick=("iq4_nl",),
+    shapes=((16, 64),), copy_bytes=1 << 12, experts=(3, 2, 32, 64), expert_tokens=(1, 3), routes=1, model=TINY, prompt=3,
+    compile={"backend": "eager"}, quick=("iq4_nl",),
 )  # fmt: skip

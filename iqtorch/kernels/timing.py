@@ -62,15 +62,3 @@ def microseconds(call: Callable[[int], object], copies: int, device: torch.devic
         if replay >= 3:
             times.append(start.elapsed_time(end) * 1e3 / copies)
     return statistics.median(times)
-
-
-def repeated(call: Callable[..., object], device: torch.device, times: int, *arguments: object) -> float:
-    """Microseconds per call, with these arguments, of something that manages its own graphs, after three calls to warm up."""
-    for _ in range(3):
-        call(*arguments)
-    synchronize(device)
-    started = time.perf_counter()
-    for _ in range(times):
-        call(*arguments)
-    synchronize(device)
-    return (time.perf_counter() - started) * 1e6 / times
