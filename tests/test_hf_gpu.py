@@ -94,13 +94,14 @@ def test_auto_splits_layers_between_a_gpu_and_the_cpu(checkpoint: str, tmp_path:
 @needs_gpu
 def test_a_model_on_a_gpu_needs_its_packed_size_and_activations(tmp_path: Path) -> None:
     packed().save_pretrained(tmp_path)
+    logits(packed().to(GPU))  # takes the workspaces of matrix products
     before = gpu.memory_allocated()
     gpu.reset_peak_memory_stats()
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, device_map=GPU)
     size = sum(p.nbytes for p in loaded.parameters())
     assert gpu.memory_allocated() - before <= 1.1 * size + 2**16
     logits(loaded)
-    assert gpu.max_memory_allocated() - before <= 1.1 * size + 2**24  # workspaces of matrix products; the plain model has 4 bytes a weight
+    assert gpu.max_memory_allocated() - before <= 1.1 * size + 2**24  # the plain model has 4 bytes a weight
 
 
 @needs_gpu
@@ -151,11 +152,12 @@ def test_an_offload_hook_brings_packed_weights_to_the_gpu() -> None:
     assert all(p.device.type == "cpu" and torch.equal(p, q) for p, q in zip(whole.parameters(), model.parameters()))
 
 
-@needs_two_gpus
+@needs_gpu
 @pytest.mark.parametrize("changes", [{}, {"model.layers.0": "cpu"}, {"model.layers.0": "cpu", "lm_head": "disk"}])
-def test_layers_on_two_gpus_cpu_and_disk(changes: dict, tmp_path: Path) -> None:
+@pytest.mark.parametrize("gpus", [1, pytest.param(2, marks=needs_two_gpus)])
+def test_layers_on_gpus_cpu_and_disk(gpus: int, changes: dict, tmp_path: Path) -> None:
     """A pipeline in one process: hooks carry the activations from device to device."""
-    where = {**PIPELINE, **changes}
+    where = {**(PIPELINE if gpus == 2 else dict.fromkeys(PIPELINE, 0)), **changes}
     loaded = split(tmp_path, where)
     assert near(loaded(IDS.to(GPU)).logits.detach().cpu(), logits(packed())) and torch.equal(tokens(loaded, GPU), tokens(packed()))
     for name, parameter in loaded.named_parameters():
@@ -178,8 +180,7 @@ def test_a_tied_table_serves_another_gpu(tmp_path: Path) -> None:
 
 @needs_two_gpus
 @pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss", "mixtral"])
-def test_experts_on_another_gpu(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(iqtorch.ops, "_precision", iqtorch.ops.FLOAT)  # on both: other roundings of activations can choose another token
+def test_experts_on_another_gpu(kind: str) -> None:
     model = packed(kind)
     want, generated = logits(model), tokens(model)
     iqtorch.place(model, {r"experts$": f"{GPU}:1"}, default=f"{GPU}:0")
