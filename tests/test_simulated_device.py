@@ -18,7 +18,7 @@ def test_everything_that_moves_between_devices() -> None:
     pytest.importorskip("accelerate")
     paths = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-m", "pytest", "-q", "-p", "simulated_device", "-p", "no:cacheprovider"]
-    files = [str(TESTS / name) for name in ("test_hf_gpu.py", "test_hf_placement.py")]
+    files = [str(TESTS / name) for name in ("test_hf_gpu.py", "test_hf_placement.py", "test_rounding_gpu.py")]
     env = {**os.environ, "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
     # the limit is for a lock that a killed compilation left in the temporary folder: PyTorch waits for it without one
     done = subprocess.run([*command, *files], env=env, capture_output=True, text=True, timeout=1200)

@@ -16,7 +16,6 @@ Everything is transposed here, `[columns, rows]`, and columns are in rounding or
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -324,12 +323,12 @@ class Rounding:
     def _candidates(self, group: int) -> tuple[Tensor, Tensor, Tensor]:
         """Ranks of scale and minimum, and variants: `[candidates, rows]` each."""
         scale, *low = [s.near[:, s.rank[group].long()] for s in self._both()]
-        found = list(itertools.product(range(self.kinds), scale, low[0] if low else scale[:1]))
-        return (
-            torch.stack([s for _, s, _ in found]),
-            torch.stack([m for _, _, m in found]),
-            torch.tensor([k for k, _, _ in found], device=self.x.device, dtype=torch.int32)[:, None].expand(-1, self.rows),
-        )
+        minimum = low[0] if low else scale[:1]
+        kinds = torch.arange(self.kinds, device=self.x.device, dtype=torch.int32)[:, None, None, None]
+        shape = (self.kinds, len(scale), len(minimum), self.rows)
+        each = (scale[None, :, None], minimum[None, None], kinds)
+        found = [t.expand(shape).reshape(-1, self.rows) for t in each]
+        return found[0], found[1], found[2]
 
     # -- result --------------------------------------------------------------------------------------------
 
