@@ -33,7 +33,13 @@ Spawn = Callable[[int, str, Path], None]
 @pytest.fixture(scope="module")
 def spawn() -> Iterator[Spawn]:
     """Runs a mode of distributed_worker.py in as many processes; all of them have to answer that nothing failed."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    hidden = {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}  # transformers would take cards, of which there may be fewer
+    environment = {
+        **os.environ,
+        **hidden,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+    }
     command = [sys.executable, str(TESTS / "distributed_worker.py")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as server:
         assert server.stdin and server.stdout

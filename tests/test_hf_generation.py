@@ -57,7 +57,7 @@ def test_text_generation_pipeline(made: SimpleNamespace, given: str) -> None:
         },
         "a model": {"model": made.model, "tokenizer": made.tokenizer},
     }[given]  # fmt: skip
-    pipeline = transformers.pipeline("text-generation", **arguments)
+    pipeline = transformers.pipeline("text-generation", device="cpu", **arguments)
     assert isinstance(pipeline.model.lm_head.weight, IQTensor)
     (one,) = pipeline(PROMPT, max_new_tokens=12, do_sample=False)
     want = tokens(made.plain, made.inputs, max_new_tokens=12, min_new_tokens=None)
@@ -117,7 +117,7 @@ def test_continuous_batching(made: SimpleNamespace) -> None:
 
 
 def test_other_pipelines_and_streaming(made: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
-    pipeline = transformers.pipeline("feature-extraction", model=made.model.model, tokenizer=made.tokenizer)
+    pipeline = transformers.pipeline("feature-extraction", model=made.model.model, tokenizer=made.tokenizer, device="cpu")
     want = made.plain.model(**made.inputs).last_hidden_state
     torch.testing.assert_close(torch.tensor(pipeline(PROMPT)), want.detach(), rtol=1e-4, atol=1e-4)
     got = tokens(made.model, made.inputs, streamer=transformers.TextStreamer(made.tokenizer))
