@@ -61,7 +61,8 @@ class _Packed:
         with self._lock:
             state = vars(tensor)
             if "packed" not in state:
-                state["packed"] = ops.get_backend(tensor.backend).pack(state["_blocks"], tensor.format)
+                with torch.inference_mode(False):  # whose tensors could not be saved for the gradient of a later product
+                    state["packed"] = ops.get_backend(tensor.backend).pack(state["_blocks"], tensor.format)
                 del state["_blocks"]
         return state["packed"]
 

@@ -178,13 +178,13 @@ def _rmatmul(self: Tensor, other: Tensor) -> Tensor:
 def _addmm(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1, out: Tensor | None = None) -> Tensor:
     if type(mat2) is not IQTensor or isinstance(mat1, IQTensor) or isinstance(input, IQTensor) or beta != 1 or alpha != 1:
         return _plain(torch.addmm, input, mat1, mat2, beta=beta, alpha=alpha, out=out)
-    bias, autocast = input.dim() == 1 and input.shape[0] == mat2.shape[1], out is None
-    y = _product(mat1, mat2, input if bias else None, not mat2.transposed, autocast)
+    if out is None and autocasts(mat1):
+        mat1, input = (t.to(torch.get_autocast_dtype(mat1.device.type)) for t in (mat1, input))
+    if input.dtype != mat1.dtype:
+        raise RuntimeError(f"addmm adds a product of {mat1.dtype} to a tensor of {input.dtype}: both must have the same dtype")
+    bias = input.dim() == 1 and input.shape[0] == mat2.shape[1]
+    y = _product(mat1, mat2, input if bias else None, not mat2.transposed, autocast=False)
     if not bias:
-        if autocast and autocasts(mat1):
-            input = input.to(y.dtype)
-        if input.dtype != y.dtype:
-            raise RuntimeError(f"addmm adds {y.dtype} to a tensor of {input.dtype}: both must have the same dtype")
         y = y + input.expand_as(y)  # the product itself is not broadcast
     return y if out is None else _write(y, out)
 

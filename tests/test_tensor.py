@@ -150,6 +150,8 @@ def test_products_with_a_target_refuse_and_cast_as_those_of_plain_tensors(float_
             lambda w: torch.mm(x, w.T, out=torch.empty(5, 8, device="meta")),
             lambda w: torch.addmm(ones, x[:1], w.T),
             lambda w: torch.addmm(ones, x.bfloat16(), w.bfloat16().T),
+            lambda w: torch.addmm(ones[0], x.bfloat16(), w.bfloat16().T),
+            lambda w: torch.addmm(ones[0].bfloat16(), x, w.T),
         ):
             with pytest.raises(RuntimeError):
                 refused(weight)
@@ -158,7 +160,8 @@ def test_products_with_a_target_refuse_and_cast_as_those_of_plain_tensors(float_
         with torch.autocast("cpu", torch.bfloat16):
             for product in (torch.mm, torch.matmul, lambda *args, out: torch.addmm(torch.zeros(5, 8), *args, out=out)):
                 same(product(x, weight.T, out=torch.empty(5, 8)), want)
-            assert torch.addmm(ones, x, weight.T).dtype == torch.bfloat16
+            for bias in (ones, ones[0]):
+                assert torch.addmm(bias, x, weight.T).dtype == torch.bfloat16
 
 
 def test_some_rows_hold_only_their_bytes() -> None:
@@ -535,6 +538,9 @@ def test_deferred_packing_happens_at_the_first_use() -> None:
     target = make()
     target.data = want
     assert torch.equal(target.dequantize(), want.dequantize())
+    with torch.inference_mode():
+        F.linear(x, evaluated := make())
+    F.linear(x.clone().requires_grad_(), evaluated).sum().backward()  # trained on after an evaluation
     fresh = make()
     with ThreadPoolExecutor(8) as pool:  # packed once, whoever comes first
         assert len({p.data_ptr() for p in pool.map(lambda _: fresh.packed, range(16))}) == 1

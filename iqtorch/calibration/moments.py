@@ -66,11 +66,6 @@ class Moments:
         """Columns that were always zero."""
         return int((self.matrix.diagonal() == 0).sum())
 
-    @property
-    def deficient(self) -> bool:
-        """Fewer tokens than columns: the matrix cannot have full rank."""
-        return self.tokens < len(self.matrix)
-
 
 class Calibration(Mapping[str, tuple[Moments, ...]]):
     """Mapping from parameter name to the moments of its inputs: one entry, or one per expert. Layers that share their input

@@ -130,11 +130,6 @@ def _size(error: Tensor, curvature: Tensor | None) -> float:
     return float((error * (error if curvature is None else curvature.to(error) @ error)).sum())
 
 
-def held_out_error(weight: Tensor, fmt: Format, blocks: Tensor, sample: Tensor) -> float:
-    """Squared error of the outputs for some activations `[S, K]`, summed."""
-    return _size((weight - _decoded(fmt, blocks)) @ sample.to(weight.device).T, None)
-
-
 def shrunk(moments: Tensor, tokens: int) -> Tensor:
     """Moments with their off-diagonal part reduced as far as so few tokens let it be chance; without tokens only importance is left."""
     found = moments * (tokens / (tokens + len(moments)))

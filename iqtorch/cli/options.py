@@ -92,8 +92,9 @@ class Quantization:
 
     def __post_init__(self) -> None:
         """Refuses what is wrong before a model is downloaded or loaded."""
-        self._recipe()
+        _ = self._recipe
 
+    @functools.cached_property
     def _recipe(self) -> Recipe:
         """The recipe without the rules on GGUF names."""
         from ..recipe import Recipe
@@ -107,7 +108,7 @@ class Quantization:
 
     def recipe_for(self, names: Callable[[], Sequence[str]]) -> Recipe:
         """The recipe; `names`: of the model's parameters."""
-        recipe = self._recipe()
+        recipe = self._recipe
         if not self.custom_q:
             return recipe
         from ..gguf import custom_q
