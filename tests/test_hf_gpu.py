@@ -108,7 +108,11 @@ def test_a_model_on_a_gpu_needs_its_packed_size_and_activations(tmp_path: Path) 
 def test_experts_on_the_cpu_and_the_rest_on_the_gpu() -> None:
     model = packed("qwen3_moe")
     want = logits(model)
+    gpu.reset_peak_memory_stats()
+    before = gpu.memory_allocated()
     iqtorch.place(model, {r"mlp\.experts$": "cpu"}, default=GPU)
+    there = sum(p.nbytes for p in model.parameters() if p.device.type == GPU)
+    assert gpu.max_memory_allocated() - before <= 1.5 * there + 2**16 < sum(p.nbytes for p in model.parameters())  # no expert was there
     devices = {name: p.device.type for name, p in model.named_parameters()}
     assert all((device == "cpu") == ("experts" in name) for name, device in devices.items())
     with torch.no_grad():

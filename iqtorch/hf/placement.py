@@ -35,18 +35,24 @@ def place(model: M, rules: Mapping[str, str | torch.device], default: str | torc
     """
     from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 
-    model.to(default)
     placed: dict[str, str | torch.device] = {}
+    rest = []
     for name, module in model.named_modules():
-        if not name or any(name.startswith(f"{outer}.") for outer in placed):
+        if any(name.startswith(f"{outer}.") for outer in placed):
             continue
-        device = next((device for pattern, device in rules.items() if re.search(pattern, name)), None)
-        if device is not None:
+        device = next((device for pattern, device in rules.items() if name and re.search(pattern, name)), None)
+        if device is None:
+            rest.append(module)
+        else:
             placed[name] = device
-            add_hook_to_module(module.to(device), AlignDevicesHook(torch.device(device), io_same_device=True), append=True)
     for pattern in rules:
         if not any(re.search(pattern, name) for name in placed):
             raise RecipeError(
                 f"rule {pattern!r} places no module of this model (a rule before it, or a module around it, may have it already)"
             )
+    for name, device in placed.items():
+        module = model.get_submodule(name).to(device)
+        add_hook_to_module(module, AlignDevicesHook(torch.device(device), io_same_device=True), append=True)
+    for module in rest:  # and never the whole model, for which a GPU may have no room
+        module._apply(lambda tensor: tensor.to(default), recurse=False)
     return model
