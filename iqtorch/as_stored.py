@@ -50,7 +50,7 @@ class TiledInputs(nn.Module):
 
     def columns(self) -> Tensor:
         """int64 `[in_features]`: for each column of the weight, its place in that of the layer that this is in the place of."""
-        return torch.arange(self.tiled.in_features).view(self.groups, self.heads, -1).transpose(0, 1).flatten()
+        return torch.arange(self.tiled.in_features, device="cpu").view(self.groups, self.heads, -1).transpose(0, 1).flatten()
 
     def extra_repr(self) -> str:
         return f"groups={self.groups}, heads={self.heads}"

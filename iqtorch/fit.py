@@ -229,11 +229,11 @@ def _error(matrix: Tensor, fmt: Format, importance: Tensor | None, objective: Ob
     """Importance-weighted squared error on evenly spaced rows, relative to their weighted squares."""
     experts = matrix if matrix.ndim == 3 else matrix[None]
     weights = None if importance is None else importance.reshape(-1, matrix.shape[-1]).expand(len(experts), -1)
-    picked = torch.linspace(0, len(experts) - 1, min(SAMPLED_EXPERTS, len(experts))).long().unique().tolist()
+    picked = torch.linspace(0, len(experts) - 1, min(SAMPLED_EXPERTS, len(experts)), device="cpu").long().unique().tolist()
     error = energy = 0.0
     for e in picked:
         n = min(max(rows // len(picked), 1), experts.shape[1])
-        sample = experts[e, torch.linspace(0, experts.shape[1] - 1, n).long()].float()
+        sample = experts[e, torch.linspace(0, experts.shape[1] - 1, n, device="cpu").long()].float()
         own = None if weights is None else weights[e]
         difference = sample - quantize(sample, fmt, own, objective).dequantize(torch.float32)
         scale = torch.ones(1, device=sample.device) if own is None else own

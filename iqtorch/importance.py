@@ -232,7 +232,7 @@ class Importance(Mapping[str, Tensor]):
 
 
 def _checked(name: str, value: Tensor | ImportanceEntry) -> ImportanceEntry:
-    entry = value if isinstance(value, ImportanceEntry) else ImportanceEntry(value, torch.ones(1, dtype=torch.float64))
+    entry = value if isinstance(value, ImportanceEntry) else ImportanceEntry(value, torch.ones(1, dtype=torch.float64, device="cpu"))
     mean = entry.mean.detach().to("cpu", torch.float32)
     if mean.ndim not in (1, 2) or not mean.numel():
         raise ImportanceError(f"importance of {name!r} must be [K] or [E, K], got shape {tuple(mean.shape)}")
@@ -311,7 +311,7 @@ def _load_legacy(file: BinaryIO, path: str) -> Importance:
         if name in entries or not values.size:
             raise ImportanceError(f"{path}: entry {name!r} is {'empty' if name not in entries else 'there twice'}")
         mean = torch.from_numpy(values / np.float32(calls) if calls > 0 else values)
-        entries[name] = ImportanceEntry(mean, torch.tensor([max(calls, 1) * CHUNK_SIZE]))
+        entries[name] = ImportanceEntry(mean, torch.tensor([max(calls, 1) * CHUNK_SIZE], device="cpu"))
     chunks, datasets = 0, []
     if left:  # absent in old files
         chunks = integer("the number of chunks")
@@ -349,7 +349,7 @@ class _Sums:
     def __init__(self, experts: int | None) -> None:
         self.experts = experts
         self.total: Tensor | None = None
-        self.count = torch.zeros(experts or 1, dtype=torch.int64)
+        self.count = torch.zeros(experts or 1, dtype=torch.int64, device="cpu")
 
     def add(self, x: Tensor, expert: int = 0) -> None:
         rows = x.detach().reshape(-1, x.shape[-1]).float()

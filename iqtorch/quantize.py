@@ -126,7 +126,7 @@ def check_importance(importance: Tensor | None, weight: Tensor, name: str) -> Te
     if importance is None:
         return None
     wanted = (weight.shape[-1],) if weight.dim() == 2 else (weight.shape[0], weight.shape[-1])
-    importance = torch.as_tensor(importance).detach()
+    importance = torch.as_tensor(importance, device=weight.device).detach()
     if weight.dim() == 3 and tuple(importance.shape) == (weight.shape[-1],):
         importance = importance.expand(wanted)
     if tuple(importance.shape) != wanted:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import iqtorch
 from iqtorch import IQTensor, get_format, list_formats
+from iqtorch.encode import compiled
 from iqtorch.errors import BlockSizeError, IQTorchError, ShapeError, UnknownFormatError, UnsupportedOperationError, WeightError
 
 FORMATS = ["iq2_kl", "iq4_k", "iq2_kt"]  # a row header of 2, 0 and 4 bytes; pairs, single values, a runtime scale
@@ -544,3 +545,25 @@ def test_deferred_packing_happens_at_the_first_use() -> None:
     fresh = make()
     with ThreadPoolExecutor(8) as pool:  # packed once, whoever comes first
         assert len({p.data_ptr() for p in pool.map(lambda _: fresh.packed, range(16))}) == 1
+
+
+@pytest.mark.parametrize("name", list_formats())
+def test_a_default_device_changes_nothing_for_weights_elsewhere(name: str) -> None:
+    """Scripts that call `torch.set_default_device("cuda")` quantize, pack and multiply on the CPU as others do."""
+    seeded = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(8, 512, generator=seeded), torch.randn(3, 512, generator=seeded)
+    importance, ids = torch.rand(512, generator=seeded), torch.tensor([1, 5])
+
+    def run() -> tuple[Tensor, ...]:
+        for table in (compiled.value_table, compiled._prepared, compiled._plan, compiled._products, compiled._book):
+            table.cache_clear()
+        q = iqtorch.quantize(weight, name, importance=importance, speed="fast")
+        again = IQTensor.from_blocks(q.to_blocks(name), name)
+        y = torch.nn.functional.linear(x, again)
+        return q.to_blocks(), y, again.dequantize(), y @ again, torch.nn.functional.embedding(ids, again), again[2:5].dequantize()
+
+    want = run()
+    with torch.device("meta"):
+        assert torch.empty(1).is_meta
+        got = run()
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))

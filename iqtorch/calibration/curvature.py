@@ -88,7 +88,7 @@ def pull_back(out: Any, generator: torch.Generator) -> None:
     logits = getattr(out, "logits", None)
     if logits is None:
         hidden = out if isinstance(out, Tensor) else out[0]
-        hidden.backward(torch.randn(hidden.shape, generator=generator).to(hidden))
+        hidden.backward(torch.randn(hidden.shape, generator=generator, device="cpu").to(hidden))
         return
     with torch.no_grad():
         gradient = torch.softmax(logits.detach().float(), -1).flatten(0, -2)

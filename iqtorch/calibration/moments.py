@@ -233,7 +233,7 @@ class _Products:
                 mean = (total + lean * pooled) / (tokens + lean)
             else:
                 mean = total / max(1, tokens)
-            sample = torch.cat(self.sample[e]) if e in self.sample else torch.zeros(0, k)
+            sample = torch.cat(self.sample[e]) if e in self.sample else torch.zeros(0, k, device="cpu")
             found.append(Moments(mean.float().cpu(), tokens, sample))
         return tuple(found)
 

@@ -276,7 +276,7 @@ def _train(student: _Student, base: nn.Module, texts: Sequence[Tensor | Mapping[
     order = torch.Generator().manual_seed(0)
     step = 0
     for _ in range(epochs):
-        for i in torch.randperm(len(texts), generator=order).tolist():
+        for i in torch.randperm(len(texts), generator=order, device="cpu").tolist():
             with torch.no_grad():
                 target = _log_probs(base, texts[i])
             # Warm up for a tenth of the steps, then fall to zero on a cosine.

@@ -45,7 +45,7 @@ class _File:
 
     def read(self, offset: int, nbytes: int) -> Tensor:
         """uint8 `[nbytes]`."""
-        out = torch.empty(nbytes, dtype=torch.uint8)
+        out = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
         view, done = out.numpy().data, 0
         while done < nbytes:
             got = os.preadv(self.fd, [view[done:]], offset + done)

@@ -169,7 +169,7 @@ def pack(blocks: Tensor, fmt: Format) -> Tensor:
 def unpack(data: Tensor, fmt: Format, rows: int, k: int) -> Tensor:
     """Packed -> canonical bytes uint8 `[..., rows, row_bytes]`, bit for bit."""
     _require(fmt)
-    out = torch.empty((*data.shape[:-1], rows, fmt.row_bytes(k)), dtype=torch.uint8)
+    out = torch.empty((*data.shape[:-1], rows, fmt.row_bytes(k)), dtype=torch.uint8, device="cpu")
     for source, target in zip(data.reshape(-1, data.shape[-1]), out.view(-1, *out.shape[-2:])):
         torch.ops.iqtorch_cpu.unpack(source.contiguous(), target, fmt.ggml_type)
     return out

@@ -35,7 +35,7 @@ def empty(count: int) -> Tensor:
     """Uninitialised uint8 `[count]` on a cache line."""
     global _current, _free, _end
     if count < SMALL or _HUGE is None:
-        return torch.empty(count, dtype=torch.uint8)
+        return torch.empty(count, dtype=torch.uint8, device="cpu")
     with _lock:
         memory = _current() if _current is not None else None
         if memory is None or count > _end - _free:

@@ -157,6 +157,6 @@ def make_chooser(fmt: Format, metric: Metric, effort: Feedback) -> Chooser:
 
 def parity_words(search: TableNearest, places: Tensor) -> list[int]:
     """The parity word of the codes at some places of a group."""
-    word_of = torch.empty(len(search.order), dtype=torch.int64)
-    word_of[search.order.cpu()] = torch.arange(len(search.order)) // search.words
+    word_of = torch.empty(len(search.order), dtype=torch.int64, device="cpu")
+    word_of[search.order.cpu()] = torch.arange(len(search.order), device="cpu") // search.words
     return word_of[places.cpu()].tolist()

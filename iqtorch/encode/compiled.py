@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..formats import get_format
 from ..formats.base import Field, Format, Parts
+from ..host import on_host
 from . import affine, search
 from .choose import parity_words
 from .nearest import GridNearest, IntegerLookup, TableNearest, nearest
@@ -66,6 +67,7 @@ class ValueTable:
 
 
 @lru_cache(maxsize=64)
+@on_host
 def value_table(fmt: Format) -> ValueTable:
     """Of a format with single values."""
     book = fmt.codebook.values[:, :, 0].astype(np.int64)
@@ -222,6 +224,7 @@ def supported(fmt: Format) -> bool:
 
 
 @lru_cache(maxsize=256)
+@on_host
 def _prepared(fmt: Format, groups: int, effort: Effort) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     near = nearest(fmt, torch.device("cpu"))
     scales = ScaleGrid(fmt.scale_values, fmt.unit * fmt.runtime_scale, near.device)
@@ -267,6 +270,7 @@ def _prepared(fmt: Format, groups: int, effort: Effort) -> tuple[Tensor, Tensor,
     return t.tensors()
 
 
+@on_host
 def run(units: Units, fmt: Format, effort: Effort, products: bool) -> Found:
     """`search.search` or `affine.search_affine`, compiled; with `Found.product`, if that is wanted."""
     count, groups = units.count, units.groups
@@ -292,6 +296,7 @@ def run(units: Units, fmt: Format, effort: Effort, products: bool) -> Found:
     )
 
 
+@on_host
 def pack(parts: Parts, fmt: Format) -> Tensor:
     """`Format.pack` of a plain format, compiled."""
     rows, codes = parts["code"].shape
@@ -312,6 +317,7 @@ def pack(parts: Parts, fmt: Format) -> Tensor:
 
 
 @lru_cache(maxsize=256)
+@on_host
 def _plan(field: Field) -> Tensor:
     """int32 `[n, 6]`: for each stretch of bits its byte, its element, shifts right and left, and its mask; and for how many bytes and
     elements on the same holds."""
@@ -334,6 +340,7 @@ def _plan(field: Field) -> Tensor:
     return torch.tensor(runs, dtype=torch.int32)
 
 
+@on_host
 def feedback(
     fmt: Format,
     shortlist: int,
@@ -397,6 +404,7 @@ def feedback(
         code.copy_(book.code[own if kinds > 1 else 0, code.long()])
 
 
+@on_host
 def squares(fmt: Format, form: Tensor) -> Tensor:
     """float32 `[steps, kinds * entries]`: each entry's quadratic form `[steps, vec, vec]`; with separate signs, the diagonal's part.
     Empty for codebooks of single values."""
@@ -410,6 +418,7 @@ def squares(fmt: Format, form: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=8)
+@on_host
 def _products(fmt: Format, kinds: int) -> Tensor:
     """float32 `[vec (vec + 1) / 2, kinds * entries]`: products of each two values of each entry."""
     i, j = torch.triu_indices(fmt.vec, fmt.vec)
@@ -435,6 +444,7 @@ class _Book:
 
 
 @lru_cache(maxsize=64)
+@on_host
 def _book(fmt: Format, kinds: int) -> _Book:
     values = torch.from_numpy(fmt.codebook.values.astype(np.float32)).reshape(kinds, -1, fmt.vec).contiguous()
     tiles, small = torch.zeros(0), torch.zeros(0, dtype=torch.uint8)

@@ -258,7 +258,7 @@ def _other_parity(book: np.ndarray, odd: np.ndarray, lookup: IntegerLookup) -> n
 def _partition(book: Tensor, cells: int, rounds: int = 6) -> tuple[Tensor, Tensor]:
     """k-means with a fixed start: cell of each entry, and the centres."""
     centre = book[:: len(book) // cells][:cells].clone()
-    label = torch.zeros(len(book), dtype=torch.int64)
+    label = torch.zeros(len(book), dtype=torch.int64, device="cpu")
     for _ in range(rounds):
         bias = centre.square().sum(1)
         label = torch.cat([(bias - 2 * (part @ centre.T)).argmin(1) for part in book.split(1 << 12)])

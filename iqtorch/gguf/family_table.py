@@ -43,7 +43,7 @@ _EXPERTS: Keys = (("expert_used_count", "num_experts_per_tok"), ("expert_feed_fo
 
 def _rotated(heads: str) -> Order:
     """llama.cpp's interleaved rotary embedding: it turns neighbouring rows, transformers the two halves of a head."""
-    return lambda config, rows: torch.arange(rows).view(getattr(config, heads), 2, -1).transpose(1, 2).flatten()
+    return lambda config, rows: torch.arange(rows, device="cpu").view(getattr(config, heads), 2, -1).transpose(1, 2).flatten()
 
 
 _ROTATED = {"attn_q": _rotated("num_attention_heads"), "attn_k": _rotated("num_key_value_heads")}
@@ -51,12 +51,12 @@ _ROTATED = {"attn_q": _rotated("num_attention_heads"), "attn_k": _rotated("num_k
 
 def _bloom_rows(config: Any, rows: int) -> Tensor:
     """Files have all queries, then all keys, then all values; the model has them head by head."""
-    return torch.arange(rows).view(config.num_attention_heads, 3, -1).transpose(0, 1).flatten()
+    return torch.arange(rows, device="cpu").view(config.num_attention_heads, 3, -1).transpose(0, 1).flatten()
 
 
 def _falcon_rows(config: Any, rows: int) -> Tensor:
     """The same where several heads share keys and values."""
-    groups = torch.arange(rows).view(_falcon_kv_heads(config), -1, config.hidden_size // config.num_attention_heads)
+    groups = torch.arange(rows, device="cpu").view(_falcon_kv_heads(config), -1, config.hidden_size // config.num_attention_heads)
     return torch.cat([groups[:, :-2].flatten(), groups[:, -2].flatten(), groups[:, -1].flatten()])
 
 
@@ -69,7 +69,7 @@ def _falcon_kv_heads(config: Any) -> int:
 def _tiled(config: Any, rows: int) -> Tensor:
     """Value heads of linear attention: with key head 0, 1, .. again and again in files, with one key head after the other in the model."""
     keys = config.linear_num_key_heads
-    return torch.arange(rows).view(keys, config.linear_num_value_heads // keys, -1).transpose(0, 1).flatten()
+    return torch.arange(rows, device="cpu").view(keys, config.linear_num_value_heads // keys, -1).transpose(0, 1).flatten()
 
 
 def _tiled_columns(config: Any) -> Callable[[int], Tensor] | None:
@@ -80,14 +80,14 @@ def _tiled_columns(config: Any) -> Callable[[int], Tensor] | None:
 def _tiled_values(config: Any, rows: int) -> Tensor:
     """The same after queries and keys."""
     before = 2 * config.linear_num_key_heads * config.linear_key_head_dim
-    return torch.cat([torch.arange(before), before + _tiled(config, rows - before)])
+    return torch.cat([torch.arange(before, device="cpu"), before + _tiled(config, rows - before)])
 
 
 def qkvz_rows(config: Any, rows: int) -> Tensor:
     """All queries, keys, values and gates one after the other; the model has them key head by key head."""
     keys, size = config.linear_num_key_heads, config.linear_key_head_dim
     values = config.linear_num_value_heads // keys * config.linear_value_head_dim
-    parts = torch.arange(rows).view(keys, -1).split([size, size, values, values], 1)
+    parts = torch.arange(rows, device="cpu").view(keys, -1).split([size, size, values, values], 1)
     return torch.cat([part.flatten() for part in parts])
 
 

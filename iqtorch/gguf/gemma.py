@@ -61,7 +61,9 @@ def read_gemma4(file: GGUFFile, config: dict[str, Any]) -> dict[str, Any]:
         raise GGUFArchitectureError(f"{file.path}: gemma4 with local heads that rotate in part; pass config=")
     cap = "gemma4.final_logit_softcapping"  # 30 is what readers assume
     theta = {key: positive(file, f"gemma4.rope.{key}", usual) for key, usual in (("freq_base", 1e6), ("freq_base_swa", 1e4))}
-    rotated = file.data("rope_freqs.weight").float().flatten() < STILL if "rope_freqs.weight" in file.tensors else torch.ones(1)
+    rotated = (
+        file.data("rope_freqs.weight").float().flatten() < STILL if "rope_freqs.weight" in file.tensors else torch.ones(1, device="cpu")
+    )
     pairs, share = int(rotated.sum()), float(rotated.double().mean())
     if share * rotated.numel() < pairs:
         share = math.nextafter(share, 1.0)  # transformers multiplies again, and rounds down

@@ -35,7 +35,7 @@ def load(path: str | Path) -> Importance:
         if info.dtype != torch.float32 or len(info.shape) > 2:
             raise GGUFTensorError(f"{path}: {stored!r} is {info.type_name} of shape {info.shape}, expected float32 [experts, columns]")
         sums = file.data(stored).double().reshape(-1, info.shape[-1])
-        counts = torch.zeros(sums.shape[0], dtype=torch.float64)
+        counts = torch.zeros(sums.shape[0], dtype=torch.float64, device="cpu")
         if (name + ".counts") in file.tensors:
             found = file.data(name + ".counts").double().reshape(-1)
             if found.numel() not in (1, sums.shape[0]):

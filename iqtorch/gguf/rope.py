@@ -53,7 +53,7 @@ def llama3_factors(theta: float, dims: int, rope: Mapping[str, Any]) -> torch.Te
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
     wavelength = 2 * np.pi * theta ** (np.arange(0, dims, 2) / dims)
     smooth = np.clip((rope["original_max_position_embeddings"] / wavelength - low) / (high - low), 0, 1)
-    return torch.tensor(1 / ((1 - smooth) / rope["factor"] + smooth), dtype=torch.float32)
+    return torch.tensor(1 / ((1 - smooth) / rope["factor"] + smooth), dtype=torch.float32, device="cpu")
 
 
 def _llama3_from_factors(file: GGUFFile, theta: float, config: dict[str, Any]) -> dict[str, Any]:
@@ -121,9 +121,12 @@ def rope_tensors(config: Any) -> dict[str, torch.Tensor]:
     if (full := rope.get("full_attention", {})).get("rope_type") == "proportional":
         half = config.per_layer_config[config.layer_types.index("full_attention")].head_dim // 2
         turning = int(full.get("partial_rotary_factor", 1.0) * half)
-        return {"rope_freqs.weight": torch.tensor([1.0] * turning + [STILL] * (half - turning))}
+        return {"rope_freqs.weight": torch.tensor([1.0] * turning + [STILL] * (half - turning), device="cpu")}
     if rope.get("rope_type") == "longrope":
-        return {f"rope_factors_{part}.weight": torch.tensor(rope[f"{part}_factor"], dtype=torch.float32) for part in ("long", "short")}
+        return {
+            f"rope_factors_{part}.weight": torch.tensor(rope[f"{part}_factor"], dtype=torch.float32, device="cpu")
+            for part in ("long", "short")
+        }
     return {}
 
 

@@ -29,6 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..formats import get_format
+from ..host import on_host
 from .choices import power_of_two
 from .layout import layout
 
@@ -405,6 +406,7 @@ def _planes(name: str) -> tuple[list[int], list[int]]:
 
 
 @lru_cache(maxsize=64)
+@on_host
 def packing(name: str) -> tuple[Region, ...]:
     """For each plane that is moved, its part of a block."""
     fmt = get_format(name)
@@ -420,6 +422,7 @@ def packing(name: str) -> tuple[Region, ...]:
 
 
 @lru_cache(maxsize=64)
+@on_host
 def unpacking(name: str) -> tuple[Region, ...]:
     """Parts of a block, each made of the same planes throughout."""
     fmt = get_format(name)
@@ -478,7 +481,7 @@ def _move(
     """Runs `move_bits` on matrices `source [E, n]`, `target [E, m]`; `places`: first byte and bytes per row of each."""
     move, items = region.move, blocks * region.move.size
     tile_rows, block, warps = tile(rows, items)
-    where = torch.tensor(places, dtype=torch.int64).to(source.device, non_blocking=True)
+    where = torch.tensor(places, dtype=torch.int64, device="cpu").to(source.device, non_blocking=True)
     units = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[move.store]
     words = _words(source)
     move_bits[(triton.cdiv(rows, tile_rows), triton.cdiv(items, block), source.shape[0])](
