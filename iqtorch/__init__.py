@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from . import sharding  # noqa: F401 (what DTensor, FSDP2 and DistributedDataParallel ask of a packed weight)
 from .formats import Format, format_by_ggml_type, get_format, list_formats
 from .fuse import fuse, unfuse
-from .hf.hook import install as install_hook
+from .hook import install as install_hook
 from .linear import Conv1d, Embedding, Linear
 from .model import quantize_model
 from .ops import kernel_info, set_activation_precision, set_backend

@@ -228,6 +228,12 @@ def test_nan_in_a_checkpoint_is_named(tmp_path: Path) -> None:
         load(tmp_path, quantization_config=IQConfig("q8_0"))
 
 
+def test_printing_a_config_lists_no_weights(saved: Path) -> None:
+    config = transformers.AutoConfig.from_pretrained(saved).quantization_config
+    text = repr(iqtorch.IQConfig.from_dict(config))
+    assert f"{len(config['tensors'])} packed weights" in text and "proj" not in text and len(text) < 400
+
+
 def test_a_config_may_be_a_dictionary(tmp_path: Path) -> None:
     llama().save_pretrained(tmp_path)
     wanted = {"quant_method": "iqtorch", "format": "q8_0", "skip": ["lm_head"]}

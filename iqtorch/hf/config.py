@@ -184,6 +184,11 @@ class IQConfig(QuantizationConfigMixin):
             "tensors": {name: entry.to_json() for name, entry in self.tensors.items()},
         }
 
+    def __repr__(self) -> str:
+        entries = {**self.to_dict(), "tensors": f"{len(self.tensors)} packed weights"}
+        del entries["quant_method"], entries["format_version"]
+        return f"IQConfig({', '.join(f'{key}={value!r}' for key, value in entries.items())})"
+
     def __iter__(self) -> Any:
         yield from self.to_dict().items()
 
