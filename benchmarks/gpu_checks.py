@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import concurrent.futures
-import multiprocessing
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from gpu_plan import DTYPES, Plan
+from gpu_jobs import in_words, poisoned
+from gpu_plan import Plan
 from torch import Tensor
 
 from iqtorch import kernels
@@ -60,35 +60,30 @@ def check_product(y: Tensor, x: Tensor, w: Tensor, size: Tensor, dtype: torch.dt
     return float(share) if torch.isfinite(y).all() else float("inf")
 
 
-def correctness(names: list[str], plan: Plan) -> Iterator[dict[str, Any]]:
-    """The checks of the formats, each in a process of its own, several at a time."""
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(min(plan.workers, len(names)), context) as pool:
-        waiting = {pool.submit(checks_of, name, plan): name for name in names}
-        try:
-            left = plan.deadline - 0.3 * plan.seconds - time.time()
-            for done in concurrent.futures.as_completed(waiting, None if left == float("inf") else max(left, 0.0)):
-                yield from done.result()
-        except concurrent.futures.TimeoutError:
-            print(f"time is over: unchecked {[name for job, name in waiting.items() if not job.done()]}")
-            for process in list(pool._processes.values()):
-                process.terminate()
+#: A check: kernel, dtype, tokens, precision; and what runs it and gives the largest error as a share of its bound.
+Check = tuple[tuple[str, Any, int, int], Callable[[], float]]
 
 
-def checks_of(name: str, plan: Plan) -> list[dict[str, Any]]:
-    try:
-        return [*checks(name, plan), *large_checks(name, plan)]
-    except Exception as error:
-        traceback.print_exc()
-        failed = {"kernel": f"{type(error).__name__}: {error}"[:300].replace("\n", " "), "dtype": "", "tokens": 0, "precision": 0}
-        return [{"format": name, **failed, "error_of_bound": "", "ok": False}]
+def correctness(name: str, plan: Plan) -> Iterator[dict[str, Any]]:
+    """The checks of a format, one row each; what fails is a row too, unless it takes the process with it."""
+    for part in (checks, large_checks):
+        for (kernel, dtype, tokens, precision), call in part(name, plan):
+            started, note = time.perf_counter(), ""
+            try:
+                share = call()
+            except Exception as error:
+                if poisoned():
+                    raise RuntimeError(f"{kernel} {dtype} {tokens} {precision}: {in_words(error)}") from error
+                traceback.print_exc()
+                share, note = float("inf"), in_words(error)
+            yield {
+                "format": name, "kernel": kernel, "dtype": str(dtype).removeprefix("torch."), "tokens": tokens, "precision": precision,
+                "error_of_bound": f"{share:.4g}", "ok": share <= 1.0, "seconds": f"{time.perf_counter() - started:.2f}", "note": note,
+            }  # fmt: skip
 
 
-def check_row(name: str, kernel: str, dtype: Any, tokens: int, precision: int, share: float) -> dict[str, Any]:
-    return {
-        "format": name, "kernel": kernel, "dtype": str(dtype), "tokens": tokens, "precision": precision,
-        "error_of_bound": f"{share:.4g}", "ok": share <= 1.0,
-    }  # fmt: skip
+def same(a: Tensor, b: Tensor) -> float:
+    return 0.0 if torch.equal(a, b) else 9.0
 
 
 @dataclass
@@ -108,80 +103,89 @@ def case(name: str, rows: int, k: int, device: torch.device) -> Case:
     w = fmt.decode(blocks) * fmt.runtime_scale
     low = fmt.scales(fmt.unpack(blocks))[1]
     size = w.abs() if low is None else w.abs() + 2 * low.abs().repeat_interleave(k // low.shape[1], 1)
-    return Case(fmt, blocks, kernels.pack(blocks, fmt), w, size)
+    return Case(fmt, blocks, layout(fmt).pack(blocks), w, size)
 
 
-def large_checks(name: str, plan: Plan) -> Iterator[dict[str, Any]]:
+def product(c: Case, x: Tensor, precision: int, rows: int) -> float:
+    """Twice, into memory that holds something else: the same bits."""
+    y = kernels.linear(x, c.packed, c.fmt, rows, None, precision)
+    torch.full_like(y, float("nan"))
+    if not torch.equal(y, kernels.linear(x, c.packed, c.fmt, rows, None, precision)):
+        return 99.0
+    return check_product(y, x, c.w, c.size, x.dtype, precision, c.fmt)
+
+
+def large_checks(name: str, plan: Plan) -> Iterator[Check]:
     """Products with a matrix for which the kernels have their full tiles."""
     rows, k = plan.checked[1]
     c = case(name, rows, k, plan.device)
     for tokens in plan.large_tokens:
         x = torch.randn(tokens, k, device=plan.device, dtype=torch.bfloat16)
         for precision in (0, 1) if tokens <= launch.vector_tokens(x.dtype) else (0,):
-            y = kernels.linear(x, c.packed, c.fmt, rows, None, precision)
-            share = check_product(y, x, c.w, c.size, x.dtype, precision, c.fmt)
-            yield check_row(name, f"linear {rows}x{k}", x.dtype, tokens, precision, share)
+            yield (f"linear {rows}x{k}", x.dtype, tokens, precision), partial(product, c, x, precision, rows)
 
 
-def checks(name: str, plan: Plan) -> Iterator[dict[str, Any]]:
-    rows, k = plan.checked[0]
-    for c in (case(name, rows, k, plan.device),):
-        fmt, blocks, packed, w, size = c.fmt, c.blocks, c.packed, c.w, c.size
+def checks(name: str, plan: Plan) -> Iterator[Check]:
+    """Every operator with a small matrix of an odd number of rows."""
+    device, (rows, k) = plan.device, plan.checked[0]
+    blocks = random_blocks(get_format(name), rows, k, device)
+    fmt = get_format(name)
+    yield ("pack", "uint8", 0, 0), lambda: same(kernels.pack(blocks, fmt), layout(fmt).pack(blocks))
+    yield ("unpack", "uint8", 0, 0), lambda: same(kernels.unpack(layout(fmt).pack(blocks), fmt, rows, k), blocks)
+    c = case(name, rows, k, device)
+    w, size = c.w, c.size
+    ids = torch.randint(0, rows, (3, 5), device=device)
+    experts = torch.stack([c.packed, c.packed, c.packed])
+    ends = torch.tensor([3, 3, 90], dtype=torch.int32, device=device)
+    chosen, mix = torch.randint(0, 3, (4, 2), device=device), torch.rand(4, 2, device=device)
+    even = rows // 2 * 2
+    half = kernels.pack(blocks[:even], fmt).expand(3, -1).contiguous()
+    for dtype in plan.dtypes:
+        if dtype in plan.exact:
+            yield ("dequantize", dtype, 0, 0), lambda d=dtype: same(kernels.dequantize(c.packed, fmt, rows, k, d), w.to(d))
+            yield ("embedding", dtype, 0, 0), lambda d=dtype: same(kernels.embedding(ids, c.packed, fmt, rows, k, d), w[ids].to(d))
+        for tokens in plan.tokens:
+            x = torch.randn(tokens, k, device=device, dtype=dtype)
+            for precision in (0, 1) if tokens <= launch.vector_tokens(dtype) else (0,):
+                yield ("linear", dtype, tokens, precision), partial(product, c, x, precision, rows)
+        x = torch.randn(100, k, device=device, dtype=dtype)
 
-        def row(kernel: str, dtype: Any, tokens: int, precision: int, share: float) -> dict[str, Any]:
-            return check_row(name, kernel, dtype, tokens, precision, share)
+        def transposed(x: Tensor = x) -> float:
+            g = torch.randn(9, rows, device=device, dtype=x.dtype)
+            back, exact = kernels.linear_transposed(g, c.packed, fmt, k), g.double() @ w.double()
+            bound = (16 if x.dtype == torch.float32 else 2) * EPS[x.dtype] * (g.double().abs() @ size.double()) + 1e-30
+            return float(((back.double() - exact).abs() / bound).max())
 
-        same = torch.equal(packed, layout(fmt).pack(blocks)) and torch.equal(kernels.unpack(packed, fmt, rows, k), blocks)
-        yield row("pack", "uint8", 0, 0, 0.0 if same else 9.0)
-        for dtype in DTYPES:
-            if dtype in plan.exact:
-                same = torch.equal(kernels.dequantize(packed, fmt, rows, k, dtype), w.to(dtype))
-                yield row("dequantize", dtype, 0, 0, 0.0 if same else 9.0)
-                ids = torch.randint(0, rows, (3, 5), device=plan.device)
-                same = torch.equal(kernels.embedding(ids, packed, fmt, rows, k, dtype), w[ids].to(dtype))
-                yield row("embedding", dtype, 0, 0, 0.0 if same else 9.0)
-            for tokens in plan.tokens:
-                x = torch.randn(tokens, k, device=plan.device, dtype=dtype)
-                for precision in (0, 1):
-                    y = kernels.linear(x, packed, fmt, rows, None, precision)
-                    yield row("linear", dtype, tokens, precision, check_product(y, x, w, size, dtype, precision, fmt))
-                    again = kernels.linear(x, packed, fmt, rows, None, precision)
-                    if not torch.equal(y, again):
-                        yield row("linear: not deterministic", dtype, tokens, precision, 9.0)
-            g = torch.randn(9, rows, device=plan.device, dtype=dtype)
-            back, exact = kernels.linear_transposed(g, packed, fmt, k), g.double() @ w.double()
-            bound = (16 if dtype == torch.float32 else 2) * EPS[dtype] * (g.double().abs() @ size.double()) + 1e-30
-            yield row("linear_transposed", dtype, 9, 0, float(((back.double() - exact).abs() / bound).max()))
-            experts = torch.stack([packed, packed, packed])
-            ends = torch.tensor([3, 3, 90], dtype=torch.int32, device=plan.device)
-            x = torch.randn(100, k, device=plan.device, dtype=dtype)
+        def grouped(x: Tensor = x) -> float:
             y = kernels.grouped_linear(x, experts, ends, fmt, rows, 0)
-            # the same bound as a dense product of more than GEMV_TOKENS tokens, unless float32 (three digits)
-            share = check_grouped(y[:90], x[:90], w, size, dtype, fmt)
-            yield row("grouped_linear", dtype, 100, 0, share if bool((y[90:] == 0).all()) else 9.0)
-            chosen = torch.randint(0, 3, (4, 2), device=plan.device)
+            if float(y[90:].abs().max()) != 0.0:
+                return 99.0
+            return check_grouped(y[:90], x[:90], w, size, x.dtype, fmt)
+
+        def routed(x: Tensor = x) -> float:
             y = kernels.routed_linear(x[:4], experts, chosen, fmt, rows, 1).reshape(8, rows)
-            yield row(
-                "routed_linear",
-                dtype,
-                8,
-                1,
-                max(check_product(y[i : i + 1], x[i // 2 : i // 2 + 1], w, size, dtype, 1, fmt) for i in range(8)),
-            )
-            mix = torch.rand(4, 2, device=plan.device)
+            return max(check_product(y[i : i + 1], x[i // 2 : i // 2 + 1], w, size, x.dtype, 1, fmt) for i in range(8))
+
+        def weighted(x: Tensor = x) -> float:
             y = kernels.routed_weighted(x[:8].view(4, 2, k), experts, chosen, mix, fmt, rows, 0)
             each, sizes = x[:8].double() @ w.double().T, x[:8].double().abs() @ size.double().T
             exact = (each.view(4, 2, rows) * mix.double()[..., None]).sum(1)
-            bound = (2.0**-10 + EPS[dtype]) * (sizes.view(4, 2, rows) * mix.double()[..., None]).sum(1) + 1e-30
-            yield row("routed_weighted", dtype, 8, 0, float(((y.double() - exact).abs() / bound).max()))
-            even = rows // 2 * 2
-            part = kernels.pack(blocks[:even], fmt).expand(3, -1).contiguous()
-            y = kernels.routed_gated(x[:4], part, chosen, fmt, even, "silu", 0)[:, 0]
+            bound = (2.0**-10 + EPS[x.dtype]) * (sizes.view(4, 2, rows) * mix.double()[..., None]).sum(1) + 1e-30
+            return float(((y.double() - exact).abs() / bound).max())
+
+        def gated(x: Tensor = x) -> float:
+            y = kernels.routed_gated(x[:4], half, chosen, fmt, even, "silu", 0)[:, 0]
             gate, up = (x[:4].double() @ w[:even].double().T).chunk(2, -1)
             gate_size, up_size = (x[:4].double().abs() @ size[:even].double().T).chunk(2, -1)
             exact = torch.nn.functional.silu(gate) * up
-            bound = (2.0**-9 + EPS[dtype]) * (gate_size * up.abs() + gate.abs() * up_size + gate_size * up_size * 2.0**-9) + 1e-30
-            yield row("routed_gated", dtype, 4, 0, float(((y.double() - exact).abs() / bound).max()))
+            bound = (2.0**-9 + EPS[x.dtype]) * (gate_size * up.abs() + gate.abs() * up_size + gate_size * up_size * 2.0**-9) + 1e-30
+            return float(((y.double() - exact).abs() / bound).max())
+
+        yield ("linear_transposed", dtype, 9, 0), transposed
+        yield ("grouped_linear", dtype, 100, 0), grouped
+        yield ("routed_linear", dtype, 8, 1), routed
+        yield ("routed_weighted", dtype, 8, 0), weighted
+        yield ("routed_gated", dtype, 4, 0), gated
 
 
 def check_grouped(y: Tensor, x: Tensor, w: Tensor, size: Tensor, dtype: torch.dtype, fmt: Format) -> float:

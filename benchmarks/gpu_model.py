@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ class Shape:
     kv_heads: int = 8
     head: int = 128
     vocabulary: int = 128256
-    context: int = 2304
+    context: int = 4096
 
     def matrices(self) -> dict[str, tuple[int, int]]:
         """Name -> `(rows, k)` of each layer's matrices; query, key and value, and gate and up, are one matrix each."""
@@ -36,9 +37,7 @@ TINY = Shape(1, 64, 64, 2, 1, 32, 64, 8)
 
 
 class Model:
-    """One sequence: `forward` decodes a token or reads a prompt. Caches are written in place, shapes never change.
-
-    `compile` compiles what layers share, once for all of them; graphs over the whole are the caller's.
+    """One sequence. Caches are written in place, shapes never change: `forward` can be captured in a CUDA graph.
 
     Args:
         shape: sizes.
@@ -51,62 +50,47 @@ class Model:
         self.layers = [{name: make(*size) for name, size in shape.matrices().items()} for _ in range(shape.layers)]
         self.head = make(shape.vocabulary, shape.hidden)
         self.embedding = torch.randn(shape.vocabulary, shape.hidden, device=device, dtype=dtype)
-        cache = (shape.kv_heads, shape.context, shape.head)
+        cache = (1, shape.kv_heads, shape.context, shape.head)
         self.caches = [
             (torch.zeros(cache, device=device, dtype=dtype), torch.zeros(cache, device=device, dtype=dtype)) for _ in self.layers
         ]
         angle = torch.arange(shape.context, device=device)[:, None] / 5e5 ** (torch.arange(0, shape.head, 2, device=device) / shape.head)
         self.cos, self.sin = angle.cos().to(dtype), angle.sin().to(dtype)
+        self.before, self.after = self._before, self._after
 
-    def _rotate(self, v: Tensor, positions: Tensor) -> Tensor:
-        a, b = v.chunk(2, -1)
-        cos, sin = self.cos[positions], self.sin[positions]
-        return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+    def compile(self, **options: Any) -> None:
+        """What lies between two attentions is compiled once for all layers: they differ in their weights alone."""
+        self.before = torch.compile(self._before, fullgraph=True, dynamic=False, **options)
+        self.after = torch.compile(self._after, fullgraph=True, dynamic=False, **options)
 
-    def _attend(self, q: Tensor, keys: Tensor, values: Tensor, seen: Tensor) -> Tensor:
-        """`q [heads, T, head]`, caches `[kv_heads, context, head]`, `seen [T, context]` -> `[T, heads * head]`.
+    def _before(self, x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Hidden states `[T, H]` -> queries `[heads, T, head]`; keys and values go into their places."""
+        s = self.shape
+        qkv = F.linear(F.rms_norm(x, (s.hidden,)), weight).view(x.shape[0], -1, s.head).transpose(0, 1)
+        q, k, v = qkv.split([s.heads, s.kv_heads, s.kv_heads])
 
-        The query heads of a group are rows of one product: masked attention of PyTorch with `enable_gqa` would copy the caches for each.
-        """
-        s, count = self.shape, q.shape[1]
-        q = q.reshape(s.kv_heads, -1, s.head)
-        seen = seen.repeat(s.heads // s.kv_heads, 1)
-        if count == 1:
-            scores = (q @ keys.transpose(1, 2) * s.head**-0.5).masked_fill(~seen, float("-inf"))
-            mixed = scores.softmax(-1) @ values
-        else:
-            mixed = F.scaled_dot_product_attention(q[None], keys[None], values[None], attn_mask=seen)[0]
-        return mixed.reshape(s.heads, count, s.head).transpose(0, 1).reshape(count, -1)
+        def rotate(t: Tensor) -> Tensor:
+            a, b = t.chunk(2, -1)
+            return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
-    def compile(self, **options: object) -> None:
-        """`torch.compile` with these options, for each number of tokens by itself."""
-        self._layer = torch.compile(self._layer, fullgraph=True, dynamic=False, **options)  # type: ignore[call-overload, method-assign]
+        keys.copy_(rotate(k))
+        values.copy_(v)
+        return rotate(q)
 
-    def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """Tokens `[T]` at int64 positions `[T]` -> logits `[vocabulary]` of the last."""
-        x = self.embedding[tokens]
-        seen = torch.arange(self.shape.context, device=x.device)[None, :] <= positions[:, None]
-        for layer, (keys, values) in zip(self.layers, self.caches, strict=True):
-            x = self._layer(x, positions, seen, keys, values, **layer)
-        return F.linear(F.rms_norm(x[-1:], (self.shape.hidden,)), self.head)[0]
-
-    def _layer(
-        self,
-        x: Tensor,
-        positions: Tensor,
-        seen: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        qkv: Tensor,
-        out: Tensor,
-        gate_up: Tensor,
-        down: Tensor,
-    ) -> Tensor:
-        s, count = self.shape, x.shape[0]
-        heads = F.linear(F.rms_norm(x, (s.hidden,)), qkv).view(count, -1, s.head).transpose(0, 1)
-        q, k, v = heads.split([s.heads, s.kv_heads, s.kv_heads])
-        keys.index_copy_(1, positions, self._rotate(k, positions))
-        values.index_copy_(1, positions, v)
-        x = x + F.linear(self._attend(self._rotate(q, positions), keys, values, seen), out)
-        gate, up = F.linear(F.rms_norm(x, (s.hidden,)), gate_up).chunk(2, -1)
+    def _after(self, x: Tensor, mixed: Tensor, out: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+        x = x + F.linear(mixed.transpose(0, 1).reshape(x.shape), out)
+        gate, up = F.linear(F.rms_norm(x, (self.shape.hidden,)), gate_up).chunk(2, -1)
         return x + F.linear(F.silu(gate) * up, down)
+
+    def forward(self, tokens: Tensor, past: int) -> Tensor:
+        """Tokens `[T]`, one or a prompt from the start, behind `past` others -> logits `[vocabulary]` of the last."""
+        count = tokens.shape[0]
+        x = self.embedding[tokens]
+        cos, sin = self.cos[past : past + count], self.sin[past : past + count]
+        for layer, (keys, values) in zip(self.layers, self.caches, strict=True):
+            new = slice(past, past + count)
+            q = self.before(x, layer["qkv"], cos, sin, keys[0, :, new], values[0, :, new])
+            seen = slice(0, past + count)
+            mixed = F.scaled_dot_product_attention(q[None], keys[:, :, seen], values[:, :, seen], is_causal=count > 1, enable_gqa=True)
+            x = self.after(x, mixed[0], layer["out"], layer["gate_up"], layer["down"])
+        return F.linear(F.rms_norm(x[-1:], (self.shape.hidden,)), self.head)[0]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,33 +19,30 @@ class Plan:
     device: torch.device = field(default_factory=lambda: torch.device("cuda"))
     tokens: tuple[int, ...] = (1, 2, 3, 4, 7, 8, 9, 16, 17, 33, 64, 65, 128, 129, 512, 1000, 4096)
     timed: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
-    checked: tuple[tuple[int, int], ...] = ((257, 1024), (8191, 8192))
+    checked: tuple[tuple[int, int], ...] = ((257, 1024), (8192, 8192))
     large_tokens: tuple[int, ...] = (1, 2, 16, 64, 129, 512)
+    dtypes: tuple[torch.dtype, ...] = DTYPES
     exact: tuple[torch.dtype, ...] = DTYPES
     shapes: tuple[tuple[int, int], ...] = ((8192, 8192), (4096, 4096), (14336, 4096), (4096, 14336))
     copy_bytes: int = 1 << 30
     experts: tuple[int, int, int, int] = (128, 8, 768, 2048)
     expert_tokens: tuple[int, ...] = (1, 64, 4096)
-    routes: int = 8
+    routes: int = 32
     model: Shape = field(default_factory=Shape)
     prompt: int = 2048
+    pasts: tuple[int, ...] = (128, 2048)
     workers: int = min(12, os.cpu_count() or 1)
     tiles: int = 0
-    seconds: float = 0.0
-    deadline: float = float("inf")
-    compile: dict[str, Any] = field(default_factory=dict)
+    compile_model: dict[str, Any] = field(default_factory=dict)
+    compile_decode: dict[str, Any] = field(default_factory=lambda: {"mode": "reduce-overhead"})
     quick: tuple[str, ...] = ("iq2_kl", "iq4_ks", "iq2_kt", "iq4_kt", "iq4_k", "q4_k")
-    first_tokens: tuple[int, ...] = (1, 16, 512, 2048)
-
-    def late(self, share: float = 1.0) -> bool:
-        """Whether the time of the run is over, or this share of it."""
-        return time.time() > self.deadline - (1 - share) * self.seconds
+    first_tokens: tuple[int, ...] = (1, 2, 16, 512, 2048)
 
 
 #: On the CPU in the interpreter (which is slow, and cannot round to bfloat16, hence `exact`): runs every line, measures nothing.
 REHEARSAL = Plan(
     device=torch.device("cpu"), tokens=(1, 5), timed=(1, 16), checked=((9, 128), (5, 64)), large_tokens=(1,), workers=2,
     tiles=1, first_tokens=(1,), exact=(torch.float32, torch.float16),
-    shapes=((16, 64),), copy_bytes=1 << 12, experts=(3, 2, 32, 64), expert_tokens=(1, 3), routes=1, model=TINY, prompt=3,
-    compile={"backend": "eager"}, quick=("iq4_nl",),
+    shapes=((16, 64),), copy_bytes=1 << 12, experts=(3, 2, 32, 64), expert_tokens=(1, 3), routes=1, model=TINY, prompt=3, pasts=(2,),
+    compile_model={"backend": "eager"}, compile_decode={"backend": "eager"}, quick=("iq4_nl",),
 )  # fmt: skip

@@ -23,7 +23,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 import sass
 
-from iqtorch.kernels import launch
+from iqtorch.kernels import launch, matrix, routed, vector
 from iqtorch.kernels.layout import layout
 
 FORMATS = [n for n in list_formats() if get_format(n).interleave == 1]
@@ -66,6 +66,21 @@ def test_every_kernel_compiles(arch: int | str) -> None:
     for kernel in kernels:
         assert "cubin" in kernel.asm if asm else "hsaco" in kernel.asm
         assert_no_spill(kernel)
+
+
+def test_one_row_and_one_run_compile() -> None:
+    """Of an integer 1, Triton makes a constant, which has other methods than a number."""
+    s = layout(get_format("mxfp4")).scheme
+    constants = {"S": s, "DIGITS": 1, "TOKENS": 1, "ROWS": 1, "PASSES": 1, "RUNS": 1, "EP": 1, "ASM": True, "rows": 1, "runs": 1}
+    constants |= {"MODE": "one", "bias": None, "ids": None, "per_token": 1, "offsets": None, "GROUPED": False, "BN": 64, "BM": 16}
+    constants |= {"FRAGMENT": True, "slots": 1, "ACTIVATION": "silu"}
+    pointers = {"x": "*bf16", "data": "*u8", "book": "*i32", "lut": "*fp32", "y": "*bf16", "xs": "*fp16", "steps": "*fp32", "out": "*bf16"}
+    routing = {"ids": "*i64", "weights": "*fp32"}
+    for kernel in (vector.gemv, matrix.gemm, matrix.dequantize):
+        assert_no_spill(sass.compile_kernel(kernel, constants, pointers, 90, 4, maxnreg=255))
+    constants.pop("ids")
+    for kernel in (routed.gated, routed.weighted):
+        assert_no_spill(sass.compile_kernel(kernel, constants, pointers | routing, 90, 1, maxnreg=255))
 
 
 @pytest.mark.parametrize("arch", ARCHES)

@@ -236,7 +236,7 @@ def test_tuned_choices_replace_the_closed_forms(recorded: dict[str, Recorder], m
     monkeypatch.setattr(launch, "device_facts", lambda device: facts)
     data, kind = packed("iq2_kl", rows, k), get_format("iq2_kl").ggml_type
     launch.linear(torch.empty(2, k, dtype=torch.bfloat16), data, kind, rows, None, 1)
-    assert recorded["gemv"].grids[-1] == (256, 1)
+    assert recorded["gemv"].grids[-1] == (256, 1, 1)
     launch.linear(torch.empty(9, k, dtype=torch.bfloat16), data, kind, rows, None, 1)
     assert recorded["gemm"].grids[-1] == (8, 1, 2)
     launch.linear(torch.empty(300, k, dtype=torch.bfloat16), data, kind, rows, None, 1)
@@ -293,3 +293,24 @@ def test_tuning_measures_and_writes(recorded: dict[str, Recorder], tmp_path: Pat
     assert found[launch.key("gemm", "iq2_kl", 64, 512, 64)]["split"] == 8
     assert found[launch.key("large", "iq2_kl", 64, 512, 0)] == {"above": 2048}
     assert launch.override is None and any("dequantized above" in line for line in lines)
+
+
+def test_grids_are_none_that_cuda_refuses(recorded: dict[str, Recorder]) -> None:
+    """The second and third axis of a grid have 65535 programs at most: many rows, many tokens."""
+    fmt = get_format("iq2_kl")
+    kind, tokens, rows = fmt.ggml_type, 70001, 300000
+    x = torch.empty(tokens, 256, dtype=torch.float32, device="meta")
+    data, wide = packed("iq2_kl", 2, 256, 3).to("meta"), packed("iq2_kl", rows, 256).to("meta")
+    ids = torch.empty(tokens, 1, dtype=torch.int64, device="meta")
+    launch.dequantize(wide, kind, rows, 256, torch.float16)
+    launch.embedding(ids, wide, kind, rows, 256, torch.float16)
+    launch.linear(x[:4], wide, kind, rows, None, 0)
+    launch.routed_linear(x, data, ids, kind, 2, 1)
+    launch.grouped_linear(x, data, torch.empty(3, dtype=torch.int32, device="meta"), kind, 2, 1)
+    routed.routed_gated(x, data, ids, kind, 2, "silu", 1)
+    routed.routed_weighted(x[:, None], data, ids, torch.empty(tokens, 1, device="meta"), kind, 2, 1)
+    grids = [(name, (*grid, 1, 1)) for name, recorder in recorded.items() for grid in recorder.grids]
+    assert {name for name, _ in grids} == {"dequantize", "gemv", "gated", "weighted"}
+    for name, (first, second, third, *_) in grids:
+        assert first < 1 << 31 and second <= 65535 and third <= 65535, (name, first, second, third)
+        assert name == "dequantize" or second * third in (2, tokens, tokens + 1), (name, second, third)

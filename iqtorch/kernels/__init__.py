@@ -74,6 +74,8 @@ def pack(blocks: Tensor, fmt: Format) -> Tensor:
         from . import launch, repack
 
         with launch._on(blocks.device):
+            # made here, not by the first product: that may run in the memory pool of a CUDA graph, which must not keep them
+            layout(fmt).tables(blocks.device)
             return repack.pack(blocks, fmt.name)
     return layout(fmt).pack(blocks)
 

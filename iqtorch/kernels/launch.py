@@ -29,6 +29,10 @@ GEMV_GROUP = 2
 LARGE_SLICE = 1 << 28
 
 
+#: Programs along the second and third axis of a grid (CUDA).
+MOST_PROGRAMS = 65535
+
+
 #: Set by `tuning.tune` while it measures: choices instead of the card's.
 override: Choices | None = None
 
@@ -43,6 +47,12 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
     if device.type == "cuda" and device.index is not None and device.index != torch.cuda.current_device():
         return torch.cuda.device(device)
     return nullcontext()
+
+
+def items_grid(tiles: int, items: int) -> tuple[int, int, int]:
+    """Programs for `items` of `tiles` each, along the second axis and, as that has 65535 at most, the third (`vector.item_number`)."""
+    layers = -(-items // MOST_PROGRAMS)
+    return tiles, -(-items // layers), layers
 
 
 # -- checks --------------------------------------------------------------------------------------------------
@@ -110,6 +120,8 @@ def linear(x: Tensor, data: Tensor, format: int, rows: int, bias: Tensor | None,
     tokens = flat.shape[0]
     if tokens == 0:
         return x.new_empty((*x.shape[:-1], rows))
+    if bias is not None:
+        bias = bias.contiguous()
     with _on(x.device):
         if tokens <= vector_tokens(x.dtype) and x.dtype != torch.float64:
             out = _gemv(flat, data, plan, rows, bias, precision)
@@ -153,7 +165,7 @@ def _gemv(
     book, lut = plan.tables(x.device)
     experts = data.shape[0] if data.ndim > 1 else 1
     out = torch.empty((tokens, rows), dtype=x.dtype, device=x.device)
-    vector.gemv[(triton.cdiv(rows, tile.rows * tile.passes), triton.cdiv(tokens, group))](
+    vector.gemv[items_grid(triton.cdiv(rows, tile.rows * tile.passes), triton.cdiv(tokens, group))](
         x, data, book, lut, bias, ids, out, tokens, rows, runs, x.stride(0), data.shape[-1], experts, per_token,
         S=s, MODE=mode, DIGITS=digits, TOKENS=group, ROWS=tile.rows, PASSES=tile.passes, RUNS=tile.runs,
         EP=power_of_two(experts), ASM=facts.asm, num_warps=tile.warps,
@@ -253,7 +265,7 @@ def _decode(data: Tensor, plan: Layout, rows: int, k: int, dtype: torch.dtype, c
         tile_runs = min(power_of_two(runs), 32)
         tile_rows = 4 if tile_runs == 32 else 8
         book, lut = plan.tables(data.device)
-        matrix.dequantize[(triton.cdiv(runs, tile_runs), triton.cdiv(count, tile_rows), matrices)](
+        matrix.dequantize[(triton.cdiv(runs, tile_runs) * triton.cdiv(count, tile_rows), matrices)](
             data, book, lut, ids, out, count, rows, runs, data.shape[-1],
             S=s, ROWS=tile_rows, RUNS=tile_runs, ASM=facts.asm, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip

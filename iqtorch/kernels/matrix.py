@@ -211,9 +211,11 @@ def dequantize(
 
     Needs `enable_fp_fusion=False`: a fused multiply-add would round once where the format rounds twice.
     """
-    index = (tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
-    run = (tl.program_id(0) * RUNS + tl.arange(0, RUNS))[None, :]
-    matrix = tl.program_id(2).to(tl.int64)
+    # one axis for rows and runs: the others have too few programs for the rows of a large vocabulary
+    across = (runs + RUNS - 1) // RUNS
+    index = ((tl.program_id(0) // across).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    run = (tl.program_id(0) % across * RUNS + tl.arange(0, RUNS))[None, :]
+    matrix = tl.program_id(1).to(tl.int64)
     row = index
     valid = index < count
     if ids is not None:

@@ -40,14 +40,14 @@ def halving(n):
 
 @triton.jit
 def plane_start(rows, runs, S: tl.constexpr, P: tl.constexpr):
-    """First byte of plane P of a matrix."""
-    at = rows.to(tl.int64) * 0
+    """First byte of plane P of a matrix (a cast: with one row or run, Triton makes the number a constant)."""
+    at = tl.cast(rows, tl.int64) * 0
     for i in tl.static_range(tl.constexpr(P)):
         if S.planes[i] == 0:
-            size = rows.to(tl.int64) * S.row_items[i]
+            size = tl.cast(rows, tl.int64) * S.row_items[i]
         else:
             # the rows of a plane are whole bytes, the runs of a row need not be
-            size = rows.to(tl.int64) * ((runs * run_bits(S, i)) // 8)
+            size = tl.cast(rows, tl.int64) * ((runs * run_bits(S, i)) // 8)
         at += (size + 15) // 16 * 16
     return at
 

@@ -22,7 +22,7 @@ from .decode import prepare
 from .layout import Layout
 from .library import ACTIVATIONS
 from .scales import prepare_scales
-from .vector import row_sums, row_totals
+from .vector import item_number, row_sums, row_totals
 
 
 @triton.jit
@@ -42,14 +42,14 @@ def activate(g, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def matrix_of(data, ids, at, matrix_bytes, experts):
-    """The matrix of the expert `ids[at]`, and whether there is such an expert."""
-    expert = tl.load(ids + at).to(tl.int64)
+def matrix_of(data, ids, at, pairs, matrix_bytes, experts):
+    """The matrix of the expert `ids[at]` of `pairs`, and whether there is such an expert."""
+    expert = tl.load(ids + at, mask=at < pairs, other=-1).to(tl.int64)
     valid = (expert >= 0) & (expert < experts)
     return data + tl.where(valid, expert, 0) * matrix_bytes, valid
 
 
-@triton.jit(do_not_specialize=["experts"])
+@triton.jit(do_not_specialize=["pairs", "experts"])
 def gated(
     x,
     data,
@@ -57,6 +57,7 @@ def gated(
     lut,
     ids,
     y,
+    pairs,
     rows,
     runs,
     x_stride,
@@ -71,15 +72,16 @@ def gated(
     ASM: tl.constexpr,
 ):
     """y[p, n] = activate(gate) * up of the expert ids[p] and token p / slots; its matrix has `rows` of gate, then as many of up."""
-    pair = tl.program_id(1).to(tl.int64)
-    data, valid = matrix_of(data, ids, pair, matrix_bytes, experts)
+    pair = item_number().to(tl.int64)
+    data, valid = matrix_of(data, ids, pair, pairs, matrix_bytes, experts)
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row = tl.minimum(n, rows - 1)[:, None]
     held = prepare(book, S, ASM)
     lut = prepare_scales(lut, S, ASM)
+    present = pair + tl.arange(0, 1) < pairs
     at = x + (pair // slots + tl.arange(0, 1)) * x_stride
     both = 2 * rows
-    sums = row_sums(at, tl.arange(0, 1) >= 0, data, row, rows, both, runs, held, lut, S, DIGITS, 1, ROWS, 2, RUNS, ASM)
+    sums = row_sums(at, present, data, row, rows, both, runs, held, lut, S, DIGITS, 1, ROWS, 2, RUNS, ASM)
     i = tl.arange(0, 2 * ROWS)
     rows_of_sums = tl.minimum(tl.program_id(0) * ROWS + i % ROWS, rows - 1) + i // ROWS * rows
     totals = row_totals(sums, data, rows_of_sums[:, None], both, runs, S)
@@ -87,10 +89,10 @@ def gated(
     out = activate(gate, ACTIVATION) * up
     out = tl.where(valid, out, 0.0)
     n = n[None, :]
-    tl.store(y + pair * rows + n, out.to(y.dtype.element_ty), mask=n < rows)
+    tl.store(y + pair * rows + n, out.to(y.dtype.element_ty), mask=(n < rows) & present[:, None])
 
 
-@triton.jit(do_not_specialize=["experts"])
+@triton.jit(do_not_specialize=["pairs", "experts"])
 def weighted(
     x,
     data,
@@ -99,6 +101,7 @@ def weighted(
     ids,
     weights,
     y,
+    pairs,
     rows,
     runs,
     x_stride,
@@ -113,7 +116,7 @@ def weighted(
     ASM: tl.constexpr,
 ):
     """y[t, n] = sum over s < slots of weights[t, s] * (row n of expert ids[t, s]) . x[t, s]; no expert adds nothing."""
-    token = tl.program_id(1).to(tl.int64)
+    token = item_number().to(tl.int64)
     first_row = tl.program_id(0) * (ROWS * PASSES)
     row = tl.minimum(first_row + tl.arange(0, ROWS), rows - 1)[:, None]
     n = first_row + tl.arange(0, ROWS * PASSES)
@@ -122,13 +125,15 @@ def weighted(
     total = tl.zeros((1, ROWS * PASSES), tl.float32)
     for s in range(slots):
         pair = token * slots + s
-        matrix, valid = matrix_of(data, ids, pair, matrix_bytes, experts)
+        matrix, valid = matrix_of(data, ids, pair, pairs, matrix_bytes, experts)
+        present = pair + tl.arange(0, 1) < pairs
         at = x + (pair + tl.arange(0, 1)) * x_stride
-        sums = row_sums(at, tl.arange(0, 1) >= 0, matrix, row, ROWS, rows, runs, held, lut, S, DIGITS, 1, ROWS, PASSES, RUNS, ASM)
-        part = row_totals(sums, matrix, tl.minimum(n, rows - 1)[:, None], rows, runs, S) * tl.load(weights + pair).to(tl.float32)
+        sums = row_sums(at, present, matrix, row, ROWS, rows, runs, held, lut, S, DIGITS, 1, ROWS, PASSES, RUNS, ASM)
+        part = row_totals(sums, matrix, tl.minimum(n, rows - 1)[:, None], rows, runs, S)
+        part *= tl.load(weights + pair, mask=pair < pairs, other=0.0).to(tl.float32)
         total += tl.where(valid, part, 0.0)
     n = n[None, :]
-    tl.store(y + token * rows + n, total.to(y.dtype.element_ty), mask=n < rows)
+    tl.store(y + token * rows + n, total.to(y.dtype.element_ty), mask=(n < rows) & (token + tl.arange(0, 1) < pairs // slots)[:, None])
 
 
 # -- operators -----------------------------------------------------------------------------------------------
@@ -157,9 +162,9 @@ def routed_gated(x: Tensor, data: Tensor, ids: Tensor, format: int, rows: int, a
         digits = launch._digits(flat.dtype, precision)
         tile = gemv_tile(rows, runs, pairs, facts.processors, s, digits, 1, facts.asm)
         with launch._on(x.device):
-            gated[(triton.cdiv(rows // 2, tile.rows), pairs)](
-                flat, data, *plan.tables(x.device), ids.contiguous(), out, rows // 2, runs, flat.stride(0), data.shape[-1],
-                data.shape[0], ids.shape[1], S=s, ACTIVATION=activation, DIGITS=digits, ROWS=tile.rows, RUNS=tile.runs,
+            gated[launch.items_grid(triton.cdiv(rows // 2, tile.rows), pairs)](
+                flat, data, *plan.tables(x.device), ids.contiguous(), out, pairs, rows // 2, runs, flat.stride(0),
+                data.shape[-1], data.shape[0], ids.shape[1], S=s, ACTIVATION=activation, DIGITS=digits, ROWS=tile.rows, RUNS=tile.runs,
                 ASM=facts.asm, num_warps=tile.warps, **all_registers(facts.asm),
             )  # fmt: skip
     return out.to(x.dtype)
@@ -177,9 +182,9 @@ def routed_weighted(x: Tensor, data: Tensor, ids: Tensor, weights: Tensor, forma
         digits = launch._digits(flat.dtype, precision)
         tile = gemv_tile(rows, runs, tokens, facts.processors, s, digits, 1, facts.asm)
         with launch._on(x.device):
-            weighted[(triton.cdiv(rows, tile.rows * tile.passes), tokens)](
-                flat, data, *plan.tables(x.device), ids.contiguous(), weights.contiguous(), out, rows, runs, flat.stride(0),
-                data.shape[-1], data.shape[0], ids.shape[1], S=s, DIGITS=digits, ROWS=tile.rows, PASSES=tile.passes, RUNS=tile.runs,
-                ASM=facts.asm, num_warps=tile.warps, **all_registers(facts.asm),
+            weighted[launch.items_grid(triton.cdiv(rows, tile.rows * tile.passes), tokens)](
+                flat, data, *plan.tables(x.device), ids.contiguous(), weights.contiguous(), out, ids.numel(), rows, runs,
+                flat.stride(0), data.shape[-1], data.shape[0], ids.shape[1], S=s, DIGITS=digits, ROWS=tile.rows, PASSES=tile.passes,
+                RUNS=tile.runs, ASM=facts.asm, num_warps=tile.warps, **all_registers(facts.asm),
             )  # fmt: skip
     return out.to(x.dtype)

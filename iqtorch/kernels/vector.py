@@ -24,6 +24,12 @@ from .scales import prepare_scales, row_scale, scales
 
 
 @triton.jit
+def item_number():
+    """Number of the program along the second axis, and, where that is too short (65535 programs), the third: see `launch.items_grid`."""
+    return tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
+
+
+@triton.jit
 def expert_of(offsets, token, experts, EP: tl.constexpr):
     """Number of the expert that owns row `token`: how many end at or before it."""
     e = tl.arange(0, EP)
@@ -305,16 +311,17 @@ def gemv(
     MODE: `one` matrix; `sorted`: tokens sorted by expert, `ids` their cumulative ends; `ids`: the expert of each token.
     `per_token` output rows share one row of x (`ids` only).
     """
-    token = tl.program_id(1).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    item = item_number()
+    token = item.to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     first_row = tl.program_id(0) * (ROWS * PASSES)
     row = tl.minimum(first_row + tl.arange(0, ROWS), rows - 1)[:, None]
     valid = tokens > 0
     if MODE == "sorted":
-        expert = expert_of(ids, tl.program_id(1), experts, EP)
+        expert = expert_of(ids, item, experts, EP)
         valid = expert < experts
         data += tl.minimum(expert, experts - 1).to(tl.int64) * matrix_bytes
     elif MODE == "ids":
-        expert = tl.load(ids + tl.program_id(1)).to(tl.int64)
+        expert = tl.load(ids + item, mask=item < tokens, other=-1).to(tl.int64)
         valid = (expert >= 0) & (expert < experts)
         data += tl.where(valid, expert, 0) * matrix_bytes
     source = token // per_token
