@@ -54,7 +54,7 @@ class Worker:
 
     def __init__(self) -> None:
         self.connection, other = _context.Pipe()
-        self.process = _context.Process(target=serve, args=(other,), daemon=True)
+        self.process = _context.Process(target=serve, args=(other,))
         self.process.start()
         other.close()
 
