@@ -285,11 +285,12 @@ def test_linear_in_float(fmt: Format, isa: str) -> None:
 
 @all_formats
 def test_linear_in_int8(fmt: Format, isa: str) -> None:
-    blocks = random_blocks(fmt, 49, 768)
+    rows = 7 * 16 + 1  # kernels take four, two and one groups of 16 at a time
+    blocks = random_blocks(fmt, rows, 768)
     packed, exact = cpu_ext.pack(blocks, fmt), weights(fmt, blocks).double()
-    for m in (1, 2, 3, 7, 8, 13, 45):
+    for m in (1, 2, 3, 7, 8, 13, 45, 66):
         x = activations(m, 768, seed=m)
-        actual = cpu_ext.linear(x, packed, fmt, 49, None, 1)
+        actual = cpu_ext.linear(x, packed, fmt, rows, None, 1)
         if isa == "amx" and m >= 16:
             assert error(actual, x.double() @ exact.T) < 3e-3
         else:

@@ -111,7 +111,9 @@ struct Panel {
 };
 
 constexpr int kResults = 48;  // rows whose results leave together, a multiple of kBatch
-constexpr int kChunk = 512;  // rows of activations: they and their sums stay in the second-level cache
+constexpr int kChunk = 512;   // rows of activations: they and their sums stay in the second-level cache
+// Groups of rows of weights that share what is read of activations, if those have as many rows; with fewer, fewer streams of weights pay.
+constexpr int kPanelGroups = 2 * kBatchGroups, kManyRows = 64;
 
 template <class Decoder, class Side> static void expand(const Format& f, const uint8_t* tile, int tiles, uint8_t* operand) {
   const Decoder decoder(f);
@@ -262,14 +264,15 @@ IQ_FN void multiply_cells(const Panel* panel, int cells, const int8_t* q, const 
 }
 
 template <int N, int Groups, bool Affine, bool Narrow, int Depth, bool Folded = false>
-static void multiply(const Panel* panel, int cells, const Activations& x, int64_t m0, int64_t m1, int64_t cell, float* acc) {
+static void multiply(const Panel* panel, int groups, int cells, const Activations& x, int64_t m0, int64_t m1, int64_t cell, float* acc) {
   int64_t m = m0;
   const auto step = [&](auto size) {
     constexpr int M = decltype(size)::value;
     for (; m + M <= m1; m += M) {
       const int64_t at = cell * x.m + m * cells;
-      multiply_cells<M, N, Groups, Affine, Narrow, Depth, Folded>(panel, cells, x.q + at * kCell, x.scale + at, x.sums + at * Groups,
-                                                                  acc + kRows * (m - m0));
+      for (int n = 0; n < groups; n += N)
+        multiply_cells<M, N, Groups, Affine, Narrow, Depth, Folded>(panel + n, cells, x.q + at * kCell, x.scale + at, x.sums + at * Groups,
+                                                                    acc + kRows * (kChunk * n + m - m0));
     }
   };
   step(Size<kBatch>{});
@@ -409,7 +412,7 @@ static bool accepts(const Ints& i) {
 
 // -- products ------------------------------------------------------------------------------------------------------------
 
-using Multiply = void (*)(const Panel*, int cells, const Activations&, int64_t m0, int64_t m1, int64_t cell, float* acc);
+using Multiply = void (*)(const Panel*, int groups, int cells, const Activations&, int64_t m0, int64_t m1, int64_t cell, float* acc);
 
 // For operands up to `largest`: 2 * Depth products with 127 at most fit 16 bits.
 template <int N, int Groups, bool Affine> static Multiply multiply_with(bool narrow, [[maybe_unused]] int largest) {
@@ -439,10 +442,12 @@ static Sums sums_of(const Format& f, int64_t m) {
   return {f.i.groups, f.i.affine, m == 1 && family.plain_sums ? 1 : (is_narrow(family, f.i, m) ? 0 : 128) - f.i.bias};
 }
 
-// Asks for the lines that results of rows m0 .. m1 and groups from g on are written to.
-static void expect_results(const Output& out, int64_t m0, int64_t m1, int64_t g) {
+// Asks for the lines that results of rows m0 .. m1 and of `count` groups from g on are written to.
+static void expect_results(const Output& out, int64_t m0, int64_t m1, int64_t g, int count) {
   const int64_t size = out.dtype == kFloat32 ? 4 : 2;
-  for (int64_t m = m0; m < m1; ++m) __builtin_prefetch((const uint8_t*)out.data + (m * out.stride + g * kRows) * size, 1);
+  for (int64_t m = m0; m < m1; ++m)
+    for (int64_t i = 0; i < count * kRows * size; i += 64)
+      __builtin_prefetch((const uint8_t*)out.data + (m * out.stride + g * kRows) * size + i, 1);
 }
 
 static void linear_int8(const Matrix& w, const Activations& x, const Output& out, int64_t g0, int64_t g1) {
@@ -452,13 +457,14 @@ static void linear_int8(const Matrix& w, const Activations& x, const Output& out
   const int cells = f.i.block / kCell, most = kMaxBlock / f.i.block;
   const bool narrow = is_narrow(family, f.i, x.m);
   const Multiply run[2] = {multiply_of<1>(f.i, narrow, family.fold), multiply_of<kBatchGroups>(f.i, narrow, family.fold)};
-  Panel panel[kBatchGroups];
-  IQ_ALIGNED float acc[kBatchGroups * kChunk * kRows];
+  Panel panel[kPanelGroups];
+  IQ_ALIGNED float acc[kPanelGroups * kChunk * kRows];
   for (int64_t m0 = 0; m0 < x.m; m0 += kChunk) {
     const int64_t m1 = m0 + kChunk < x.m ? m0 + kChunk : x.m;
-    int count = kBatchGroups;
+    int count = x.m < kManyRows ? kBatchGroups : kPanelGroups;
     for (int64_t g = g0; g < g1; g += count) {
-      if (g1 - g < count) count = 1;
+      if (g1 - g < count) count = g1 - g < kBatchGroups ? 1 : kBatchGroups;
+      const Multiply product = run[count > 1];
       for (int n = 0; n < count; ++n) __builtin_memset(acc + kRows * kChunk * n, 0, (m1 - m0) * kRows * sizeof(float));
       for (int64_t b = 0; b < w.blocks; b += most) {
         const int tiles = w.blocks - b < most ? (int)(w.blocks - b) : most;
@@ -470,14 +476,14 @@ static void linear_int8(const Matrix& w, const Activations& x, const Output& out
           arrange(panel[n], tiles * cells, narrow);
         }
         if (b + tiles < w.blocks) {
-          run[count > 1](panel, tiles * cells, x, m0, m1, b * cells, acc);
+          product(panel, count, tiles * cells, x, m0, m1, b * cells, acc);
           continue;
         }
         // Results leave row by row, and those of many rows may share a set of every cache: some at a time, asked for meanwhile.
         for (int64_t m = m0, end; m < m1; m = end) {
           end = m + kResults < m1 ? m + kResults : m1;
-          expect_results(out, m, end, g);
-          run[count > 1](panel, tiles * cells, x, m, end, b * cells, acc + kRows * (m - m0));
+          expect_results(out, m, end, g, count);
+          product(panel, count, tiles * cells, x, m, end, b * cells, acc + kRows * (m - m0));
           for (int64_t i = m; i < end; ++i)
             for (int n = 0; n < count; ++n) finish(out, w.rows, i, g + n, loadf(acc + kRows * (kChunk * n + i - m0)));
         }

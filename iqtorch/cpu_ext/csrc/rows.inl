@@ -152,31 +152,68 @@ static void transposed(const Matrix& w, const float* g, int64_t stride, int64_t 
 
 // -- activations -----------------------------------------------------------------------------------------------------------
 
-// Cells of a row of activations: int8 with a scale per 32, rounded to nearest; a cell with NaN or Inf gets a NaN scale, so that its
-// products are NaN.
+#ifndef IQ_COMBINES
+// Lane i of the result: the largest lane of v[i], or the sum of its lanes.
+template <int N> IQ_FN I32 each_largest(const I32* v) {
+  IQ_ALIGNED int32_t largest[kRows] = {};
+  for (int i = 0; i < N; ++i) largest[i] = largest_of(v[i]);
+  return load32((const uint8_t*)largest);
+}
+template <int N> IQ_FN I32 each_sum(const I32* v) {
+  IQ_ALIGNED int32_t sum[kRows] = {};
+  for (int i = 0; i < N; ++i) sum[i] = sum_of(v[i]);
+  return load32((const uint8_t*)sum);
+}
+#endif
+
+// Up to a block's cells of a row of activations: int8 with a scale per 32, rounded to nearest; a cell with NaN or Inf gets a NaN scale,
+// so that its products are NaN.
 template <int Groups, DType T>
 static void quantize_cells(const void* x, int64_t at, int cells, Sums kind, int8_t* q, float* scale, int32_t* sums) {
-  for (int c = 0; c < cells; ++c, at += kCell, q += kCell, sums += Groups) {
-    const I32 magnitude = set(0x7fffffff), low = as_int(load_as<T>(x, at)), high = as_int(load_as<T>(x, at + kRows));
-    const int32_t largest = largest_of(max(low & magnitude, high & magnitude));
-    float top;
-    __builtin_memcpy(&top, &largest, 4);
-    const bool bad = largest >= 0x7f800000, tiny = top < 1e-30f;
-    const float step = bad ? __builtin_nanf("") : tiny ? 0.0f : top / 127.0f;
-    const F32 inverse = setf(bad || tiny ? 0.0f : 127.0f / top), shift = setf(12582912.0f);
-    const I32 keep = set(bad ? 0 : -1), back = set(-0x4b400000);
-    // adding 1.5 * 2^23 rounds to an integer, which then is the low bits
-    const I32 a = as_int(as_float(low & keep) * inverse + shift) + back, b = as_int(as_float(high & keep) * inverse + shift) + back;
-    store_bytes(q, a);
-    store_bytes(q + kRows, b);
-    for (int g = 0; g < Groups; ++g) {
-      int32_t sum = sum_of(Groups == 1 ? a + b : g ? b : a);
-      const float product = -step * (float)sum;
-      sum *= kind.start;
-      __builtin_memcpy(sums + g, kind.affine ? (const void*)&product : &sum, 4);
-    }
-    scale[c] = step;
+  constexpr int most = kMaxBlock / kCell;
+  I32 largest[most], part[kRows];
+  IQ_UNROLL(8)
+  for (int c = 0; c < most; ++c) {
+    const I32 magnitude = set(0x7fffffff);
+    largest[c] = c < cells ? max(as_int(load_as<T>(x, at + c * kCell)) & magnitude, as_int(load_as<T>(x, at + c * kCell + kRows)) & magnitude) : set(0);
   }
+  IQ_ALIGNED int32_t top[kRows], keep[most];
+  IQ_ALIGNED float step[most], inverse[most];
+  store(top, as_bytes(each_largest<most>(largest)));
+  for (int c = 0; c < most; ++c) {
+    float value;
+    __builtin_memcpy(&value, top + c, 4);
+    const bool bad = top[c] >= 0x7f800000, tiny = value < 1e-30f;
+    step[c] = bad ? __builtin_nanf("") : tiny ? 0.0f : value / 127.0f;
+    inverse[c] = bad || tiny ? 0.0f : 127.0f / value;
+    keep[c] = bad ? 0 : -1;
+  }
+  IQ_UNROLL(8)
+  for (int c = 0; c < most; ++c) {
+    I32 half[2] = {set(0), set(0)};
+    if (c < cells)
+      IQ_UNROLL(2)
+      for (int h = 0; h < 2; ++h) {
+        const int64_t i = c * kCell + h * kRows;
+        // adding 1.5 * 2^23 rounds to an integer, which then is the low bits
+        const F32 own = as_float(as_int(load_as<T>(x, at + i)) & set(keep[c]));
+        half[h] = as_int(own * setf(inverse[c]) + setf(12582912.0f)) + set(-0x4b400000);
+        store_bytes(q + i, half[h]);
+      }
+    if (Groups == 1) {
+      part[c] = half[0] + half[1];
+    } else {
+      part[2 * c] = half[0], part[2 * c + 1] = half[1];
+    }
+  }
+  IQ_ALIGNED int32_t sum[kRows];
+  store(sum, as_bytes(each_sum<most * Groups>(part)));
+  for (int e = 0; e < cells * Groups; ++e) {
+    const float product = -step[e / Groups] * (float)sum[e];
+    const int32_t start = sum[e] * kind.start;
+    __builtin_memcpy(sums + e, kind.affine ? (const void*)&product : &start, 4);
+  }
+  __builtin_memcpy(scale, step, cells * sizeof(float));
 }
 
 // A panel of all rows lies together: rows at a distance of K would share few sets of the first-level cache.

@@ -124,9 +124,28 @@ template <int Bits> IQ_FN F32 lookup(const FloatTable<Bits>& t, I32 a) {
 }
 IQ_FN I32 as_int(F32 a) { return {_mm512_castps_si512(a.v)}; }
 IQ_FN I32 max(I32 a, I32 b) { return {_mm512_max_epi32(a.v, b.v)}; }
-IQ_FN int32_t largest_of(I32 a) { return _mm512_reduce_max_epi32(a.v); }
+// Lane i of the result is what the lanes of v[i] combine to; N = 8 or 16 of them.
+#define IQ_COMBINES
+template <int N, class Op> IQ_FN I32 combined(const I32* v, Op op) {
+  __m512i a[8], b[4], c[2];
+  IQ_UNROLL(8)
+  for (int i = 0; i < N / 2; ++i)
+    a[i] = op(I32{_mm512_unpacklo_epi32(v[2 * i].v, v[2 * i + 1].v)}, I32{_mm512_unpackhi_epi32(v[2 * i].v, v[2 * i + 1].v)}).v;
+  IQ_UNROLL(4)
+  for (int i = 0; i < N / 4; ++i) b[i] = op(I32{_mm512_unpacklo_epi64(a[2 * i], a[2 * i + 1])}, I32{_mm512_unpackhi_epi64(a[2 * i], a[2 * i + 1])}).v;
+  IQ_UNROLL(2)
+  for (int i = 0; i < N / 8; ++i)
+    c[i] = op(I32{_mm512_shuffle_i32x4(b[2 * i], b[2 * i + 1], 0x88)}, I32{_mm512_shuffle_i32x4(b[2 * i], b[2 * i + 1], 0xdd)}).v;
+  const __m512i last = N == 16 ? c[1] : c[0];
+  return op(I32{_mm512_shuffle_i32x4(c[0], last, 0x88)}, I32{_mm512_shuffle_i32x4(c[0], last, 0xdd)});
+}
+template <int N> IQ_FN I32 each_largest(const I32* v) {
+  return combined<N>(v, [](I32 a, I32 b) IQ_INLINE { return max(a, b); });
+}
+template <int N> IQ_FN I32 each_sum(const I32* v) {
+  return combined<N>(v, [](I32 a, I32 b) IQ_INLINE { return a + b; });
+}
 IQ_FN void store_bytes(int8_t* p, I32 a) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(a.v)); }
-IQ_FN int32_t sum_of(I32 a) { return _mm512_reduce_add_epi32(a.v); }
 IQ_FN F32 from_half(I32 a) { return {_mm512_cvtph_ps(_mm512_cvtepi32_epi16(a.v))}; }
 IQ_FN void store_half(uint16_t* p, F32 a) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT)); }
 IQ_FN void store_bfloat16(uint16_t* p, F32 a) {
