@@ -108,7 +108,7 @@ def machine(device: str = "cpu") -> str:
 def _weights(name: str, n: int, k: int, device: str) -> IQTensor:
     fmt = get_format(name)
     fmt.row_bytes(k)
-    some = torch.randn(min(n, _DISTINCT), k, generator=torch.Generator().manual_seed(0))
+    some = torch.randn(min(n, _DISTINCT), k, generator=torch.Generator().manual_seed(0), device="cpu")
     blocks = encode_blocks(some, fmt, None, "rmse", "fast")
     return IQTensor.from_blocks(blocks.repeat(-(-n // len(blocks)), 1)[:n].contiguous().to(device), fmt)
 

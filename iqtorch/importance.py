@@ -360,7 +360,7 @@ class _Sums:
         self.count[expert] += rows.shape[0]
 
     def entry(self) -> ImportanceEntry:
-        total = torch.zeros(1, 1) if self.total is None else self.total.cpu()
+        total = torch.zeros(1, 1, device="cpu") if self.total is None else self.total.cpu()
         mean = (total / self.count.clamp(min=1)[:, None]).float()
         mean[self.count == 0] = 1.0
         return ImportanceEntry(mean if self.experts is not None else mean[0], self.count.double())

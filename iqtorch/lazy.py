@@ -55,7 +55,7 @@ class LazyTensor(torch.Tensor):
         rows = self.like.shape[0] if self.like.dim() else 1
         stop = rows if stop is None else stop
         if self.like.dim() and stop <= start:
-            return torch.empty((0, *self.like.shape[1:]), dtype=self.like.dtype)
+            return torch.empty((0, *self.like.shape[1:]), dtype=self.like.dtype, device="cpu")
         made = self._read(start, stop)
         wanted = (stop - start, *self.like.shape[1:]) if self.like.dim() else ()
         if made.shape != wanted or made.dtype != self.like.dtype:

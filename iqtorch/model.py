@@ -17,7 +17,7 @@ from .formats import get_format
 from .fuse import fuse as fuse_projections
 from .linear import is_conv1d, is_flat_experts, is_pointwise, matrix_of, packable, set_weight
 from .progress import share_bars
-from .quantize import ROUNDINGS, Rounding, check_finite, check_importance, check_options, check_weight, quantize
+from .quantize import Rounding, check_finite, check_importance, check_options, check_rounding, check_weight, quantize
 from .recipe import ModelFacts, Recipe, WeightFacts, layer_of, role_of
 from .tensor import IQTensor
 
@@ -276,12 +276,7 @@ def quantize_model(
     if not isinstance(model, nn.Module):
         raise TypeError(f"quantize_model needs an nn.Module, got {type(model).__name__}; iqtorch.quantize packs a single tensor")
     check_options(objective, speed)
-    if rounding not in ROUNDINGS:
-        raise ValueError(f"rounding must be one of {list(ROUNDINGS)}, got {rounding!r}")
-    if (rounding == "nearest") != (calibration is None):
-        raise CalibrationError(
-            f"rounding={rounding!r} with calibration={calibration!r:.40}: pass rounding='ldlq' or 'yaqa' and calibration, or neither"
-        )
+    check_rounding(rounding, calibration)
     if checkpoint is not None and calibration is None:
         raise CalibrationError("checkpoint= is for calibrated rounding: pass batches as calibration too")
     chosen = Recipe.of(recipe)

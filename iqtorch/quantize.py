@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .encode import Objective, Speed, encode
-from .errors import ImportanceError, ShapeError, WeightError
+from .errors import CalibrationError, ImportanceError, ShapeError, WeightError
 from .formats import Format, get_format
 from .tensor import IQTensor
 
@@ -75,6 +75,15 @@ def check_options(objective: str, speed: str) -> None:
         raise ValueError(f"objective must be one of {list(OBJECTIVES)}, got {objective!r}")
     if speed not in SPEEDS:
         raise ValueError(f"speed must be one of {list(SPEEDS)}, got {speed!r}")
+
+
+def check_rounding(rounding: str, calibration: object) -> None:
+    """Raises ValueError for a kind of rounding that does not exist, CalibrationError where it and calibration do not go together."""
+    if rounding not in ROUNDINGS:
+        raise ValueError(f"rounding must be one of {list(ROUNDINGS)}, got {rounding!r}")
+    if (rounding == "nearest") != (calibration is None):
+        found = "needs calibration" if calibration is None else "makes no use of calibration"
+        raise CalibrationError(f"rounding={rounding!r} {found}: pass rounding='ldlq' or 'yaqa' and calibration, or neither")
 
 
 def check_weight(weight: Tensor, fmt: Format, name: str) -> None:

@@ -16,7 +16,7 @@ from ..calibration import Calibration
 from ..encode import Objective, Speed
 from ..errors import CalibrationError, CheckpointError, RecipeError, UnknownFormatError
 from ..formats import Format, get_format
-from ..quantize import ROUNDINGS, Rounding, check_options
+from ..quantize import ROUNDINGS, Rounding, check_options, check_rounding
 from ..recipe import MIXES, Recipe
 from ..tensor import IQTensor
 
@@ -105,10 +105,7 @@ def _check_rounding(rounding: str, calibration: object, read: bool) -> None:
             f"rounding={rounding!r} with calibration={calibration!r:.40} needs a model in memory: load it, then iqtorch.quantize_model; "
             "IQConfig takes rounding='ldlq' with an iqtorch.Calibration or the path of its file"
         )
-    if (rounding == "nearest") != (calibration is None):
-        raise CalibrationError(
-            f"rounding={rounding!r} with calibration={calibration!r:.40}: pass rounding='ldlq' and calibration, or neither"
-        )
+    check_rounding(rounding, calibration)
 
 
 def _unknown_version(version: object) -> CheckpointError:
