@@ -104,7 +104,7 @@ def _fused(module: Any, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor | Non
     plain = not (module.has_bias or module.is_transposed or gate_up.transposed or down.transposed)
     plain = plain and not getattr(module, "has_post_expert_norm", False) and getattr(module, "is_concatenated", True)
     own_gate = getattr(getattr(module, "_apply_gate", None), "__name__", "") != "_default_apply_gate"
-    activation = _activation(module.act_fn)
+    activation = _activation(getattr(module, "act_fn", None))  # experts with a gate of their own may have none
     if not plain or own_gate or activation is None or ids.numel() > FUSED_PAIRS or x.dtype not in ops.KERNEL_DTYPES:
         return None
     if torch.is_grad_enabled() and (x.requires_grad or weights.requires_grad):

@@ -12,6 +12,7 @@ from types import ModuleType
 #: The other package's registry -> our module.
 AFTER = {
     "transformers.quantizers.auto": "iqtorch.hf.quantizer",
+    "diffusers.quantizers.auto": "iqtorch.hf.diffusers",
     "torch.utils.flop_counter": "iqtorch.flops",
 }
 
@@ -20,9 +21,17 @@ def install() -> None:
     """Imports what belongs to the registries that are loaded, and has the others call later; imports no other package."""
     for registry, ours in AFTER.items():
         if registry in sys.modules:
-            importlib.import_module(ours)
+            _register(ours)
         elif not any(isinstance(finder, _Finder) and finder.registry == registry for finder in sys.meta_path):
             sys.meta_path.insert(0, _Finder(registry))
+
+
+def _register(ours: str) -> None:
+    try:
+        importlib.import_module(ours)
+    except ModuleNotFoundError as error:
+        if error.name != "transformers":  # without which diffusers works, and our part for it does not
+            raise
 
 
 class _Finder(MetaPathFinder):
@@ -59,4 +68,4 @@ class _Loader(Loader):
         self.loader.exec_module(module)
         if self.finder in sys.meta_path:
             sys.meta_path.remove(self.finder)
-        importlib.import_module(AFTER[self.finder.registry])
+        _register(AFTER[self.finder.registry])

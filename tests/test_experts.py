@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import iqtorch
-from iqtorch import IQTensor, Recipe, tensor_ops
+from iqtorch import IQTensor, Recipe, experts, tensor_ops
 from iqtorch.experts import experts_forward
 from iqtorch.model import plan_formats
 from iqtorch.tensor_ops import grouped_linear
@@ -100,6 +100,16 @@ def test_grouped_experts_on_the_kernels_of_this_machine(tokens: int) -> None:
     x, index, weights = torch.randn(tokens, 64), torch.rand(tokens, 5).argsort(1)[:, :2], torch.rand(tokens, 2)
     got, want = experts_forward(layer, x, index, weights), one_by_one(layer, x, index, weights)
     assert (got - want).norm() <= 0.02 * want.norm()
+
+
+def test_experts_without_an_activation_of_their_own_are_no_case_for_fused_kernels() -> None:
+    """GPT-OSS has its gate in `_apply_gate`, and no `act_fn`."""
+    layer = expert_layer(True, True, True, False)
+    del layer.act_fn
+    for name in ("gate_up_proj", "down_proj"):
+        w = getattr(layer, name)
+        setattr(layer, name, IQTensor(w.packed, w.format, "triton", w.shape, w.dtype, w.transposed))
+    assert experts._fused(layer, torch.randn(2, 64), torch.tensor([[0, 1], [2, 3]]), torch.rand(2, 2)) is None
 
 
 def test_experts_of_dbrx_which_lie_flat() -> None:

@@ -113,7 +113,10 @@ def test_compiled_training_step() -> None:
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.skipif(torch.__version__.startswith("2.10."), reason="PyTorch 2.10 cannot export the plain model with this range of lengths")
+@pytest.mark.skipif(
+    torch.__version__.startswith(("2.10.", "2.11.")),
+    reason="PyTorch 2.10 and 2.11 export no such range of the plain model",
+)
 def test_export_holds_packed_weights_and_saves(tmp_path: Path) -> None:
     model = Logits(packed("llama", num_hidden_layers=1)).eval()
     lengths = {1: torch.export.Dim("length", min=2, max=32)}

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import iqtorch
-from iqtorch import IQTensor, Recipe
+from iqtorch import IQConfig, IQTensor, Recipe
 from iqtorch.data import TINY_LLAMA
+from iqtorch.errors import CheckpointError, UnsupportedOperationError, WeightError
 
 pytest.importorskip("transformers")
 
@@ -46,12 +49,81 @@ def test_diffusers_pipeline(tmp_path: Path) -> None:
     pipeline.transformer = dequantized(transformer)
     assert (got - images()).norm() <= 1e-4 * got.norm() and not torch.allclose(got, original, atol=1e-6)
 
-    # diffusers' own save_pretrained knows no packed weights; the state dict does.
-    torch.save(transformer.state_dict(), tmp_path / "transformer.pt")
-    again = diffusers.DiTTransformer2DModel(**config).eval().requires_grad_(False)
-    again.load_state_dict(torch.load(tmp_path / "transformer.pt", weights_only=True), assign=True)
-    pipeline.transformer = again
-    assert torch.equal(images(), got)
+    pipeline.transformer = transformer
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    pipeline = diffusers.DiTPipeline.from_pretrained(tmp_path / "pipeline")
+    pipeline.set_progress_bar_config(disable=True)
+    assert iqtorch.report(pipeline.transformer).packed_fraction >= 0.99 and torch.equal(images(), got)
+
+
+@pytest.fixture
+def dit(tmp_path: Path) -> Any:
+    """A class of diffusers, and a saved model of it that is not packed."""
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    cls = diffusers.DiTTransformer2DModel
+    model = cls(num_attention_heads=4, attention_head_dim=64, in_channels=4, out_channels=8, num_layers=2, sample_size=8)
+    model.save_pretrained(tmp_path / "plain")
+    return cls
+
+
+def sample(model: Any) -> Tensor:
+    torch.manual_seed(1)
+    feed = {"hidden_states": torch.randn(2, 4, 8, 8), "timestep": torch.tensor([3, 7]), "class_labels": torch.tensor([1, 2])}
+    with torch.no_grad():
+        return model(**feed).sample
+
+
+def test_diffusers_quantizes_while_loading_saves_and_loads(dit: Any, tmp_path: Path) -> None:
+    model = dit.from_pretrained(tmp_path / "plain")
+    iqtorch.quantize_model(model, "iq4_ks", progress=False)
+    want = sample(model)
+    loading = dit.from_pretrained(tmp_path / "plain", quantization_config=IQConfig("iq4_ks"), device_map={"": "cpu"})
+    assert torch.equal(sample(loading), want)
+    for name, one in (("after", model), ("while", loading)):
+        one.save_pretrained(tmp_path / name)
+        again, info = dit.from_pretrained(tmp_path / name, output_loading_info=True)
+        assert not any(info.values()) and torch.equal(sample(again), want)
+        assert type(again.transformer_blocks[0].attn1.to_q) is iqtorch.Linear and again.hf_quantizer.is_serializable
+    files = [load_file(tmp_path / name / "diffusion_pytorch_model.safetensors") for name in ("after", "while")]
+    assert files[0].keys() == files[1].keys() and all(torch.equal(files[0][name], files[1][name]) for name in files[0])
+    narrow = dit.from_pretrained(tmp_path / "after", torch_dtype=torch.bfloat16)
+    weight = narrow.transformer_blocks[0].attn1.to_q.weight
+    assert weight.dtype == torch.bfloat16 and torch.equal(weight.to_blocks(), model.transformer_blocks[0].attn1.to_q.weight.to_blocks())
+    plain = loading.dequantize()
+    assert not any(isinstance(p, IQTensor) for p in plain.parameters()) and (sample(plain) - want).norm() <= 1e-4 * want.norm()
+
+
+def test_a_pipeline_of_diffusers_quantizes_a_part_while_loading(dit: Any, tmp_path: Path) -> None:
+    import diffusers
+
+    vae = diffusers.AutoencoderKL(block_out_channels=(32,), latent_channels=4, norm_num_groups=8, sample_size=16)
+    transformer = dit.from_pretrained(tmp_path / "plain")
+    diffusers.DiTPipeline(transformer=transformer, vae=vae, scheduler=diffusers.DDIMScheduler()).save_pretrained(tmp_path / "pipeline")
+    config = diffusers.PipelineQuantizationConfig(quant_mapping={"transformer": IQConfig("iq4_ks")})
+    loaded = diffusers.DiTPipeline.from_pretrained(tmp_path / "pipeline", quantization_config=config)
+    want = iqtorch.quantize_model(transformer, "iq4_ks", progress=False)
+    assert torch.equal(sample(loaded.transformer), sample(want)) and not any(isinstance(p, IQTensor) for p in loaded.vae.parameters())
+
+
+def test_damaged_models_of_diffusers_are_refused(dit: Any, tmp_path: Path) -> None:
+    dit.from_pretrained(tmp_path / "plain", quantization_config=IQConfig("iq4_ks")).save_pretrained(tmp_path / "packed")
+    file = tmp_path / "packed" / "diffusion_pytorch_model.safetensors"
+    good = load_file(file)
+    name = "transformer_blocks.1.attn1.to_k.weight"
+    save_file({**good, name: good[name][:, :-2].contiguous()}, file)
+    with pytest.raises(CheckpointError, match=f"{name}.*damaged"):
+        dit.from_pretrained(tmp_path / "packed")
+    save_file({key: value for key, value in good.items() if key != name}, file)
+    with pytest.raises(CheckpointError, match=name):
+        dit.from_pretrained(tmp_path / "packed")
+    plain = load_file(tmp_path / "plain" / file.name)
+    plain[name][3, 4] = float("nan")
+    save_file(plain, tmp_path / "plain" / file.name)
+    with pytest.raises(WeightError, match=name):
+        dit.from_pretrained(tmp_path / "plain", quantization_config=IQConfig("iq4_ks"))
+    with pytest.raises(UnsupportedOperationError, match="disk"):
+        dit.from_pretrained(tmp_path / "plain", quantization_config=IQConfig("iq4_ks"), device_map={"": "disk"})
 
 
 @pytest.mark.slow

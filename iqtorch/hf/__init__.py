@@ -1,12 +1,13 @@
-"""Hugging Face: the only package of iqtorch that imports transformers, and only when something of it is used.
+"""Hugging Face: the only package of iqtorch that imports transformers and diffusers, and only when something of them is used.
 
-hook        registers the quantizer whenever transformers' registry is imported
 config      `IQConfig`, and what a checkpoint's config.json says
-quantizer   `from_pretrained` and `save_pretrained`
+quantizer   `from_pretrained` and `save_pretrained` of transformers; registered by iqtorch/hook.py
+diffusers   those of diffusers
 """
 
 from __future__ import annotations
 
+import importlib
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,17 +51,21 @@ def transformers() -> Any:
     return transformers
 
 
-def adopt(model: nn.Module, recipe: Recipe) -> None:
-    """Makes a model whose weights were packed by `recipe`, or the transformers models inside it, such that transformers can save them."""
-    modeling = sys.modules.get("transformers.modeling_utils")
-    if modeling is None:
-        return  # not imported: no model of transformers
-    if isinstance(model, modeling.PreTrainedModel):
-        from . import quantizer
-        from .config import IQConfig
+#: Modules with a base class of models that can be saved, and ours that sees to it.
+_SAVED = (
+    ("transformers.modeling_utils", "PreTrainedModel", ".quantizer"),
+    ("diffusers.models.modeling_utils", "ModelMixin", ".diffusers"),
+)
 
-        quantizer.adopt(model, IQConfig(recipe=recipe))
-        return
+
+def adopt(model: nn.Module, recipe: Recipe) -> None:
+    """Makes a model whose weights were packed by `recipe`, or the models inside it, such that transformers or diffusers can save them."""
+    for module, base, ours in _SAVED:
+        if module in sys.modules and isinstance(model, getattr(sys.modules[module], base)):  # if not imported: no model of it
+            from .config import IQConfig
+
+            importlib.import_module(ours, __name__).adopt(model, IQConfig(recipe=recipe))
+            return
     for child in model.children():  # a sentence transformer, for example
         adopt(child, recipe)
 

@@ -20,8 +20,15 @@ from ..quantize import ROUNDINGS, Rounding, check_options, check_rounding
 from ..recipe import MIXES, Recipe
 from ..tensor import IQTensor
 
-#: Name of the method in transformers' registry and in `config.json`.
-METHOD = "iqtorch"
+
+class _Method(str):
+    """A name that also looks like the enum members of other methods, whose `value` diffusers asks for."""
+
+    value = property(str)
+
+
+#: Name of the method in the registries of transformers and diffusers, and in `config.json`.
+METHOD = _Method("iqtorch")
 #: Version of the checkpoint layout described by `StoredTensor`.
 VERSION = 1
 

@@ -102,7 +102,7 @@ class IQQuantizer(HfQuantizer):
     def _plan_quantizing(self, model: Any) -> None:
         config = self.quantization_config
         # transformers ties weights only after loading, but a tied weight gets another format than one that is not.
-        for target, source in model.all_tied_weights_keys.items():
+        for target, source in getattr(model, "all_tied_weights_keys", {}).items():
             path, _, attribute = target.rpartition(".")
             setattr(model.get_submodule(path), attribute, model.get_parameter(source))
         with torch.device("cpu"):  # transformers makes every new tensor a meta tensor here
@@ -137,7 +137,7 @@ class IQQuantizer(HfQuantizer):
     def _plan_reading(self, model: Any) -> None:
         keep_as_stored(model, self.quantization_config.tensors)
         weights = model.state_dict()
-        prefix = f"{model.base_model_prefix}."
+        prefix = f"{getattr(model, 'base_model_prefix', '')}."
         for name, stored in self.quantization_config.tensors.items():
             # A headless model reads the checkpoint of a model with head, and the reverse: transformers adds or drops the prefix.
             found = next((n for n in (name, prefix + name, name.removeprefix(prefix)) if n in weights), None)
