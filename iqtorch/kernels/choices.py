@@ -46,8 +46,10 @@ class Device:
 
     @property
     def fused_tokens(self) -> int:
-        """Products with more tokens than this dequantize the matrix and use torch.mm, whose tensor-core rate then pays for it."""
-        return 256 if self.mma == 2 else 1024
+        """Products with more tokens than this dequantize the matrix and use torch.mm, whose tensor-core rate then pays for it.
+
+        On an H200 with 512 tokens: 131 to 149 microseconds instead of 206 to 251 (8192 x 8192)."""
+        return 256
 
 
 #: `Device.mma` by compute capability (major).
