@@ -2,7 +2,8 @@
 
     python benchmarks/gguf_parity.py /path/to/llama-perplexity /path/to/llama-quantize > benchmarks/results/gguf_parity.csv
 
-Each format is used for all matrices. The two programs are compared in four ways:
+Each format is used for all matrices; with `--rounding theirs` the file is the other program's own. The two programs are compared in
+four ways:
 
     decoded     both in float32: the other program decodes the file with its own `llama-quantize --allow-requantize IN OUT F32` and
                 scores that; iqtorch scores the weights that `Format.decode` gives. Do the bytes mean the same weights to both?
@@ -116,7 +117,12 @@ def main() -> None:
     parser.add_argument("perplexity", type=os.path.abspath, help="llama-perplexity of ik_llama.cpp")
     parser.add_argument("quantize", type=os.path.abspath, help="llama-quantize of ik_llama.cpp")
     parser.add_argument("--formats", nargs="*", default=[f for f in iqtorch.list_formats() if iqtorch.get_format(f).plain is None])
-    parser.add_argument("--rounding", choices=("nearest", "ldlq", "yaqa"), default="nearest", help="by importance, or calibrated")
+    parser.add_argument(
+        "--rounding",
+        choices=("nearest", "ldlq", "yaqa", "theirs"),
+        default="nearest",
+        help="by importance, calibrated, or by the other program",
+    )
     parser.add_argument("--characters", type=int, default=None, help="only the beginning of the text")
     args = parser.parse_args()
     text = data.heldout_text()[: args.characters]
@@ -130,8 +136,13 @@ def main() -> None:
         for name in args.formats:
             fmt = iqtorch.get_format(name)
             model, tokenizer = data.load_tiny_llama()
-            quantize(model, tokenizer, name, args.rounding)
-            save_gguf(model, file, tokenizer)
+            if args.rounding == "theirs":
+                save_gguf(model, float_file, tokenizer)
+                importance = ["--imatrix", str(data.TINY_LLAMA_IMPORTANCE)]
+                output_of([args.quantize, "--pure", *importance, str(float_file), str(file), name.upper()])
+            else:
+                quantize(model, tokenizer, name, args.rounding)
+                save_gguf(model, file, tokenizer)
             output_of([args.quantize, "--allow-requantize", str(file), str(float_file), "F32"])
             theirs = {"decoded": reference(args.perplexity, float_file, source), "kernels": reference(args.perplexity, file, source)}
             theirs |= {"rounded": theirs["kernels"], "float": theirs["decoded"]}

@@ -7,8 +7,7 @@ packed, `moments` the sums of products, `rounding` what is left: factors, the co
 activations kept aside. `peak GB` is the most memory that tensors took at a time, the block and its inputs included. A whole model takes
 `blocks x (rounding + (passes + moments) x tokens / tokens measured)`, here for 128 Ki tokens; embedding and output are left out.
 
-With yaqa, rows are rounded in 16 steps one after the other; its row is of the key and value weights alone, and whole blocks are
-estimated by the columns, which take the launches. Rounding on the host is that of the compiled pass, with all threads.
+With yaqa, rows are rounded in 16 steps one after the other. Rounding on the host is that of the compiled pass, with all threads.
 """
 
 from __future__ import annotations
@@ -150,7 +149,7 @@ def main() -> None:
     print(f"ready after {time.perf_counter() - begin:.1f} s", flush=True)
     for shape in options.models:
         model = block(shape, device)
-        hidden, wide, heads, kv, blocks = SHAPES[shape]
+        hidden, wide, _, _, blocks = SHAPES[shape]
         weights = [p.detach() for n, p in model.named_parameters() if n.endswith("proj.weight")]
         million = round(sum(p.numel() for p in weights) / 1e6, 1)
         for fmt in options.formats:
@@ -159,16 +158,11 @@ def main() -> None:
                 for p in weights:
                     clock.timed("rounding", iqtorch.quantize)(p, fmt, torch.rand(p.shape[1], device=device))
                 add((shape, fmt, "nearest", "block", million, name, 0), clock.spent, whole=clock.spent["rounding"] * blocks / 60)
-            if "ldlq" in options.parts and left(f"{shape} {fmt} ldlq"):
-                spent, peak = whole_call(model, r"layers\..*proj", fmt, "ldlq", options.tokens, device)
-                add((shape, fmt, "ldlq", "block", million, name, options.tokens), spent, peak, minutes(shape, spent, options.tokens))
+            for by in ("ldlq", "yaqa"):
+                if by in options.parts and left(f"{shape} {fmt} {by}"):
+                    spent, peak = whole_call(model, r"layers\..*proj", fmt, by, options.tokens, device)
+                    add((shape, fmt, by, "block", million, name, options.tokens), spent, peak, minutes(shape, spent, options.tokens))
         fmt = options.formats[0]
-        if "yaqa" in options.parts and left(f"{shape} {fmt} yaqa of k and v"):
-            spent, peak = whole_call(model, r"layers\..*(k|v)_proj", fmt, "yaqa", options.tokens, device)
-            columns = (6 * hidden + wide) / (2 * hidden)
-            by_columns = spent | {"rounding": spent["rounding"] * columns}
-            small = round(hidden // heads * kv * hidden * 2 / 1e6, 1)
-            add((shape, fmt, "yaqa", "k and v", small, name, options.tokens), spent, peak, minutes(shape, by_columns, options.tokens))
         if "host" in options.parts and device.type == "cuda":
             for k in (hidden, wide):
                 if left(f"{hidden} x {k} on the host"):

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -22,7 +23,7 @@ from iqtorch.kernels.layout import layout
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 #: Integer arguments that a launch never specialises on.
-FREE = {"tokens", "experts", "count", "split"}
+FREE = {"tokens", "experts", "count", "split", "rows", "groups", "low_count"}
 INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,6})\*/\s+(.*?);")
 
 
@@ -151,3 +152,24 @@ def loop(kernel: Any) -> collections.Counter[str]:
         low, high = max(inner, key=lambda pair: pair[1] - pair[0])
     names = [re.sub(r"^@!?U?P[T0-9]+\s+", "", text).split()[0] for address, text in listing if low <= address <= high]
     return collections.Counter(name.split(".")[0] for name in names)
+
+
+def feedback(name: str, arch: int | str = 90) -> Any:
+    """The kernel that rounds columns with error feedback."""
+    from iqtorch.encode.feedback import feedback_effort
+    from iqtorch.encode.nearest import SMALLEST_SCALE, TableNearest, nearest
+    from iqtorch.kernels import feedback as rounding
+
+    fmt = get_format(name).for_encoding
+    effort, search = feedback_effort(fmt), nearest(fmt, torch.device("cpu"))
+    kinds = fmt.codebook.variants if fmt.variant_size == fmt.group_size else 1
+    entries = search.lookup.cells if isinstance(search, TableNearest) else fmt.codebook.entries * fmt.codebook.variants // kinds
+    constants = {
+        "N": fmt.group_size, "V": fmt.vec, "ENTRIES": entries, "KINDS": kinds, "STEPS": 2 * effort.reach + 1,
+        "LOWS": 2 * effort.min_reach + 1 if fmt.affine else 1, "OWN": fmt.scale_values is None, "LOW_OWN": False, "AFFINE": fmt.affine,
+        "PARITY": bool(fmt.code_parity), "SMALLEST": SMALLEST_SCALE, "P": rounding.ROWS,
+    }  # fmt: skip
+    floats = ("rest", "weight", "lower", "form", "square", "unit", "value", "low_unit", "low_value", "book", "other_book")
+    integers = ("near", "rank", "low_near", "low_rank", "index", "other", "odd_code", "word", "closes", "kind_out", "code_out")
+    pointers = {**dict.fromkeys((*floats, "value_out", "error_out"), "*fp32"), **dict.fromkeys(integers, "*i32")}
+    return compile_kernel(rounding.round_block, constants, pointers | {"first": "fp32", "last": "fp32"}, arch, 1)

@@ -96,6 +96,13 @@ def test_scores_of_codebooks_are_products_of_tensor_cores(arch: int | str) -> No
         assert sum(counts.values()) / sass.SCORES <= 12
 
 
+@pytest.mark.parametrize("name", ["iq4_ks", "q2_k", "iq4_kss", "iq2_kl"])
+def test_rounding_keeps_a_group_in_registers(name: str) -> None:
+    """But for some words of 32 columns with parities."""
+    assert sass.resources(sass.feedback(name))["STACK"] <= (32 if name == "iq4_kss" else 0)
+    assert "hsaco" in sass.feedback(name, "gfx942").asm
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_plain_twins_compile_for_amd(name: str) -> None:
     s = layout(get_format(name)).scheme

@@ -11,7 +11,9 @@ from conftest import golden
 from torch import Tensor
 
 from iqtorch import kernels
-from iqtorch.encode import encode
+from iqtorch.encode import encode, feedback
+from iqtorch.encode.feedback import encode_with_feedback
+from iqtorch.encode.metric import Metric
 from iqtorch.formats import get_format, list_formats
 
 pytestmark = [
@@ -77,3 +79,27 @@ def test_memory_of_the_encoder(name: str) -> None:
     before = torch.cuda.memory_allocated()
     blocks = encode(weight, get_format(name), None, speed="fast")
     assert torch.cuda.max_memory_allocated() - before <= 1.2e9 + blocks.nbytes
+
+
+@pytest.mark.parametrize("name", ["iq4_ks", "iq2_ks", "q2_k", "q4_0", "iq4_kss", "iq2_kl", "iq1_s", "mxfp4", "q6_k"])
+def test_the_kernel_rounds_as_torch_does(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nearly the same bytes: sums of fused products decide close calls."""
+    fmt, seeded = get_format(name), torch.Generator().manual_seed(3)
+    weight = torch.randn(70, 768, generator=seeded).cuda()
+    x = (torch.randn(2000, 768, generator=seeded) @ (torch.eye(768) + 0.03 * torch.randn(768, 768, generator=seeded))).cuda()
+    metric = Metric(x.T @ x / len(x), fmt, 0.05)
+    ran = []
+    by_kernel = feedback.Rounding._round_block_by_kernel
+    monkeypatch.setattr(feedback.Rounding, "_round_block_by_kernel", lambda *a: (ran.append(a), by_kernel(*a))[1])
+    found = encode_with_feedback(weight, fmt, metric)
+    assert len(ran) == 3
+    monkeypatch.setattr(feedback, "_has_kernel", lambda *a: False)
+    plain = encode_with_feedback(weight, fmt, metric)
+
+    def cost(blocks: Tensor) -> Tensor:
+        e = (weight - fmt.decode(blocks) * fmt.runtime_scale).double()
+        return ((e @ (x.T @ x).double()) * e).sum(1)
+
+    assert (found == plain).float().mean() > 0.9
+    torch.testing.assert_close(cost(found).mean(), cost(plain).mean(), rtol=0.005, atol=0)
+    torch.testing.assert_close(cost(found), cost(plain), rtol=0.1, atol=0)

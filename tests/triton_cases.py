@@ -490,3 +490,28 @@ def test_nearest_entries_of_a_codebook(name: str, queries: int) -> None:
     assert (code == fused_code).float().mean() > 0.99
     torch.testing.assert_close(fused, error, rtol=1e-5, atol=0)
     assert best_entries(torch.zeros(0, 2 * fmt.vec), near.matrices[0]).shape == (0,)
+
+
+@pytest.mark.parametrize("name", ["iq4_ks", "iq2_ks", "q2_k", "q4_0", "iq4_kss", "iq2_kl"])
+def test_rounding_with_error_feedback(name: str) -> None:
+    """The kernel rounds some groups as the version in torch does, for rows that do not fill a program."""
+    from iqtorch.encode.feedback import Feedback, Rounding
+    from iqtorch.encode.metric import Metric
+    from iqtorch.kernels.feedback import feedback
+
+    fmt, stop, seeded = get_format(name).for_encoding, 64, torch.Generator().manual_seed(0)
+    x = torch.randn(600, 256, generator=seeded) @ (torch.eye(256) + 0.05 * torch.randn(256, 256, generator=seeded))
+    metric = Metric(x.T @ x / len(x), fmt, 0.05)
+    weight = torch.randn(9, 256, generator=seeded)
+    weight[3] = 0
+    plain, own = (Rounding(weight, fmt, metric, Feedback(reach=1, min_reach=1)) for _ in range(2))
+    errors = torch.empty(2, stop, len(weight))
+    plain._round_block(0, stop, errors[0])
+    own._round_columns(feedback, 0, stop, errors[1])
+    torch.testing.assert_close(errors[1], errors[0], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(own.rest[:stop], plain.rest[:stop], rtol=1e-4, atol=1e-6)
+    groups, steps = stop // fmt.group_size, stop // fmt.vec
+    assert torch.equal(own.code[:steps], plain.code[:steps]) and torch.equal(own.value[:stop], plain.value[:stop])
+    assert torch.equal(own.kind[:groups], plain.kind[:groups])
+    for a, b in zip(own._both(), plain._both(), strict=True):
+        assert torch.equal(a.rank[:groups], b.rank[:groups])

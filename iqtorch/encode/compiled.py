@@ -343,26 +343,28 @@ def _plan(field: Field) -> Tensor:
 @on_host
 def feedback(
     fmt: Format,
-    shortlist: int,
     order: Tensor,
     lower: Tensor,
     form: Tensor,
-    square: Tensor,
     weight: Tensor,
     scales: list[tuple[Tensor, Tensor, Tensor, Tensor]],
     out: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    *,
+    shortlist: int,
+    square: Tensor,
 ) -> None:
     """`Rounding._round_block`, compiled (csrc/feedback.inl), for some whole groups of columns.
 
     Args:
         order: int64 `[B]`: the columns.
         lower, form: their part of the metric, `[B, B]` and `[B / vec, vec, vec]`.
-        square: what `squares` makes of `form`.
         weight: float32 `[B, R]`.
         scales: of `feedback.Scales`, and of those of the minima, if there are any: `unit` `[1 or steps, G, R]`, `value`, `near`, and
             `rank` `[G, R]`, which is overwritten.
         out: targets float32 `[B, R]`, overwritten with what remains of them (z); variants int32 `[G, R]`, codes int32 `[B / vec, R]`,
             values and errors float32 `[B, R]`.
+        shortlist: entries of a codebook with separate signs that are compared in full.
+        square: what `squares` makes of `form`.
     """
     empty = torch.zeros(0)
     scale, minimum = [*scales, (empty, empty, empty.int(), empty.int())][:2]

@@ -16,8 +16,9 @@ Everything is transposed here, `[columns, rows]`, and columns are in rounding or
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -102,16 +103,36 @@ def encode_with_feedback(
             out[i : i + step] = rounding.blocks()
         return out
     weight = weight.float()[rows.order]
-    pull = metric.pull(weight)
+    pull, start = metric.pull(weight), starting_scales(weight, fmt, metric, effort)
     left = weight.new_empty(weight.T.shape)  # L^T times the errors of the rows before
     for i in range(0, len(weight), rows.step):
         part = slice(i, i + rows.step)
         before = product(left[:, :i], rows.unit[:i, part])
-        rounding = Rounding(weight[part], fmt, metric, effort, before if pull is None else before + pull[:, part])
+        own = {name: values[part] for name, values in start.items()}
+        rounding = Rounding(weight[part], fmt, metric, effort, before if pull is None else before + pull[:, part], own)
         rounding.run(objective)
         out[rows.order[part]] = rounding.blocks()
         left[:, part] = rounding.left() - before
     return out
+
+
+def _has_kernel(fmt: Format, device: torch.device) -> bool:
+    """Whether columns are rounded by a Triton kernel."""
+    if device.type == "cpu":
+        return False
+    from .. import kernels
+
+    if kernels.supports(fmt, 1, fmt.block_size) is not None:
+        return False
+    from ..kernels import feedback
+
+    return feedback.supports(fmt)
+
+
+def starting_scales(weight: Tensor, fmt: Format, metric: Metric, effort: Feedback) -> Parts:
+    """Scales, minima and variants of the weighted search, for each row."""
+    parts = encode_parts(weight, fmt, metric.importance, "rmse", effort.start)
+    return {name: values for name, values in parts.items() if name not in ("code", "sign")}
 
 
 @lru_cache(maxsize=64)
@@ -174,12 +195,15 @@ class Scales:
 class Rounding:
     """Some rows of a weight on their way: what they should be, and the integers found so far."""
 
-    def __init__(self, weight: Tensor, fmt: Format, metric: Metric, effort: Feedback, pull: Tensor | None = None) -> None:
+    def __init__(
+        self, weight: Tensor, fmt: Format, metric: Metric, effort: Feedback, pull: Tensor | None = None, start: Parts | None = None
+    ) -> None:
         """
         Args:
             weight: float32 `[rows, K]`.
             fmt, metric, effort: as in `encode_with_feedback`.
             pull: float32 `[K, rows]`: L^T times what is added to the weight.
+            start: `starting_scales` of the weight, if they are known.
         """
         self.fmt, self.metric, self.effort = fmt, metric, effort
         rows, k = weight.shape
@@ -200,7 +224,7 @@ class Rounding:
         if pull is not None:
             self.rest.addcmul_(pull, self.stored.down)
         self.kinds = fmt.codebook.variants if fmt.variant_size == self.n else 1
-        parts = encode_parts(weight, fmt, metric.importance, "rmse", effort.start)
+        parts = starting_scales(weight, fmt, metric, effort) if start is None else start
         self.scales = self._scales(parts, "d", "scale", scale_grid(fmt.scale_values, fmt.unit * fmt.runtime_scale, device), effort.reach)
         self.minima = None
         if fmt.affine:
@@ -236,7 +260,11 @@ class Rounding:
     def sweep(self, want: bool = False) -> Tensor | None:
         """Rounds all columns; returns L^T times what the weight should be, `[K, rows]`, if that is wanted."""
         metric, x, rest, rows = self.metric, self.x, self.rest, self.rows
-        round_block = self._round_block_compiled if compiled.available(x.device) else self._round_block
+        round_block = self._round_block
+        if compiled.available(x.device):
+            round_block = self._round_block_compiled
+        elif _has_kernel(self.fmt, x.device):
+            round_block = self._round_block_by_kernel
         wanted = rest.clone() if want else None
         #: the errors of the columns before, and the columns themselves: both are multiplied by L
         both = x.new_empty((self.columns, 2 * rows if want else rows), dtype=metric.narrow.dtype)
@@ -257,16 +285,24 @@ class Rounding:
         return wanted
 
     def _round_block_compiled(self, start: int, stop: int, error: Tensor) -> None:
+        form = self.metric.form[start // self.fmt.vec : stop // self.fmt.vec]
+        square = self.metric.cached(f"square {start}", lambda: compiled.squares(self.fmt, form))
+        self._round_columns(partial(compiled.feedback, shortlist=self.effort.shortlist, square=square), start, stop, error)
+
+    def _round_block_by_kernel(self, start: int, stop: int, error: Tensor) -> None:
+        from ..kernels.feedback import feedback
+
+        self._round_columns(feedback, start, stop, error)
+
+    def _round_columns(self, feedback: Callable[..., None], start: int, stop: int, error: Tensor) -> None:
         n, v = self.n, self.fmt.vec
         groups, steps = slice(start // n, stop // n), slice(start // v, stop // v)
         unit = self.unit_of[groups]
-        compiled.feedback(
+        feedback(
             self.fmt,
-            self.effort.shortlist,
             self.metric.order[start:stop],
             self.metric.unit[start:stop, start:stop].T,
             self.metric.form[steps],
-            self.metric.cached(f"square {start}", lambda: compiled.squares(self.fmt, self.metric.form[steps])),
             self.x[start:stop],
             [(s.unit[:, unit], s.value, s.near, s.rank[groups]) for s in self._both()],
             (self.rest[start:stop], self.kind[groups], self.code[steps], self.value[start:stop], error),
