@@ -199,6 +199,8 @@ _precision = INT8
 
 #: Dtypes that backends compute in; others go through a dense float32 copy.
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+#: How operators take a dtype: AOTInductor of PyTorch 2.10 hands on another one than a graph has for an argument of type ScalarType.
+DTYPE_CODE = {dtype: code for code, dtype in enumerate(KERNEL_DTYPES)}
 
 
 def set_activation_precision(precision: str) -> None:

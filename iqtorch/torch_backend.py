@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .errors import UnsupportedOperationError
 from .formats import Format, format_by_ggml_type
+from .ops import DTYPE_CODE, KERNEL_DTYPES
 
 name = "torch"
 
@@ -21,8 +22,8 @@ _SLICE = 1 << 22
 
 _lib.define("linear(Tensor x, Tensor blocks, int format, int rows, Tensor? bias) -> Tensor", tags=_TAGS)
 _lib.define("linear_transposed(Tensor g, Tensor blocks, int format, int k) -> Tensor", tags=_TAGS)
-_lib.define("dequantize(Tensor blocks, int format, int rows, int k, ScalarType dtype) -> Tensor", tags=_TAGS)
-_lib.define("embedding(Tensor ids, Tensor blocks, int format, int k, ScalarType dtype) -> Tensor", tags=_TAGS)
+_lib.define("dequantize(Tensor blocks, int format, int rows, int k, int dtype) -> Tensor", tags=_TAGS)
+_lib.define("embedding(Tensor ids, Tensor blocks, int format, int k, int dtype) -> Tensor", tags=_TAGS)
 _lib.define("grouped_linear(Tensor x, Tensor blocks, Tensor offsets, int format, int rows) -> Tensor", tags=_TAGS)
 
 
@@ -68,23 +69,23 @@ def _linear_transposed_op(g: Tensor, blocks: Tensor, format: int, k: int) -> Ten
 
 
 @torch.no_grad()
-def _dequantize_op(blocks: Tensor, format: int, rows: int, k: int, dtype: torch.dtype) -> Tensor:
+def _dequantize_op(blocks: Tensor, format: int, rows: int, k: int, dtype: int) -> Tensor:
     fmt = format_by_ggml_type(format)
     flat = blocks.reshape(-1, blocks.shape[-1])
-    out = torch.empty((flat.shape[0], k), dtype=dtype, device=blocks.device)
+    out = torch.empty((flat.shape[0], k), dtype=KERNEL_DTYPES[dtype], device=blocks.device)
     for part in _row_slices(flat.shape[0], k):
-        out[part] = _decode(flat[part], fmt).to(dtype)
+        out[part] = _decode(flat[part], fmt).to(out.dtype)
     return out.reshape(*blocks.shape[:-1], k)
 
 
 @torch.no_grad()
-def _embedding_op(ids: Tensor, blocks: Tensor, format: int, k: int, dtype: torch.dtype) -> Tensor:
+def _embedding_op(ids: Tensor, blocks: Tensor, format: int, k: int, dtype: int) -> Tensor:
     flat = ids.reshape(-1)
     rows = blocks.shape[-2]
     if flat.device.type == "cpu" and flat.numel() and (int(flat.min()) < 0 or int(flat.max()) >= rows):
         raise IndexError(f"embedding ids must be in 0 .. {rows - 1}, got {int(flat.min())} .. {int(flat.max())}")
     if not flat.numel():
-        return torch.empty((*ids.shape, k), dtype=dtype, device=blocks.device)
+        return torch.empty((*ids.shape, k), dtype=KERNEL_DTYPES[dtype], device=blocks.device)
     return _dequantize_op(blocks.index_select(0, flat), format, flat.numel(), k, dtype).reshape(*ids.shape, k)
 
 
@@ -121,13 +122,13 @@ def _(g: Tensor, blocks: Tensor, format: int, k: int) -> Tensor:
 
 
 @torch.library.register_fake("iqtorch::dequantize", lib=_lib)
-def _(blocks: Tensor, format: int, rows: int, k: int, dtype: torch.dtype) -> Tensor:
-    return blocks.new_empty((*blocks.shape[:-1], k), dtype=dtype)
+def _(blocks: Tensor, format: int, rows: int, k: int, dtype: int) -> Tensor:
+    return blocks.new_empty((*blocks.shape[:-1], k), dtype=KERNEL_DTYPES[dtype])
 
 
 @torch.library.register_fake("iqtorch::embedding", lib=_lib)
-def _(ids: Tensor, blocks: Tensor, format: int, k: int, dtype: torch.dtype) -> Tensor:
-    return blocks.new_empty((*ids.shape, k), dtype=dtype)
+def _(ids: Tensor, blocks: Tensor, format: int, k: int, dtype: int) -> Tensor:
+    return blocks.new_empty((*ids.shape, k), dtype=KERNEL_DTYPES[dtype])
 
 
 @torch.library.register_fake("iqtorch::grouped_linear", lib=_lib)
@@ -168,11 +169,11 @@ def linear_transposed(g: Tensor, data: Tensor, fmt: Format, k: int) -> Tensor:
 
 
 def dequantize(data: Tensor, fmt: Format, rows: int, k: int, dtype: torch.dtype) -> Tensor:
-    return torch.ops.iqtorch.dequantize(data, fmt.ggml_type, rows, k, dtype)
+    return torch.ops.iqtorch.dequantize(data, fmt.ggml_type, rows, k, DTYPE_CODE[dtype])
 
 
 def embedding(ids: Tensor, data: Tensor, fmt: Format, rows: int, k: int, dtype: torch.dtype) -> Tensor:
-    return torch.ops.iqtorch.embedding(ids, data, fmt.ggml_type, k, dtype)
+    return torch.ops.iqtorch.embedding(ids, data, fmt.ggml_type, k, DTYPE_CODE[dtype])
 
 
 def grouped_linear(x: Tensor, data: Tensor, offsets: Tensor, fmt: Format, rows: int, precision: int) -> Tensor:

@@ -438,8 +438,8 @@ def test_opcheck_of_the_torch_backend() -> None:
     torch.library.opcheck(op.linear.default, (x, blocks, fmt, 8, None))
     torch.library.opcheck(op.linear.default, (x, blocks, fmt, 8, torch.randn(8)))
     torch.library.opcheck(op.linear_transposed.default, (torch.randn(3, 8), blocks, fmt, 512))
-    torch.library.opcheck(op.dequantize.default, (blocks, fmt, 8, 512, torch.bfloat16))
-    torch.library.opcheck(op.embedding.default, (torch.tensor([1, 2]), blocks, fmt, 512, torch.float32))
+    torch.library.opcheck(op.dequantize.default, (blocks, fmt, 8, 512, 1))
+    torch.library.opcheck(op.embedding.default, (torch.tensor([1, 2]), blocks, fmt, 512, 0))
     offs = torch.tensor([1, 3], dtype=torch.int32)
     torch.library.opcheck(op.grouped_linear.default, (x, torch.stack([blocks, blocks]), offs, fmt, 8))
 

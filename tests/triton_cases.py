@@ -360,8 +360,8 @@ def test_opcheck(operator: str) -> None:
     arguments: dict[str, tuple[Any, ...]] = {
         "linear": (x, packed, kind, rows, x[0, :rows].clone(), 1),
         "linear_transposed": (x[:, :rows].clone(), packed, kind, k),
-        "dequantize": (packed, kind, rows, k, torch.bfloat16),
-        "embedding": (torch.tensor([1, 0]), packed, kind, rows, k, torch.float32),
+        "dequantize": (packed, kind, rows, k, 1),
+        "embedding": (torch.tensor([1, 0]), packed, kind, rows, k, 0),
         "grouped_linear": (x, experts, torch.tensor([3], dtype=torch.int32), kind, rows, 1),
         "routed_linear": (x, experts, torch.zeros(3, 2, dtype=torch.int64), kind, rows, 1),
         "routed_gated": (x, experts, torch.zeros(3, 2, dtype=torch.int64), kind, rows, "silu", 1),

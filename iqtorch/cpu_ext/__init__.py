@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..errors import BlockSizeError, KernelUnavailableError
 from ..formats import Format, get_format, list_formats
-from ..ops import refuse_elsewhere
+from ..ops import DTYPE_CODE, KERNEL_DTYPES, refuse_elsewhere
 from . import kernel_file, memory
 from .layout import layout
 
@@ -194,7 +194,7 @@ def linear_transposed(g: Tensor, data: Tensor, fmt: Format, k: int) -> Tensor:
 
 def dequantize(data: Tensor, fmt: Format, rows: int, k: int, dtype: torch.dtype) -> Tensor:
     """Weights `[..., rows, K]`, computed in float32."""
-    return torch.ops.iqtorch_cpu.dequantize.default(data, fmt.ggml_type, rows, k, dtype)
+    return torch.ops.iqtorch_cpu.dequantize.default(data, fmt.ggml_type, rows, k, DTYPE_CODE[dtype])
 
 
 def embedding(ids: Tensor, data: Tensor, fmt: Format, rows: int, k: int, dtype: torch.dtype) -> Tensor:
@@ -204,9 +204,9 @@ def embedding(ids: Tensor, data: Tensor, fmt: Format, rows: int, k: int, dtype: 
         IndexError: an id below 0 or not below `rows`.
     """
     if torch.compiler.is_compiling():
-        return torch.ops.iqtorch_cpu.embedding.default(ids, data, fmt.ggml_type, rows, k, dtype)
+        return torch.ops.iqtorch_cpu.embedding.default(ids, data, fmt.ggml_type, rows, k, DTYPE_CODE[dtype])
     try:
-        return torch.ops.iqtorch_cpu.embedding.default(ids, data, fmt.ggml_type, rows, k, dtype)
+        return torch.ops.iqtorch_cpu.embedding.default(ids, data, fmt.ggml_type, rows, k, DTYPE_CODE[dtype])
     except RuntimeError as error:
         if "index out of range" in str(error):
             raise IndexError(_first_line(error)) from None
@@ -235,12 +235,12 @@ def _register_fakes() -> None:
         return g.new_empty((*g.shape[:-1], k))
 
     @fake("iqtorch_cpu::dequantize")
-    def _(data: Tensor, format: int, rows: int, k: int, dtype: torch.dtype) -> Tensor:
-        return data.new_empty((*data.shape[:-1], rows, k), dtype=dtype)
+    def _(data: Tensor, format: int, rows: int, k: int, dtype: int) -> Tensor:
+        return data.new_empty((*data.shape[:-1], rows, k), dtype=KERNEL_DTYPES[dtype])
 
     @fake("iqtorch_cpu::embedding")
-    def _(ids: Tensor, data: Tensor, format: int, rows: int, k: int, dtype: torch.dtype) -> Tensor:
-        return data.new_empty((*ids.shape, k), dtype=dtype)
+    def _(ids: Tensor, data: Tensor, format: int, rows: int, k: int, dtype: int) -> Tensor:
+        return data.new_empty((*ids.shape, k), dtype=KERNEL_DTYPES[dtype])
 
     @fake("iqtorch_cpu::grouped_linear")
     def _(x: Tensor, data: Tensor, offsets: Tensor, format: int, rows: int, precision: int) -> Tensor:

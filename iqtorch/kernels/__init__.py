@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..formats import Format
+from ..ops import DTYPE_CODE
 from . import library as _library
 from .layout import layout
 
@@ -114,12 +115,12 @@ def linear_transposed(g: Tensor, data: Tensor, fmt: Format, k: int) -> Tensor:
 
 def dequantize(data: Tensor, fmt: Format, rows: int, k: int, dtype: torch.dtype) -> Tensor:
     """Weights `[..., rows, K]`, computed in float32 exactly as `Format.decode` does, times `fmt.runtime_scale`."""
-    return torch.ops.iqtorch_triton.dequantize.default(data, fmt.ggml_type, rows, k, dtype)
+    return torch.ops.iqtorch_triton.dequantize.default(data, fmt.ggml_type, rows, k, DTYPE_CODE[dtype])
 
 
 def embedding(ids: Tensor, data: Tensor, fmt: Format, rows: int, k: int, dtype: torch.dtype) -> Tensor:
     """Rows of the matrix for integer ids of any shape: `[*ids.shape, K]`. Ids out of range give rows of zeros (no host check)."""
-    return torch.ops.iqtorch_triton.embedding.default(ids, data, fmt.ggml_type, rows, k, dtype)
+    return torch.ops.iqtorch_triton.embedding.default(ids, data, fmt.ggml_type, rows, k, DTYPE_CODE[dtype])
 
 
 def grouped_linear(x: Tensor, data: Tensor, offsets: Tensor, fmt: Format, rows: int, precision: int) -> Tensor:

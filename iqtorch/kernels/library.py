@@ -7,7 +7,7 @@ import os
 import torch
 from torch import Tensor
 
-from ..ops import refuse_elsewhere
+from ..ops import KERNEL_DTYPES, refuse_elsewhere
 
 _lib = torch.library.Library("iqtorch_triton", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
@@ -17,8 +17,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 _lib.define("linear(Tensor x, Tensor data, int format, int rows, Tensor? bias, int precision) -> Tensor", tags=_TAGS)
 _lib.define("linear_transposed(Tensor g, Tensor data, int format, int k) -> Tensor", tags=_TAGS)
-_lib.define("dequantize(Tensor data, int format, int rows, int k, ScalarType dtype) -> Tensor", tags=_TAGS)
-_lib.define("embedding(Tensor ids, Tensor data, int format, int rows, int k, ScalarType dtype) -> Tensor", tags=_TAGS)
+_lib.define("dequantize(Tensor data, int format, int rows, int k, int dtype) -> Tensor", tags=_TAGS)
+_lib.define("embedding(Tensor ids, Tensor data, int format, int rows, int k, int dtype) -> Tensor", tags=_TAGS)
 _lib.define("grouped_linear(Tensor x, Tensor data, Tensor offsets, int format, int rows, int precision) -> Tensor", tags=_TAGS)
 _lib.define("routed_linear(Tensor x, Tensor data, Tensor ids, int format, int rows, int precision) -> Tensor", tags=_TAGS)
 _lib.define("routed_gated(Tensor x, Tensor data, Tensor ids, int format, int rows, str activation, int precision) -> Tensor", tags=_TAGS)
@@ -44,17 +44,17 @@ def _linear_transposed(g: Tensor, data: Tensor, format: int, k: int) -> Tensor:
 
 
 @torch.no_grad()
-def _dequantize(data: Tensor, format: int, rows: int, k: int, dtype: torch.dtype) -> Tensor:
+def _dequantize(data: Tensor, format: int, rows: int, k: int, dtype: int) -> Tensor:
     from . import launch
 
-    return launch.dequantize(data, format, rows, k, dtype)
+    return launch.dequantize(data, format, rows, k, KERNEL_DTYPES[dtype])
 
 
 @torch.no_grad()
-def _embedding(ids: Tensor, data: Tensor, format: int, rows: int, k: int, dtype: torch.dtype) -> Tensor:
+def _embedding(ids: Tensor, data: Tensor, format: int, rows: int, k: int, dtype: int) -> Tensor:
     from . import launch
 
-    return launch.embedding(ids, data, format, rows, k, dtype)
+    return launch.embedding(ids, data, format, rows, k, KERNEL_DTYPES[dtype])
 
 
 @torch.no_grad()
@@ -113,13 +113,13 @@ def _(g: Tensor, data: Tensor, format: int, k: int) -> Tensor:
 
 
 @torch.library.register_fake("iqtorch_triton::dequantize", lib=_lib)
-def _(data: Tensor, format: int, rows: int, k: int, dtype: torch.dtype) -> Tensor:
-    return data.new_empty((*data.shape[:-1], rows, k), dtype=dtype)
+def _(data: Tensor, format: int, rows: int, k: int, dtype: int) -> Tensor:
+    return data.new_empty((*data.shape[:-1], rows, k), dtype=KERNEL_DTYPES[dtype])
 
 
 @torch.library.register_fake("iqtorch_triton::embedding", lib=_lib)
-def _(ids: Tensor, data: Tensor, format: int, rows: int, k: int, dtype: torch.dtype) -> Tensor:
-    return data.new_empty((*ids.shape, k), dtype=dtype)
+def _(ids: Tensor, data: Tensor, format: int, rows: int, k: int, dtype: int) -> Tensor:
+    return data.new_empty((*ids.shape, k), dtype=KERNEL_DTYPES[dtype])
 
 
 @torch.library.register_fake("iqtorch_triton::grouped_linear", lib=_lib)

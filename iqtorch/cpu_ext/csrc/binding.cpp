@@ -37,6 +37,13 @@ DType dtype_of(ScalarType type, const char* what) {
   return kFloat16;
 }
 
+// A dtype as operators take it: its place in KERNEL_DTYPES of ops.py.
+ScalarType scalar_type_of(int64_t code) {
+  constexpr ScalarType types[] = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half};
+  STD_TORCH_CHECK(code >= 0 && code < 3, "codes of dtypes are 0 (float32), 1 (bfloat16) and 2 (float16), got ", code);
+  return types[code];
+}
+
 struct Free {
   void operator()(void* p) const { std::free(p); }
 };
@@ -269,9 +276,10 @@ Tensor linear_transposed(const Tensor& g, const Tensor& data, int64_t format, in
   return y;
 }
 
-Tensor dequantize(const Tensor& data, int64_t format, int64_t rows, int64_t k, ScalarType type) {
+Tensor dequantize(const Tensor& data, int64_t format, int64_t rows, int64_t k, int64_t code) {
   const Format& f = format_of(format, data);
-  const DType dtype = dtype_of(type, "the dtype of dequantized weights");
+  const ScalarType type = scalar_type_of(code);
+  const DType dtype = dtype_of(type, "weights");
   const int64_t bytes = data.size(-1), count = data.numel() / bytes;
   std::vector<int64_t> sizes(data.sizes().begin(), data.sizes().end() - 1);
   sizes.push_back(rows);
@@ -286,9 +294,10 @@ Tensor dequantize(const Tensor& data, int64_t format, int64_t rows, int64_t k, S
   return y;
 }
 
-Tensor embedding(const Tensor& ids, const Tensor& data, int64_t format, int64_t rows, int64_t k, ScalarType type) {
+Tensor embedding(const Tensor& ids, const Tensor& data, int64_t format, int64_t rows, int64_t k, int64_t code) {
   const Format& f = format_of(format, data);
-  const DType dtype = dtype_of(type, "the dtype of embeddings");
+  const ScalarType type = scalar_type_of(code);
+  const DType dtype = dtype_of(type, "embeddings");
   const Packed w = packed_of(f, data.const_data_ptr<uint8_t>(), data.numel(), rows, k);
   std::vector<int64_t> sizes(ids.sizes().begin(), ids.sizes().end());
   sizes.push_back(k);
@@ -394,8 +403,8 @@ STABLE_TORCH_LIBRARY(iqtorch_cpu, m) {
   m.def("linear(Tensor x, Tensor data, int format, int rows, Tensor? bias, int precision) -> Tensor");
   m.def("linear_many(Tensor x, Tensor[] data, int[] formats, int[] rows, Tensor?[] bias, int precision) -> Tensor[]");
   m.def("linear_transposed(Tensor g, Tensor data, int format, int k) -> Tensor");
-  m.def("dequantize(Tensor data, int format, int rows, int k, ScalarType dtype) -> Tensor");
-  m.def("embedding(Tensor ids, Tensor data, int format, int rows, int k, ScalarType dtype) -> Tensor");
+  m.def("dequantize(Tensor data, int format, int rows, int k, int dtype) -> Tensor");
+  m.def("embedding(Tensor ids, Tensor data, int format, int rows, int k, int dtype) -> Tensor");
   m.def("grouped_linear(Tensor x, Tensor data, Tensor offsets, int format, int rows, int precision) -> Tensor");
   m.def("pack(Tensor blocks, Tensor(a!) data, int format) -> ()");
   m.def("unpack(Tensor data, Tensor(a!) blocks, int format) -> ()");
