@@ -7,7 +7,8 @@ from typing import cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .encode import Objective
+from .encode import Objective, Speed
+from .errors import ShapeError
 from .formats import Format
 from .quantize import quantize
 from .tensor import IQTensor
@@ -28,6 +29,20 @@ def packed_parameter(weight: IQTensor) -> nn.Parameter:
     return nn.Parameter(weight, requires_grad=False)
 
 
+def _sizes(layer: type[nn.Module], weight: IQTensor) -> tuple[int, int]:
+    """Rows and columns of a layer's packed weight."""
+    name = layer.__name__
+    if not isinstance(weight, Tensor):
+        raise TypeError(
+            f"iqtorch.{name} takes a packed weight, got {type(weight).__name__}; make one with iqtorch.quantize, or of a layer with "
+            f"iqtorch.{name}.from_float"
+        )
+    if weight.dim() != 2:
+        raise ShapeError(f"iqtorch.{name} takes a weight of 2 dimensions, got shape {tuple(weight.shape)}")
+    rows, columns = weight.shape
+    return rows, columns
+
+
 class Linear(_Packed, nn.Linear):
     """`nn.Linear` whose weight is an `IQTensor` `[out_features, in_features]`; the bias stays as it is, and trainable.
 
@@ -37,15 +52,23 @@ class Linear(_Packed, nn.Linear):
     """
 
     def __init__(self, weight: IQTensor, bias: Tensor | None = None) -> None:
-        out_features, in_features = weight.shape
+        out_features, in_features = _sizes(Linear, weight)
         super().__init__(in_features, out_features, bias=False, device="meta", dtype=weight.dtype)
         self.weight = packed_parameter(weight)
         self.register_parameter("bias", bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias))
 
     @classmethod
-    def from_float(cls, layer: nn.Linear, format: Format | str, importance: Tensor | None = None, objective: Objective = "model") -> Linear:
-        """A packed copy of an `nn.Linear`; arguments and errors as in `iqtorch.quantize`."""
-        return cls(quantize(layer.weight, format, importance, objective), layer.bias)
+    def from_float(
+        cls,
+        layer: nn.Linear,
+        format: Format | str,
+        importance: Tensor | None = None,
+        objective: Objective = "model",
+        *,
+        speed: Speed = "default",
+    ) -> Linear:
+        """A packed copy of an `nn.Linear`, with the same bias; arguments and errors as in `iqtorch.quantize`."""
+        return cls(quantize(layer.weight, format, importance, objective, speed=speed), layer.bias)
 
 
 class Embedding(_Packed, nn.Embedding):
@@ -57,16 +80,22 @@ class Embedding(_Packed, nn.Embedding):
     """
 
     def __init__(self, weight: IQTensor, padding_idx: int | None = None) -> None:
-        num_embeddings, embedding_dim = weight.shape
+        num_embeddings, embedding_dim = _sizes(Embedding, weight)
         super().__init__(num_embeddings, embedding_dim, padding_idx, device="meta", dtype=weight.dtype)
         self.weight = packed_parameter(weight)
 
     @classmethod
     def from_float(
-        cls, layer: nn.Embedding, format: Format | str, importance: Tensor | None = None, objective: Objective = "model"
+        cls,
+        layer: nn.Embedding,
+        format: Format | str,
+        importance: Tensor | None = None,
+        objective: Objective = "model",
+        *,
+        speed: Speed = "default",
     ) -> Embedding:
         """A packed copy of an `nn.Embedding`; arguments and errors as in `iqtorch.quantize`."""
-        return cls(quantize(layer.weight, format, importance, objective), layer.padding_idx)
+        return cls(quantize(layer.weight, format, importance, objective, speed=speed), layer.padding_idx)
 
 
 class Conv1d(_Packed, nn.Conv1d):

@@ -6,6 +6,7 @@ process computes with the same bits as one process alone.
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -133,8 +134,8 @@ def _new_zeros(func: Any, args: Any, kwargs: Any) -> Any:
 
 @function_handler(torch.Tensor.view)
 def _view(self: Tensor, *size: Any) -> Any:
-    """FSDP2 asks for a flat view, keeps it, and does not look at it: it gets the tensor itself."""
-    if size == (-1,) and isinstance(self, IQTensor):
+    """FSDP2 asks for a flat view, keeps it, and does not look at it: it alone gets the tensor itself, not a dense copy."""
+    if size == (-1,) and isinstance(self, IQTensor) and sys._getframe(2).f_globals["__name__"].startswith("torch.distributed.fsdp"):
         return self._with(self.packed)
     with torch._C.DisableTorchFunctionSubclass():
         return self.view(*size)

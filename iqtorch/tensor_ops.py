@@ -382,6 +382,13 @@ def _permute_dispatch(func: Any, args: Any, kwargs: Any) -> Tensor:
     return fallback(func, args, kwargs)
 
 
+@function_handler(torch.Tensor.__setitem__)
+def _setitem(self: Tensor, index: Any, value: Any) -> None:
+    if isinstance(self, IQTensor):
+        _refuse("w[...] = values", "work on w.dequantize() and quantize the result again")
+    _plain(torch.Tensor.__setitem__, self, index, value)
+
+
 # -- what reaches __torch_dispatch__ ---------------------------------------------------------------------------
 
 

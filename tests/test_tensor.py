@@ -95,6 +95,7 @@ def test_matmul_forms_agree(float_precision: None) -> None:
 
 def test_transposed_view_is_a_view() -> None:
     w = packed()
+    assert w.view(8, -1).shape == w.shape and w.view(-1).shape == w.flatten().shape == (8 * 512,)
     assert w.T.shape == (512, 8) and w.T.T.shape == w.shape
     assert torch.equal(w.T.dequantize(), w.dequantize().T)
     assert w.T.packed.data_ptr() == w.packed.data_ptr()
@@ -452,6 +453,16 @@ def test_refusals_name_the_operation_and_the_remedy() -> None:
     for action in (lambda: w.add_(1), lambda: w.zero_(), lambda: w.mul_(2), lambda: w.copy_(torch.zeros(8, 512)), lambda: w.normal_()):
         with pytest.raises(UnsupportedOperationError, match="quantize"):
             action()
+    for index in (0, slice(2, 4), (slice(None), 3), torch.tensor([1, 2])):  # not into a dequantized copy, which would be lost
+        with pytest.raises(UnsupportedOperationError, match=r"w\[...\] = values.*quantize"):
+            w[index] = 0
+    plain = torch.zeros(8, 512)
+    plain[:] = w
+    assert torch.equal(plain, w.dequantize())
+    with pytest.raises(TypeError, match=r"Linear takes a packed weight, got int.*from_float"):
+        iqtorch.Linear(512, 8)
+    with pytest.raises(ShapeError, match="2 dimensions"):
+        iqtorch.Linear(experts())
     for read in (lambda: w.numpy(), lambda: np.asarray(w)):
         with pytest.raises(UnsupportedOperationError, match=r"numpy.*dequantize\(\)\.numpy"):
             read()

@@ -284,7 +284,8 @@ class Format:
         blocks, rest = divmod(row_bytes - self.row_header_bytes, self.block_bytes)
         if blocks <= 0 or rest:
             raise BlockSizeError(
-                f"{row_bytes} bytes are no row of {self.name}: rows have {self.row_header_bytes} + n * {self.block_bytes} bytes"
+                f"{row_bytes} bytes are no row of {self.name}: rows have "
+                f"{f'{self.row_header_bytes} + ' if self.row_header_bytes else ''}n * {self.block_bytes} bytes"
             )
         return blocks * self.block_size
 
