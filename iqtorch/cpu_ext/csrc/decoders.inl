@@ -47,6 +47,9 @@ template <int Bits> struct Lanes {
 // Element e of a field of `Count` numbers of `Bits` bits in the rows arrangement (layout.py). `Loose` leaves bits above them.
 template <int Bits, int Count, bool Loose = false> IQ_FN I32 rows_element(const uint8_t* p, int e) {
   constexpr int width = Bits & 16 ? 16 : Bits & 8 ? 8 : Bits & 4 ? 4 : Bits & 2 ? 2 : 1;
+#ifdef IQ_ROWS_WORDS
+  if constexpr (Bits > 8 && Bits < 16) return widened(rows_words<Bits, Count>(p, e));
+#endif
   I32 v;
   if constexpr (width == 16) {
     v = load16(p + 32 * e);

@@ -38,22 +38,21 @@ template <int Bits, int Vec, int Mode> class GridDecoder {
   }
 
  private:
-  // Element e of 16 rows: bytes where they are, or words.
+  // Element e of 16 rows: bytes where they are, or words. Those go through integer registers four at a time: single ones take two
+  // vector instructions each, and by way of memory they wait for the store.
   class Codes {
    public:
     IQ_FN Codes(const uint8_t* tile, int e) : byte_(tile + kRows * e) {
       if constexpr (Bits > 8) {
-        constexpr int count = kMaxBlock / Vec;
-        const __m128i low = _mm_loadu_si128((const __m128i*)byte_), high = rows_bytes<Bits - 8, count>(tile + kRows * count, e);
-        _mm_store_si128((__m128i*)word_, _mm_unpacklo_epi8(low, high));
-        _mm_store_si128((__m128i*)word_ + 1, _mm_unpackhi_epi8(low, high));
+        const Words words = rows_words<Bits, kMaxBlock / Vec>(tile, e);
+        for (int h = 0; h < 2; ++h) four_[2 * h] = _mm_cvtsi128_si64(words.v[h]), four_[2 * h + 1] = _mm_extract_epi64(words.v[h], 1);
       }
     }
-    IQ_FN size_t operator[](int row) const { return Bits > 8 ? word_[row] : byte_[row]; }
+    IQ_FN size_t operator[](int row) const { return Bits > 8 ? (uint16_t)(four_[row / 4] >> (16 * (row % 4))) : byte_[row]; }
 
    private:
     const uint8_t* byte_;
-    alignas(16) uint16_t word_[Bits > 8 ? kRows : 1];
+    uint64_t four_[Bits > 8 ? kRows / 4 : 1];
   };
 
   // Entries of rows a and a + 1.

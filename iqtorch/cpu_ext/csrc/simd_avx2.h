@@ -184,6 +184,15 @@ template <int Bits, int Count, int Low = 0> IQ_FN __m128i rows_bytes(const uint8
   return v;
 }
 
+// The same for numbers of 9 to 15 bits, as words of rows 0 .. 7 and 8 .. 15: parts are put together before they are widened.
+#define IQ_ROWS_WORDS
+struct Words { __m128i v[2]; };
+template <int Bits, int Count> IQ_FN Words rows_words(const uint8_t* p, int e) {
+  const __m128i low = _mm_loadu_si128((const __m128i*)(p + 16 * e)), high = rows_bytes<Bits - 8, Count>(p + 16 * Count, e);
+  return {{_mm_unpacklo_epi8(low, high), _mm_unpackhi_epi8(low, high)}};
+}
+IQ_FN I32 widened(Words a) { return {{_mm256_cvtepu16_epi32(a.v[0]), _mm256_cvtepu16_epi32(a.v[1])}}; }
+
 #ifdef IQ_VNNI
 template <bool Narrow> IQ_FN I32 dot_once(I32 acc, U8 w, const void* x) { return dot<Narrow>(acc, w, x); }
 IQ_FN I32 byte_sums(I32 acc, I32 a) {
