@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
 from typing import Literal
@@ -34,6 +35,8 @@ SINGLE_EFFORTS = {
 #: Weights encoded at a time (on a CPU, per thread): temporaries of the search in torch are some hundred bytes per weight, the
 #: compiled one needs some for sixteen units at a time only. What is prepared per call, or per column, is shared by all rows of a chunk.
 CHUNK = {"cpu": 1 << 19, "columns": 1 << 23, "gpu": 1 << 22}
+#: Bytes that the search on a GPU takes at most for each of them, and the fewest weights that are worth its launches.
+GPU_BYTES, GPU_LEAST = 128, 1 << 16
 #: Rows that share a pass of the compiled search, if `d` is per row.
 LANES = 16
 #: Least importance relative to the mean: columns without importance still choose their own best codes.
@@ -85,6 +88,17 @@ def _encode(weight: Tensor, fmt: Format, importance: Tensor | None, objective: O
     for part in weight.split(_rows_at_a_time(fmt, weight.shape[1], weight.device)):
         # a copy of these rows only; sums of a transposed view would be rounded in another order
         yield _encode_rows(part.float().contiguous(), fmt, weights, objective, effort)
+
+
+@contextmanager
+def gpu_workspace(nbytes: int) -> Iterator[None]:
+    """Encoders on a GPU take no more than this (but 8 MiB) beside a weight and its blocks, where that is less than their most."""
+    before = CHUNK["gpu"]
+    CHUNK["gpu"] = min(before, max(nbytes // GPU_BYTES, GPU_LEAST))
+    try:
+        yield
+    finally:
+        CHUNK["gpu"] = before
 
 
 def _rows_at_a_time(fmt: Format, k: int, device: torch.device) -> int:

@@ -21,6 +21,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from ..as_stored import keep_as_stored
 from ..calibration import Calibration, quantize_calibrated
+from ..encode.encoder import gpu_workspace
 from ..errors import CheckpointError, IQTorchError, MissingDependencyError, UnsupportedOperationError
 from ..formats import get_format
 from ..linear import PACKED_CLASS, matrix_of, packable, packed_parameter
@@ -61,6 +62,7 @@ class IQQuantizer(HfQuantizer):
         planned: weights to quantize, by parameter name (empty for a packed checkpoint).
         stored: packed weights to read, by parameter name (empty unless the checkpoint is packed).
         on_disk: packed weights that a `device_map` leaves in their (memory-mapped) file, by parameter name.
+        largest: bytes of the largest parameter as the model would have it without quantization.
         error: the first error of an operation; transformers would hide its type, so it is raised at the end of loading.
     """
 
@@ -76,6 +78,7 @@ class IQQuantizer(HfQuantizer):
         self.device_map: dict[str, Any] = {}
         self.on_disk: dict[str, Any] = {}
         self.dtype = torch.get_default_dtype()
+        self.largest = 0
         self._notes: dict[str, str] = {}
 
     # -- before loading: the model is on the meta device -------------------------------------------------------
@@ -111,6 +114,7 @@ class IQQuantizer(HfQuantizer):
             if isinstance(calibration, str | Path):
                 calibration = Calibration.load(calibration)
         self.calibration = calibration
+        self.largest = max(p.nbytes for p in model.parameters())
         choices, self._notes = plan_formats(model, config.recipe, config.skip, has_importance=bool(table) or calibration is not None)
         check_coverage(table, [site for site, _ in choices], [site for site, choice in choices if choice.format])
         for site, choice in choices:
@@ -218,7 +222,8 @@ class IQQuantizer(HfQuantizer):
                 packed, note = quantize_calibrated(matrix, fmt, moments, config.objective, speed=config.speed)
                 self._notes[name] = f"{self._notes[name]}; {note}" if name in self._notes else note
             else:
-                packed = quantize(matrix, fmt, plan.importance, config.objective, speed=config.speed, name=name)
+                with gpu_workspace(self.largest):
+                    packed = quantize(matrix, fmt, plan.importance, config.objective, speed=config.speed, name=name)
             return self._parameter(model, name, packed._swapped() if plan.transposed else packed)
         except (IQTorchError, ValueError) as error:
             self.error = error
