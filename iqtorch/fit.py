@@ -13,6 +13,7 @@ import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -74,7 +75,7 @@ class _Option:
 
 def fit(
     model: nn.Module,
-    importance: Mapping[str, Tensor] | str | None = None,
+    importance: Mapping[str, Tensor] | str | Path | None = None,
     *,
     target_bpw: float,
     batches: Iterable[Tensor] | None = None,

@@ -34,6 +34,9 @@ NOTES = "_iqtorch_notes"
 #: How the notes begin on weights that the caller asked to keep.
 ASKED = ("skipped by the caller", "rule ", "no rule names it")
 
+#: The note on weights that an earlier call packed.
+PACKED = "packed already"
+
 #: Called with each model whose weights were packed in memory, and the recipe: packages that build on this one add what their models need.
 WHEN_PACKED: list[Callable[[nn.Module, Recipe], None]] = []
 
@@ -105,7 +108,7 @@ def find_sites(model: nn.Module) -> tuple[list[Site], dict[str, str]]:
             if parameter is None:
                 continue
             name = f"{module_name}.{attribute}" if module_name else attribute
-            reason = "packed already" if isinstance(parameter, IQTensor) else _why_not(module, attribute, name, parameter)
+            reason = PACKED if isinstance(parameter, IQTensor) else _why_not(module, attribute, name, parameter)
             if id(parameter) in tied:
                 kept[name] = f"tied to {tied[id(parameter)]}"
             elif reason:
@@ -226,7 +229,7 @@ def plan_formats(
 def quantize_model(
     model: M,
     recipe: Recipe | str | Mapping[str, str | None],
-    importance: Mapping[str, Tensor] | str | None = None,
+    importance: Mapping[str, Tensor] | str | Path | None = None,
     *,
     calibration: Calibration | Iterable[Tensor | Mapping[str, Any]] | None = None,
     rounding: Rounding = "nearest",
@@ -282,6 +285,9 @@ def quantize_model(
     chosen = Recipe.of(recipe)
     table = importance_table(importance)
     plan, notes = plan_packing(model, chosen, table, skip, has_importance=bool(table) or calibration is not None)
+    before = list(notes.values()).count(PACKED)
+    if before and not plan:
+        logger.warning("nothing is packed now: %d weights are packed already and stay as they are; start from the plain model", before)
     for site, _, _ in plan:
         check_finite(site.matrix, site.name)
     packed = list(_progress(_packed(model, plan, calibration, rounding, checkpoint, objective, speed, notes), plan, progress))
@@ -313,7 +319,8 @@ def install_packed(model: nn.Module, packed: Iterable[tuple[Site, IQTensor]], no
     """Puts packed weights in their places, and makes the model one that can be reported on and saved."""
     for site, weight in packed:
         _install(model, site, weight)
-    setattr(model, NOTES, {**getattr(model, NOTES, {}), **notes})
+    earlier = getattr(model, NOTES, {})
+    setattr(model, NOTES, {**earlier, **{name: note for name, note in notes.items() if note != PACKED or name not in earlier}})
     for act in WHEN_PACKED:
         act(model, recipe)
     from .report import warn_if_kept  # which imports this module
@@ -366,18 +373,17 @@ def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
                 setattr(parent, name, new)
 
 
-def importance_table(importance: Mapping[str, Tensor] | str | None) -> Mapping[str, Tensor]:
+def importance_table(importance: Mapping[str, Tensor] | str | Path | None) -> Mapping[str, Tensor]:
     """Importance as a mapping; a path is loaded."""
     if importance is None:
         return {}
     if isinstance(importance, Mapping):
         return importance
+    if not isinstance(importance, str | Path):
+        raise ImportanceError(f"importance must be a mapping, an Importance or a file path, got {type(importance).__name__}")
     from .importance import Importance
 
-    try:
-        return Importance.load(importance)
-    except TypeError:
-        raise ImportanceError(f"importance must be a mapping, an Importance or a file path, got {type(importance).__name__}") from None
+    return Importance.load(importance)
 
 
 def check_coverage(table: Mapping[str, Tensor], sites: Sequence[Site], packed: Sequence[Site]) -> None:

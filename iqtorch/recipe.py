@@ -224,7 +224,7 @@ class Recipe:
     def fit(
         cls,
         model: nn.Module,
-        importance: Mapping[str, Tensor] | str | None = None,
+        importance: Mapping[str, Tensor] | str | Path | None = None,
         *,
         target_bpw: float,
         batches: Iterable[Tensor] | None = None,

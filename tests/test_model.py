@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import iqtorch
-from iqtorch import IQTensor, Recipe, get_format, list_formats
+from iqtorch import Importance, IQTensor, Recipe, get_format, list_formats
 from iqtorch.errors import ImportanceError, RecipeError, ShapeError, UnknownFormatError, WeightError
 from iqtorch.model import choose_format, find_sites, model_facts
 from iqtorch.recipe import ModelFacts, WeightFacts, reference_mix, role_of
@@ -432,3 +433,17 @@ def test_convolutions_that_are_no_linear_layer_say_why() -> None:
     reasons = {row.name: row.reason for row in iqtorch.report(model).rows}
     assert "groups 2" in reasons["1.weight"] and "padding (1,)" in reasons["2.weight"] and "Conv1d" in reasons["3.weight"]
     assert [type(m) for m in model[1:]] == [nn.Conv1d] * 3
+
+
+def test_a_second_call_packs_the_rest_and_says_if_there_is_none(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(256, 64, bias=False), nn.Linear(64, 32, bias=False))
+    Importance({"0.weight": torch.ones(256), "1.weight": torch.ones(64)}).save(tmp_path / "imatrix.dat")
+    iqtorch.quantize_model(model, {"^0": "iq4_k"}, progress=False)
+    iqtorch.quantize_model(model, Recipe.pure("q8_0"), tmp_path / "imatrix.dat", progress=False)
+    assert [(row.format, row.reason) for row in iqtorch.report(model).rows] == [("iq4_k", "rule '^0'"), ("q8_0", "base format")]
+    assert "packed already" not in caplog.text
+    iqtorch.quantize_model(model, "iq3_k", progress=False)
+    assert "nothing is packed now: 2 weights are packed already" in caplog.text
+    for importance in (5, [1.0]):
+        with pytest.raises(ImportanceError, match="mapping, an Importance or a file path"):
+            iqtorch.quantize_model(model, "iq3_k", importance)

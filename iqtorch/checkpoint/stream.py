@@ -42,7 +42,7 @@ def quantize_checkpoint(
     source: str | Path,
     output: str | Path,
     recipe: Recipe | str | Mapping[str, str | None],
-    importance: Mapping[str, Tensor] | str | None = None,
+    importance: Mapping[str, Tensor] | str | Path | None = None,
     *,
     objective: Objective = "model",
     speed: Speed = "default",

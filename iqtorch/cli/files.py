@@ -227,7 +227,7 @@ def _streamed(model: str, output: Path, how: Quantization, files: Streaming) -> 
             source,
             output,
             how.recipe_for(names),
-            str(file) if file else None,
+            file,
             objective=how.objective,  # type: ignore[arg-type]
             speed=how.speed,  # type: ignore[arg-type]
             skip=how.skip or (),

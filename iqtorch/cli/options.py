@@ -130,7 +130,7 @@ class Quantization:
         recipe = self.recipe_for(lambda: [parameter for parameter, _ in model.named_parameters()])
         file = self.importance_of(name)
         how |= {"skip": self.skip or (), "objective": self.objective, "speed": self.speed}
-        return quantize_model(model, recipe, str(file) if file else None, **how)
+        return quantize_model(model, recipe, file, **how)
 
 
 @dataclass(frozen=True)

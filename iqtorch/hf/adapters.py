@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from ..tensor import IQTensor
 MOSTLY = 0.5
 
 
-def merge_adapter(model: Any, format: str | None = "same", importance: Mapping[str, Tensor] | str | None = None) -> nn.Module:
+def merge_adapter(model: Any, format: str | None = "same", importance: Mapping[str, Tensor] | str | Path | None = None) -> nn.Module:
     """Merges the active adapters of a PEFT model into its weights and takes the adapters off.
 
     The merging is PEFT's own (LoRA, DoRA, IA3, OFT, ..., on linear layers, embeddings and experts), one layer at a time on a

@@ -149,7 +149,7 @@ class IQConfig(QuantizationConfigMixin):
         self,
         format: str | None = None,
         recipe: Recipe | Mapping[str, str | None] | None = None,
-        importance: Mapping[str, Tensor] | str | None = None,
+        importance: Mapping[str, Tensor] | str | Path | None = None,
         skip: Iterable[str] = (),
         objective: Objective = "model",
         *,
