@@ -118,6 +118,8 @@ def _product(x: Tensor, w: IQTensor, bias: Tensor | None, transposed: bool, auto
         raise ShapeError(
             f"activations of shape {tuple(x.shape)} do not fit a weight of shape {tuple(w.shape)}: the last dimension must be {inner}"
         )
+    if bias is not None and bias.numel() != outer:
+        raise ShapeError(f"a bias of shape {tuple(bias.shape)} does not fit a product with {outer} columns")
     if autocast and autocasts(x):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     if x.dtype not in ops.KERNEL_DTYPES:

@@ -474,6 +474,8 @@ def test_refusals_name_the_operation_and_the_remedy() -> None:
     assert w.requires_grad_(False) is w
     with pytest.raises(ShapeError, match="last dimension must be 512"):
         F.linear(torch.randn(2, 256), w)
+    with pytest.raises(ShapeError, match=r"bias of shape \(3,\).*8 columns"):
+        F.linear(torch.randn(2, 512), w, torch.zeros(3))
     with pytest.raises(UnsupportedOperationError, match="floating"):
         F.linear(torch.ones(2, 512, dtype=torch.long), w)
     assert torch.equal(w.to_blocks(), packed().to_blocks())
