@@ -115,6 +115,9 @@ class Machine:
                 result = v[0].astype(np.uint64) * v[1].astype(np.uint64) + v[2].astype(np.uint64)
             elif opcode == "cvt.f32.f16":
                 result = v[0].astype(np.uint16).view(np.float16).astype(np.float32).view(np.uint32)
+            elif opcode == "cvt.rn.f16x2.f32":
+                high, low = (part.astype(np.uint32).view(np.float32).astype(np.float16).view(np.uint16).astype(np.uint32) for part in v)
+                result = low | high << np.uint32(16)
             elif opcode == "xor.b32":
                 result = v[0] ^ v[1]
             elif opcode == "abs.s32":

@@ -18,7 +18,7 @@ from triton.compiler import ASTSource
 
 from iqtorch.formats import get_format
 from iqtorch.kernels import matrix, repack, routed, scores, vector
-from iqtorch.kernels.choices import all_registers, gemm_tile
+from iqtorch.kernels.choices import Device, compiler_options, gemm_tile, gemv_registers
 from iqtorch.kernels.layout import layout
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -40,6 +40,11 @@ def compile_kernel(kernel: Any, constants: dict[str, Any], pointers: dict[str, s
     return triton.compile(source, target=target, options={"num_warps": warps, "num_stages": 3, "enable_fp_fusion": True, **options})
 
 
+def device(arch: int | str, asm: bool) -> Device:
+    """What `device_facts` says of such a card."""
+    return Device(132, asm, ahead=asm and not isinstance(arch, str) and arch >= 90)
+
+
 def gemv(
     name: str,
     arch: int | str = 90,
@@ -57,7 +62,9 @@ def gemv(
         "bias": None, "ids": None, "per_token": 1,
     }  # fmt: skip
     pointers = {"x": dtype, "data": "*u8", "book": "*i32", "lut": "*fp32", "y": dtype}
-    return compile_kernel(vector.gemv, constants, pointers, arch, 4, **all_registers(asm)), rows * passes * s.run
+    constants["AHEAD"] = device(arch, asm).ahead
+    options = compiler_options(device(arch, asm), gemv_registers(4, digits))
+    return compile_kernel(vector.gemv, constants, pointers, arch, 4, **options), rows * passes * s.run
 
 
 def gemm(name: str, arch: int | str = 90, tokens: int = 16, asm: bool = True, grouped: bool = False) -> tuple[Any, float]:
@@ -65,11 +72,12 @@ def gemm(name: str, arch: int | str = 90, tokens: int = 16, asm: bool = True, gr
     s = layout(get_format(name)).scheme
     tile = gemm_tile(8192, tokens, 32, 132, {80: 32, "gfx942": 64}.get(arch, 128))
     constants = {"S": s, "GROUPED": grouped, "BN": tile.rows, "BM": tile.tokens, "EP": 8 if grouped else 1, "ASM": asm, "bias": None}
-    constants["FRAGMENT"] = arch != 100
+    constants |= {"FRAGMENT": arch != 100, "AHEAD": device(arch, asm).ahead}
     if not grouped:
         constants["offsets"] = None
     pointers = {"xs": "*fp16", "steps": "*fp32", "data": "*u8", "book": "*i32", "lut": "*fp32", "y": "*bf16", "offsets": "*i32"}
-    kernel = compile_kernel(matrix.gemm, constants, pointers, arch, tile.warps, **{**all_registers(asm), "num_stages": tile.stages})
+    options = compiler_options(device(arch, asm)) | {"num_stages": tile.stages}
+    kernel = compile_kernel(matrix.gemm, constants, pointers, arch, tile.warps, **options)
     return kernel, tile.rows * 4 * s.run / (32 * tile.warps)
 
 
@@ -77,8 +85,10 @@ def experts(name: str, arch: int | str = 90, asm: bool = True) -> list[Any]:
     """The two fused kernels of experts, for int8 activations."""
     s = layout(get_format(name)).scheme
     constants = {"S": s, "DIGITS": 1, "ROWS": 4, "PASSES": 2, "RUNS": 32, "ASM": asm, "ACTIVATION": "silu"}
+    constants["AHEAD"] = device(arch, asm).ahead
     pointers = {"x": "*bf16", "data": "*u8", "book": "*i32", "lut": "*fp32", "y": "*bf16", "ids": "*i64", "weights": "*bf16"}
-    return [compile_kernel(k, constants, pointers, arch, 1, **all_registers(asm)) for k in (routed.gated, routed.weighted)]
+    options = compiler_options(device(arch, asm), gemv_registers(1, 1))
+    return [compile_kernel(k, constants, pointers, arch, 1, **options) for k in (routed.gated, routed.weighted)]
 
 
 def dequantize(name: str, arch: int | str = 90, asm: bool = True) -> Any:

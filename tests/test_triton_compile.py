@@ -73,7 +73,7 @@ def test_one_row_and_one_run_compile() -> None:
     s = layout(get_format("mxfp4")).scheme
     constants = {"S": s, "DIGITS": 1, "TOKENS": 1, "ROWS": 1, "PASSES": 1, "RUNS": 1, "EP": 1, "ASM": True, "rows": 1, "runs": 1}
     constants |= {"MODE": "one", "bias": None, "ids": None, "per_token": 1, "offsets": None, "GROUPED": False, "BN": 64, "BM": 16}
-    constants |= {"FRAGMENT": True, "slots": 1, "ACTIVATION": "silu"}
+    constants |= {"FRAGMENT": True, "slots": 1, "ACTIVATION": "silu", "AHEAD": True}
     pointers = {"x": "*bf16", "data": "*u8", "book": "*i32", "lut": "*fp32", "y": "*bf16", "xs": "*fp16", "steps": "*fp32", "out": "*bf16"}
     routing = {"ids": "*i64", "weights": "*fp32"}
     for kernel in (vector.gemv, matrix.gemm, matrix.dequantize):

@@ -129,7 +129,7 @@ def test_ptx_equals_its_twin(name: str, monkeypatch: pytest.MonkeyPatch) -> None
     rows, k = w.shape
 
     def results() -> list[Tensor]:
-        out = [kernels.dequantize(packed, fmt, rows, k, torch.float32)]
+        out = [kernels.dequantize(packed, fmt, rows, k, dtype) for dtype in (torch.float32, torch.float16)]
         for tokens, dtype, precision in ((1, torch.bfloat16, 1), (2, torch.float16, 0), (1, torch.float32, 0), (5, torch.float16, 0)):
             out.append(OPS.linear(activations(tokens, k, dtype), packed, fmt.ggml_type, rows, None, precision))
         return out

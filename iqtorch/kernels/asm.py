@@ -168,6 +168,61 @@ def two_floats(words, BFLOAT: tl.constexpr):
     return low, high
 
 
+@triton.constexpr_function
+def floats_text(signed):
+    """PTX of `floats`: a byte becomes the low bits of 2^23."""
+    takes = " ".join(f"prmt.b32 ${i}, v, 0x4B000000, 0x744{i};" for i in range(4))
+    return "{.reg .b32 v; " + ("xor.b32 v, $4, 0x80808080; " if signed else "mov.b32 v, $4; ") + takes + "}"
+
+
+@triton.jit
+def floats(q, SIGNED: tl.constexpr, ASM: tl.constexpr):
+    """Four bytes as float32, each less `float_offset(SIGNED, 0)`: exact, and without a conversion, which is slow."""
+    if ASM:
+        text: tl.constexpr = floats_text(SIGNED)
+        kinds: tl.constexpr = (tl.float32, tl.float32, tl.float32, tl.float32)
+        f0, f1, f2, f3 = tl.inline_asm_elementwise(text, "=f,=f,=f,=f,r", [q], dtype=kinds, is_pure=True, pack=1)
+    else:
+        offset: tl.constexpr = float_offset(SIGNED, 0)
+        f0 = (byte(q, 0, SIGNED) - offset).to(tl.float32)
+        f1 = (byte(q, 1, SIGNED) - offset).to(tl.float32)
+        f2 = (byte(q, 2, SIGNED) - offset).to(tl.float32)
+        f3 = (byte(q, 3, SIGNED) - offset).to(tl.float32)
+    return f0, f1, f2, f3
+
+
+@triton.constexpr_function
+def float_offset(signed, base):
+    """What must be added to a number of `floats` to get `byte + base`."""
+    return base - ((1 << 23) + 128 if signed else 1 << 23)
+
+
+@triton.jit
+def two_rounded(a, b, BFLOAT: tl.constexpr):
+    """Two float32 rounded to bfloat16, or float16, in one int32, `a` lower."""
+    text: tl.constexpr = "cvt.rn.bf16x2.f32 $0, $2, $1;" if BFLOAT else "cvt.rn.f16x2.f32 $0, $2, $1;"
+    return tl.inline_asm_elementwise(text, "=r,f,f", [a, b], dtype=tl.int32, is_pure=True, pack=1)
+
+
+@triton.jit
+def prefetch(start, size):
+    """Asks for `size` bytes (int32) from the pointer `start` on to come to the L2 cache; both multiples of 16. sm_90 and later."""
+    text: tl.constexpr = (
+        "{.reg .pred p; .reg .b32 t; mov.u32 t, %tid.x; setp.eq.u32 p, t, 0; @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0;}"
+    )
+    tl.inline_asm_elementwise(text, "=r,l,r", [start.to(tl.int64), size], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def follow():
+    """In a kernel launched with `launch_pdl`: waits for the kernels before, and lets the next one start. sm_90 and later.
+
+    Before it, only what no kernel writes may be asked for.
+    """
+    text: tl.constexpr = "griddepcontrol.wait; griddepcontrol.launch_dependents; mov.b32 $0, 0;"
+    tl.inline_asm_elementwise(text, "=r,~{memory}", [], dtype=tl.int32, is_pure=False, pack=1)
+
+
 @triton.jit
 def permute(a, b, PATTERN: tl.constexpr):
     """Bytes of (a, b) chosen by the nibbles of PATTERN (PTX prmt)."""
@@ -270,6 +325,13 @@ def halves(q, scale, bias, SIGNED: tl.constexpr, ASM: tl.constexpr):
         h2 = ((byte(q, 2, SIGNED) - offset).to(tl.float16) + bias) * scale
         h3 = ((byte(q, 3, SIGNED) - offset).to(tl.float16) + bias) * scale
     return h0, h1, h2, h3
+
+
+@triton.jit
+def scaled_pair(word, scale):
+    """The two float16 in each int32, lower first, times `scale` (float16)."""
+    text: tl.constexpr = "{.reg .b32 s, v; mov.b32 s, {$3, $3}; mul.rn.f16x2 v, $2, s; mov.b32 {$0, $1}, v;}"
+    return tl.inline_asm_elementwise(text, "=h,=h,r,h", [word, scale], dtype=(tl.float16, tl.float16), is_pure=True, pack=1)
 
 
 @triton.constexpr_function

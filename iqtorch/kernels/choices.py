@@ -26,6 +26,7 @@ class Device:
         asm: NVIDIA: inline PTX instead of its plain twins.
         mma: how tensor cores take decoded weights: 3 (Hopper) from registers, for a warp group; 2 (Ampere, Ada, small Blackwells) from
             registers, for each warp; 5 (large Blackwells) from tensor memory.
+        ahead: NVIDIA from sm_90 on: a kernel starts while the one before it ends, and asks for its weights (see `asm.prefetch`).
         tuned: measured choices that replace fields of the closed-form ones, by `key`.
     """
 
@@ -33,6 +34,7 @@ class Device:
     asm: bool
     tuned: Choices = dataclasses.field(default_factory=dict)
     mma: int = 3
+    ahead: bool = False
 
     @property
     def fragments(self) -> bool:
@@ -62,7 +64,8 @@ def device_facts(device: torch.device) -> Device:
         return Device(1, False)
     card = torch.cuda.get_device_properties(device)
     nvidia = torch.version.hip is None and not INTERPRETED
-    return Device(card.multi_processor_count, nvidia, load_tuned(card.name), MMA.get(card.major, 2) if nvidia else 3)
+    mma = MMA.get(card.major, 2) if nvidia else 3
+    return Device(card.multi_processor_count, nvidia, load_tuned(card.name), mma, nvidia and card.major >= 9)
 
 
 def load_tuned(card: str) -> Choices:
@@ -115,9 +118,14 @@ def gemv_tile(
     return GemvTile(tile_rows, wanted // tile_rows, min(power_of_two(runs), 32 * warps), warps)
 
 
-def all_registers(asm: bool) -> dict[str, int]:
-    """Compiler options: all registers, or ptxas spills a few to fit one more program on a processor."""
-    return {"maxnreg": 255} if asm else {}
+def compiler_options(facts: Device, registers: int = 255) -> dict[str, int]:
+    """All registers, or ptxas spills a few to fit one more program on a processor; unless that is what `registers` asks for."""
+    return ({"maxnreg": registers} if facts.asm else {}) | ({"launch_pdl": True} if facts.ahead else {})
+
+
+def gemv_registers(warps: int, digits: int) -> int:
+    """For one digit, four programs of four warps on a processor: a matrix of 8192 rows then is one round of an H200's programs."""
+    return 128 if warps >= 4 and digits == 1 else 255
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from .asm import (
     negate_positive_bytes,
     pack4,
     permute,
+    scaled_pair,
     select,
     shift_right,
     two_byte_sums,
@@ -169,12 +170,28 @@ def table_quads(planes, held, S: tl.constexpr, ASM: tl.constexpr):
 
 
 @triton.jit
+def pair_codes(planes, S: tl.constexpr):
+    """Codes of pairs as bytes: four of them, eight weights, in a word."""
+    low = spread(plane(planes, S, S.code[0][0]), 4, tl.constexpr(halving(S.quads)))
+    return select(low, five(plane(planes, S, S.code[1][0])), NIBBLE_BYTES)
+
+
+@triton.jit
+def pairs_halves(planes, held, scale, S: tl.constexpr):
+    """What `asm.halves` makes of `pairs_quads` (for one scale per eight weights or more), from a table of float16 pairs."""
+    code = pair_codes(planes, S)
+    by = each(scale.to(tl.float16), tl.constexpr(S.quads // 2 // S.groups))
+    a0, a1 = scaled_pair(from_lane(code, held[1]), by)
+    b0, b1 = scaled_pair(from_lane(code >> 8, held[1]), by)
+    c0, c1 = scaled_pair(from_lane(code >> 16, held[1]), by)
+    d0, d1 = scaled_pair(from_lane(code >> 24, held[1]), by)
+    return interleave(a0, c0), interleave(a1, c1), interleave(b0, d0), interleave(b1, d1)
+
+
+@triton.jit
 def pairs_quads(planes, held, S: tl.constexpr, ASM: tl.constexpr):
     """Five-bit codes index a table of pairs: one word per lane of a warp."""
-    n: tl.constexpr = halving(S.quads)
-    low = spread(plane(planes, S, S.code[0][0]), 4, n)
-    high = five(plane(planes, S, S.code[1][0]))
-    code = select(low, high, NIBBLE_BYTES)
+    code = pair_codes(planes, S)
     if ASM:
         a = permute(from_lane(code, held[0]), from_lane(code >> 8, held[0]), "0x5410")
         b = permute(from_lane(code >> 16, held[0]), from_lane(code >> 24, held[0]), "0x5410")

@@ -14,7 +14,19 @@ from torch._subclasses.fake_tensor import FakeTensor
 from ..errors import BlockSizeError, UnsupportedOperationError
 from ..formats import Format, format_by_ggml_type
 from . import matrix, vector
-from .choices import Device, GemmTile, GemvTile, all_registers, device_facts, gemm_tile, gemv_tile, key, power_of_two, tuned
+from .choices import (
+    Device,
+    GemmTile,
+    GemvTile,
+    compiler_options,
+    device_facts,
+    gemm_tile,
+    gemv_registers,
+    gemv_tile,
+    key,
+    power_of_two,
+    tuned,
+)
 from .layout import ALIGN, Layout, layout
 from .tuning import Choices
 
@@ -168,8 +180,8 @@ def _gemv(
     vector.gemv[items_grid(triton.cdiv(rows, tile.rows * tile.passes), triton.cdiv(tokens, group))](
         x, data, book, lut, bias, ids, out, tokens, rows, runs, x.stride(0), data.shape[-1], experts, per_token,
         S=s, MODE=mode, DIGITS=digits, TOKENS=group, ROWS=tile.rows, PASSES=tile.passes, RUNS=tile.runs,
-        EP=power_of_two(experts), ASM=facts.asm, num_warps=tile.warps,
-        **all_registers(facts.asm),
+        EP=power_of_two(experts), ASM=facts.asm, AHEAD=facts.ahead, num_warps=tile.warps,
+        **compiler_options(facts, gemv_registers(tile.warps, digits)),
     )  # fmt: skip
     return out
 
@@ -188,8 +200,12 @@ def _gemm(x: Tensor, data: Tensor, plan: Layout, rows: int, bias: Tensor | None,
     split = min(tile.split, steps) if offsets is None else 1
     xs = torch.empty((tokens, k_padded), dtype=torch.float16, device=x.device)
     scale = torch.empty((tokens,), dtype=torch.float32, device=x.device)
-    block = min(power_of_two(k_padded), 4096)
-    matrix.stage[(tokens,)](x, xs, scale, tokens, k, x.stride(0), k_padded, RUN=s.run, BLOCK=block, FRAGMENT=facts.fragments, num_warps=4)
+    block = min(power_of_two(k_padded), 16384)
+    warps = max(min(block // 512, 16), 1)
+    matrix.stage[(tokens,)](
+        x, xs, scale, tokens, k, x.stride(0), k_padded, RUN=s.run, BLOCK=block, ONCE=block >= k_padded, FRAGMENT=facts.fragments,
+        AHEAD=facts.ahead, num_warps=warps, **compiler_options(facts),
+    )  # fmt: skip
     out = (torch.zeros if offsets is not None else torch.empty)((tokens, rows), dtype=x.dtype, device=x.device)
     parts = out if split == 1 else torch.empty((split, tokens, rows), dtype=torch.float32, device=x.device)
     # Without the ends on the host: every expert may end with one tile that is not full.
@@ -199,11 +215,14 @@ def _gemm(x: Tensor, data: Tensor, plan: Layout, rows: int, bias: Tensor | None,
         xs, scale, data, book, lut, bias if split == 1 else None, offsets, parts, tokens, rows, runs, k_padded, data.shape[-1], experts,
         split, S=s, GROUPED=offsets is not None, BN=tile.rows, BM=tile.tokens, EP=power_of_two(experts),
         FRAGMENT=facts.fragments, ASM=facts.asm,
-        num_warps=tile.warps, num_stages=tile.stages, **all_registers(facts.asm),
+        AHEAD=facts.ahead, num_warps=tile.warps, num_stages=tile.stages, **compiler_options(facts),
     )  # fmt: skip
     if split > 1:
         count = tokens * rows
-        matrix.combine[(triton.cdiv(count, 1024),)](parts, bias, out, count, rows, split, BLOCK=1024, num_warps=4)
+        matrix.combine[(triton.cdiv(count, 512),)](
+            parts, bias, out, count, rows, split, BLOCK=512, AHEAD=facts.ahead, num_warps=4,
+            **compiler_options(facts),
+        )  # fmt: skip
     return out
 
 

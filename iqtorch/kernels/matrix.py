@@ -15,39 +15,65 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .asm import bytes_of, half_offset, halves
-from .decode import prepare, quads
-from .planes import each, load_planes
+from .asm import float_offset, floats, follow, half_offset, halves, two_rounded
+from .decode import pairs_halves, prepare, quads
+from .planes import each, load_planes, prefetch_rows
 from .scales import power_of_two, prepare_scales, row_exponent, row_scale, scales
 
 # -- more tokens ---------------------------------------------------------------------------------------------
 
 
+@triton.jit
+def fragment_order(i, RUN: tl.constexpr, FRAGMENT: tl.constexpr):
+    """Where `stage` puts element i of a row."""
+    to = i
+    if FRAGMENT:
+        t, j, h, e = (i // RUN) % 4, (i // 4) % (RUN // 4), (i // 2) % 2, i % 2
+        to = i // (4 * RUN) * (4 * RUN) + 16 * j + 8 * h + 2 * t + e
+    return to
+
+
 @triton.jit(do_not_specialize=["tokens"])
-def stage(x, out, steps, tokens, k, x_stride, k_padded, RUN: tl.constexpr, BLOCK: tl.constexpr, FRAGMENT: tl.constexpr):
+def stage(
+    x,
+    out,
+    steps,
+    tokens,
+    k,
+    x_stride,
+    k_padded,
+    RUN: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ONCE: tl.constexpr,
+    FRAGMENT: tl.constexpr,
+    AHEAD: tl.constexpr,
+):
     """Activations for gemm: one row per program, scaled by a power of two to at most 1, as float16; FRAGMENT: in fragment order.
 
     Position 16 j + 8 h + 2 t + e of 4 RUN neighbours (j < RUN / 4; h, e < 2; t < 4) takes element RUN t + 4 j + 2 h + e.
     Columns up to `k_padded` become zero, `steps[m]` undoes the scaling.
     """
+    if AHEAD:
+        follow()
     m = tl.program_id(0).to(tl.int64)
-    largest = 0.0
-    for first in range(0, k, BLOCK):
-        i = first + tl.arange(0, BLOCK)
-        v = tl.load(x + m * x_stride + i, mask=i < k, other=0.0).to(tl.float32)
-        largest = tl.maximum(largest, tl.max(tl.abs(v), axis=0))
+    i = tl.arange(0, BLOCK)
+    v = tl.load(x + m * x_stride + i, mask=i < k, other=0.0).to(tl.float32)
+    largest = tl.max(tl.abs(v), axis=0)
+    if not ONCE:
+        for first in range(BLOCK, k, BLOCK):
+            more = tl.load(x + m * x_stride + first + i, mask=first + i < k, other=0.0).to(tl.float32)
+            largest = tl.maximum(largest, tl.max(tl.abs(more), axis=0))
     exponent = (largest.to(tl.int32, bitcast=True) >> 23) - 126  # largest < 2^exponent
     exponent = tl.minimum(tl.maximum(exponent, -126), 126)
     inverse = power_of_two(-exponent)
     tl.store(steps + m, power_of_two(exponent))
-    for first in range(0, k_padded, BLOCK):
-        i = first + tl.arange(0, BLOCK)
-        v = tl.load(x + m * x_stride + i, mask=i < k, other=0.0).to(tl.float32)
-        to = i
-        if FRAGMENT:
-            t, j, h, e = (i // RUN) % 4, (i // 4) % (RUN // 4), (i // 2) % 2, i % 2
-            to = i // (4 * RUN) * (4 * RUN) + 16 * j + 8 * h + 2 * t + e
-        tl.store(out + m * k_padded + to, (v * inverse).to(tl.float16), mask=i < k_padded)
+    out += m * k_padded
+    if ONCE:
+        tl.store(out + fragment_order(i, RUN, FRAGMENT), (v * inverse).to(tl.float16), mask=i < k_padded)
+    else:
+        for first in range(0, k_padded, BLOCK):
+            v = tl.load(x + m * x_stride + first + i, mask=first + i < k, other=0.0).to(tl.float32)
+            tl.store(out + fragment_order(first + i, RUN, FRAGMENT), (v * inverse).to(tl.float16), mask=first + i < k_padded)
 
 
 @triton.jit
@@ -63,19 +89,22 @@ def operand_rows(n0, BN: tl.constexpr, FRAGMENT: tl.constexpr):
 @triton.jit
 def operand(planes, held, lut, exponent, S: tl.constexpr, BN: tl.constexpr, FRAGMENT: tl.constexpr, ASM: tl.constexpr):
     """float16 weights `[BN, 4 RUN]` of rows as `operand_rows`, columns as `stage` has them; without a `d` per row."""
-    q = quads(planes, held, S, ASM)
     scale, shift, low = scales(planes, lut, S, ASM)
     if S.d_size > 0:
         down = power_of_two(-exponent)[None, :, :]
         scale *= down
         if S.affine:
             low *= down
-    base: tl.constexpr = half_offset(S.signed, S.base)
-    bias = shift * 0 + base
-    if S.shift != 0:
-        bias += shift
     per: tl.constexpr = S.quads // S.groups
-    f0, f1, f2, f3 = halves(q, each(scale.to(tl.float16), per), each(bias.to(tl.float16), per), S.signed, ASM)
+    if ASM and S.family == "pairs":
+        f0, f1, f2, f3 = pairs_halves(planes, held, scale, S)
+    else:
+        base: tl.constexpr = half_offset(S.signed, S.base)
+        bias = shift * 0 + base
+        if S.shift != 0:
+            bias += shift
+        q = quads(planes, held, S, ASM)
+        f0, f1, f2, f3 = halves(q, each(scale.to(tl.float16), per), each(bias.to(tl.float16), per), S.signed, ASM)
     if S.affine:
         less = each(low.to(tl.float16), per)
         f0, f1, f2, f3 = f0 - less, f1 - less, f2 - less, f3 - less
@@ -119,11 +148,17 @@ def gemm(
     EP: tl.constexpr,
     FRAGMENT: tl.constexpr,
     ASM: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     """y[m, n] = sum_k xs[m, k] steps[m] w[n, k] + bias[n]; with split > 1, part `s` of the sum over k goes to y[s, m, n].
 
     GROUPED: rows of x are sorted by expert, `offsets` are their cumulative ends; each program works for one expert.
     """
+    n0 = tl.program_id(0) * BN
+    if AHEAD:
+        if not GROUPED and tl.program_id(1) + tl.program_id(2) == 0:
+            prefetch_rows(data, n0, BN, rows, runs, S)
+        follow()
     m_tile = tl.program_id(1)
     begin, end = tokens * 0, tokens
     if GROUPED:
@@ -141,7 +176,6 @@ def gemm(
         m_tile -= tl.sum((last - tiles) * mine, axis=0)
         data += expert.to(tl.int64) * matrix_bytes
     m = begin + m_tile * BM + tl.arange(0, BM)
-    n0 = tl.program_id(0) * BN
     row = tl.minimum(operand_rows(n0, BN, FRAGMENT), rows - 1)[:, None]
     exponent = tl.zeros((BN, 1), tl.int32)
     if S.d_size > 0:
@@ -177,8 +211,10 @@ def gemm(
 
 
 @triton.jit(do_not_specialize=["count", "split"])
-def combine(parts, bias, y, count, rows, split, BLOCK: tl.constexpr):
+def combine(parts, bias, y, count, rows, split, BLOCK: tl.constexpr, AHEAD: tl.constexpr):
     """y = sum over `split` parts, first to last, plus bias; `count` elements each."""
+    if AHEAD:
+        follow()
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     acc = tl.zeros((BLOCK,), tl.float32)
     for s in range(split):
@@ -233,15 +269,30 @@ def dequantize(
     if S.d_size == 0:
         scale = scale * row_scale(data, row, rows, runs, S)[None, :, :]
     per: tl.constexpr = S.quads // S.groups
-    v = bytes_of(tl.reshape(q, (S.groups, per, ROWS, RUNS)), S.signed) + S.base
+    base: tl.constexpr = float_offset(S.signed, S.base)
+    f0, f1, f2, f3 = floats(q, S.signed, ASM)
+    by = each(scale, per)
     if S.shift != 0:
-        v += shift[:, None, :, :, None]
-    w = scale[:, None, :, :, None] * v.to(tl.float32)
+        add = each((shift + base).to(tl.float32), per)
+        f0, f1, f2, f3 = (f0 + add) * by, (f1 + add) * by, (f2 + add) * by, (f3 + add) * by
+    else:
+        f0, f1, f2, f3 = (f0 + base) * by, (f1 + base) * by, (f2 + base) * by, (f3 + base) * by
     if S.affine:
-        w = w - low[:, None, :, :, None]
+        less = each(low, per)
+        f0, f1, f2, f3 = f0 - less, f1 - less, f2 - less, f3 - less
     if S.factor != 1.0:
-        w = w * S.factor
-    w = tl.reshape(tl.permute(w, (2, 3, 0, 1, 4)), (ROWS, RUNS, S.run))
-    w = tl.where(inside[:, :, None], w, 0.0)
-    to = (matrix * count + index)[:, :, None] * runs * S.run + column[:, :, None] * S.run + tl.arange(0, S.run)[None, None, :]
-    tl.store(out + to, w.to(out.dtype.element_ty), mask=(valid & (column < runs))[:, :, None])
+        f0, f1, f2, f3 = f0 * S.factor, f1 * S.factor, f2 * S.factor, f3 * S.factor
+    if ASM and out.dtype.element_ty.primitive_bitwidth == 16:
+        # two weights per word
+        half: tl.constexpr = out.dtype.element_ty == tl.bfloat16
+        w = tl.permute(tl.join(two_rounded(f0, f1, half), two_rounded(f2, f3, half)), (1, 2, 0, 3))
+        words: tl.constexpr = S.quads * 2
+        out = out.to(tl.pointer_type(tl.int32), bitcast=True)
+    else:
+        w = tl.permute(tl.join(tl.join(f0, f2), tl.join(f1, f3)), (1, 2, 0, 3, 4)).to(out.dtype.element_ty)
+        words: tl.constexpr = S.run
+    w = tl.reshape(w, (ROWS, RUNS, words))
+    if ids is not None:
+        w = tl.where(inside[:, :, None], w, 0)
+    to = ((matrix * count + index) * runs + column)[:, :, None] * words + tl.arange(0, words)[None, None, :]
+    tl.store(out + to, w, mask=(valid & (column < runs))[:, :, None])

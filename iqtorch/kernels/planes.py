@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .asm import fetch, fetch_words
+from .asm import fetch, fetch_words, prefetch
 
 
 @triton.constexpr_function
@@ -122,6 +122,18 @@ def load_apart(start, row, run, runs, ASM: tl.constexpr):
 def load_planes(data, row, run, rows, runs, S: tl.constexpr, ASM: tl.constexpr):
     """The stored bits of runs, everything that `quads` and `scales` read: a tuple of int32 `[words, A, B]`, one per plane (see `apart`)."""
     return planes_from(data, row, run, rows, runs, 0, S, ASM)
+
+
+@triton.jit
+def prefetch_rows(data, first, COUNT: tl.constexpr, rows, runs, S: tl.constexpr):
+    """Asks for the stored bits of COUNT rows from `first` on, those that `load_planes` will read: a plane has them side by side."""
+    for i in tl.static_range(tl.constexpr(len(S.planes))):
+        if S.planes[i] > 0:
+            size = (runs * run_bits(S, i)) // 8
+            start = plane_start(rows, runs, S, i)
+            begin = (start + tl.cast(first, tl.int64) * size) // 16 * 16
+            end = start + tl.cast(tl.minimum(first + COUNT, rows), tl.int64) * size
+            prefetch(data + begin, ((end - begin + 15) // 16 * 16).to(tl.int32))
 
 
 @triton.jit

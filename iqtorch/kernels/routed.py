@@ -17,10 +17,12 @@ from torch import Tensor
 
 from ..errors import ShapeError, UnsupportedOperationError
 from . import launch
-from .choices import all_registers, gemv_tile
+from .asm import follow
+from .choices import compiler_options, gemv_registers, gemv_tile
 from .decode import prepare
 from .layout import Layout
 from .library import ACTIVATIONS
+from .planes import prefetch_rows
 from .scales import prepare_scales
 from .vector import item_number, row_sums, row_totals
 
@@ -70,10 +72,16 @@ def gated(
     ROWS: tl.constexpr,
     RUNS: tl.constexpr,
     ASM: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     """y[p, n] = activate(gate) * up of the expert ids[p] and token p / slots; its matrix has `rows` of gate, then as many of up."""
+    if AHEAD:
+        follow()
     pair = item_number().to(tl.int64)
     data, valid = matrix_of(data, ids, pair, pairs, matrix_bytes, experts)
+    if AHEAD:
+        prefetch_rows(data, tl.program_id(0) * ROWS, ROWS, 2 * rows, runs, S)
+        prefetch_rows(data, rows + tl.program_id(0) * ROWS, ROWS, 2 * rows, runs, S)
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row = tl.minimum(n, rows - 1)[:, None]
     held = prepare(book, S, ASM)
@@ -114,10 +122,16 @@ def weighted(
     PASSES: tl.constexpr,
     RUNS: tl.constexpr,
     ASM: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     """y[t, n] = sum over s < slots of weights[t, s] * (row n of expert ids[t, s]) . x[t, s]; no expert adds nothing."""
+    if AHEAD:
+        follow()
     token = item_number().to(tl.int64)
     first_row = tl.program_id(0) * (ROWS * PASSES)
+    if AHEAD:
+        for s in range(slots):
+            prefetch_rows(matrix_of(data, ids, token * slots + s, pairs, matrix_bytes, experts)[0], first_row, ROWS * PASSES, rows, runs, S)
     row = tl.minimum(first_row + tl.arange(0, ROWS), rows - 1)[:, None]
     n = first_row + tl.arange(0, ROWS * PASSES)
     held = prepare(book, S, ASM)
@@ -165,7 +179,8 @@ def routed_gated(x: Tensor, data: Tensor, ids: Tensor, format: int, rows: int, a
             gated[launch.items_grid(triton.cdiv(rows // 2, tile.rows), pairs)](
                 flat, data, *plan.tables(x.device), ids.contiguous(), out, pairs, rows // 2, runs, flat.stride(0),
                 data.shape[-1], data.shape[0], ids.shape[1], S=s, ACTIVATION=activation, DIGITS=digits, ROWS=tile.rows, RUNS=tile.runs,
-                ASM=facts.asm, num_warps=tile.warps, **all_registers(facts.asm),
+                ASM=facts.asm, AHEAD=facts.ahead, num_warps=tile.warps,
+                **compiler_options(facts, gemv_registers(tile.warps, digits)),
             )  # fmt: skip
     return out.to(x.dtype)
 
@@ -185,6 +200,7 @@ def routed_weighted(x: Tensor, data: Tensor, ids: Tensor, weights: Tensor, forma
             weighted[launch.items_grid(triton.cdiv(rows, tile.rows * tile.passes), tokens)](
                 flat, data, *plan.tables(x.device), ids.contiguous(), weights.contiguous(), out, ids.numel(), rows, runs,
                 flat.stride(0), data.shape[-1], data.shape[0], ids.shape[1], S=s, DIGITS=digits, ROWS=tile.rows, PASSES=tile.passes,
-                RUNS=tile.runs, ASM=facts.asm, num_warps=tile.warps, **all_registers(facts.asm),
+                RUNS=tile.runs, ASM=facts.asm, AHEAD=facts.ahead, num_warps=tile.warps,
+                **compiler_options(facts, gemv_registers(tile.warps, digits)),
             )  # fmt: skip
     return out.to(x.dtype)

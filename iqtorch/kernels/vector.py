@@ -15,9 +15,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .asm import LOW_BYTES, bytes_of, dot4, dot4_first, fetch, negate_small_bytes, pack4, permute, two_floats
+from .asm import LOW_BYTES, bytes_of, dot4, dot4_first, fetch, follow, negate_small_bytes, pack4, permute, two_floats
 from .decode import flipped, prepare, quads, trellis_states, trellis_word
-from .planes import flatten_last, halving, interleave, load_planes, unleave, unleave4
+from .planes import flatten_last, halving, interleave, load_planes, prefetch_rows, unleave, unleave4
 from .scales import prepare_scales, row_scale, scales
 
 # -- which matrix --------------------------------------------------------------------------------------------
@@ -305,15 +305,21 @@ def gemv(
     RUNS: tl.constexpr,
     EP: tl.constexpr,
     ASM: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     """y[t, n] = sum_k x[t, k] w[n, k] + bias[n] for TOKENS tokens and PASSES times ROWS rows of a program.
 
     MODE: `one` matrix; `sorted`: tokens sorted by expert, `ids` their cumulative ends; `ids`: the expert of each token.
     `per_token` output rows share one row of x (`ids` only).
     """
+    first_row = tl.program_id(0) * (ROWS * PASSES)
+    if AHEAD:
+        if MODE == "one":
+            # weights depend on no kernel before; on their way while activations are read and rounded
+            prefetch_rows(data, first_row, ROWS * PASSES, rows, runs, S)
+        follow()
     item = item_number()
     token = item.to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
-    first_row = tl.program_id(0) * (ROWS * PASSES)
     row = tl.minimum(first_row + tl.arange(0, ROWS), rows - 1)[:, None]
     valid = tokens > 0
     if MODE == "sorted":
@@ -324,6 +330,8 @@ def gemv(
         expert = tl.load(ids + item, mask=item < tokens, other=-1).to(tl.int64)
         valid = (expert >= 0) & (expert < experts)
         data += tl.where(valid, expert, 0) * matrix_bytes
+    if AHEAD and MODE != "one":
+        prefetch_rows(data, first_row, ROWS * PASSES, rows, runs, S)
     source = token // per_token
     held = prepare(book, S, ASM)
     lut = prepare_scales(lut, S, ASM)
