@@ -180,8 +180,9 @@ def floats(q, SIGNED: tl.constexpr, ASM: tl.constexpr):
     """Four bytes as float32, each less `float_offset(SIGNED, 0)`: exact, and without a conversion, which is slow."""
     if ASM:
         text: tl.constexpr = floats_text(SIGNED)
-        kinds: tl.constexpr = (tl.float32, tl.float32, tl.float32, tl.float32)
-        f0, f1, f2, f3 = tl.inline_asm_elementwise(text, "=f,=f,=f,=f,r", [q], dtype=kinds, is_pure=True, pack=1)
+        f0, f1, f2, f3 = tl.inline_asm_elementwise(
+            text, "=f,=f,=f,=f,r", [q], dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=True, pack=1
+        )
     else:
         offset: tl.constexpr = float_offset(SIGNED, 0)
         f0 = (byte(q, 0, SIGNED) - offset).to(tl.float32)
