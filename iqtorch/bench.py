@@ -39,8 +39,9 @@ class Timing:
 
     Attributes:
         format, n, k, rows: of the product.
-        packed_us, plain_us: microseconds, packed and with bfloat16 weights; medians of runs in turn.
-        speedup: median of the ratios of neighbours.
+        packed_us, plain_us: microseconds, packed and with bfloat16 weights; medians of runs in turn, or with GPU kernels of replays of a
+            CUDA graph, in which launches take no part.
+        speedup: median of the ratios of neighbours (of GPU kernels: of the medians).
         gb_per_s: packed bytes read per second.
         error: RMS error of the packed product relative to the float64 product of the decoded weights.
     """
@@ -127,6 +128,26 @@ def _timing(weights: list[IQTensor], plain: list[Tensor], m: int) -> Timing:
         raise EvaluationError(
             f"the product of {weight!r} with {m} rows has an error of {error:.3g}, more than {TOLERANCE}: it is not timed"
         )
+    if weight.backend == "triton":
+        packed, dense = (_in_a_graph(x, kind) for kind in (weights, plain))
+        speedup = dense / packed
+    else:
+        packed, dense, speedup = _in_turn(x, weights, plain)
+    nbytes = n * weight.format.row_bytes(k)
+    return Timing(weight.format.name, n, k, m, packed * 1e6, dense * 1e6, speedup, nbytes / packed / 1e9, error)
+
+
+def _in_a_graph(x: Tensor, weights: Sequence[Tensor]) -> float:
+    """Seconds of a product on a GPU, without its launch."""
+    from .kernels.launch import _on
+    from .kernels.timing import microseconds
+
+    with _on(x.device):
+        return microseconds(lambda i: F.linear(x, weights[i]), len(weights), x.device) / 1e6
+
+
+def _in_turn(x: Tensor, weights: Sequence[Tensor], plain: Sequence[Tensor]) -> tuple[float, float, float]:
+    """Seconds of a packed and of a plain product, and their ratio: medians, the latter of ratios of neighbours."""
     ratios: list[float] = []
     times: tuple[list[float], list[float]] = ([], [])
     start, i = time.perf_counter(), -1
@@ -137,9 +158,7 @@ def _timing(weights: list[IQTensor], plain: list[Tensor], m: int) -> Timing:
             for kept, spent in zip(times, pair, strict=True):
                 kept.append(spent)
             ratios.append(pair[1] / pair[0])
-    packed, dense = (median(kind) for kind in times)
-    nbytes = n * weight.format.row_bytes(k)
-    return Timing(weight.format.name, n, k, m, packed * 1e6, dense * 1e6, median(ratios), nbytes / packed / 1e9, error)
+    return median(times[0]), median(times[1]), median(ratios)
 
 
 def _timed(x: Tensor, weight: Tensor) -> float:

@@ -253,6 +253,12 @@ def test_bench_checks_and_times() -> None:
     assert "speedup" in run("bench", "q8_0", "--shape", "32x32", "--rows", 1, "--megabytes", 0)
 
 
+def test_bench_of_gpu_kernels() -> None:
+    """The way of cards, on a CPU: copies in turn, whose kind does not matter."""
+    pytest.importorskip("triton")
+    assert 0 < bench._in_a_graph(torch.randn(2, 64), [torch.randn(8, 64), iqtorch.quantize(torch.randn(8, 64), "q8_0")])
+
+
 def test_bench_refuses_to_time_wrong_products(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench.F, "linear", lambda x, weight: torch.ones(x.shape[0], weight.shape[0], dtype=x.dtype))
     with pytest.raises(EvaluationError, match=r"with 2 rows has an error of .*: it is not timed"):
