@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .encode import Objective, Speed
-from .errors import ShapeError
+from .errors import ShapeError, UnsupportedOperationError
 from .formats import Format
 from .quantize import quantize
 from .tensor import IQTensor
@@ -27,6 +27,10 @@ class _Packed(nn.Module):
 def packed_parameter(weight: IQTensor) -> nn.Parameter:
     """A frozen parameter that keeps the class of the packed weight."""
     return nn.Parameter(weight, requires_grad=False)
+
+
+def _bias(bias: Tensor | None) -> nn.Parameter | None:
+    return bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias)
 
 
 def _sizes(layer: type[nn.Module], weight: IQTensor) -> tuple[int, int]:
@@ -55,7 +59,7 @@ class Linear(_Packed, nn.Linear):
         out_features, in_features = _sizes(Linear, weight)
         super().__init__(in_features, out_features, bias=False, device="meta", dtype=weight.dtype)
         self.weight = packed_parameter(weight)
-        self.register_parameter("bias", bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias))
+        self.register_parameter("bias", _bias(bias))
 
     @classmethod
     def from_float(
@@ -99,7 +103,40 @@ class Embedding(_Packed, nn.Embedding):
 
 
 class Conv1d(_Packed, nn.Conv1d):
-    """`nn.Conv1d` of kernel size 1, without padding or groups, whose weight is an `IQTensor` `[out_channels, in_channels]`."""
+    """`nn.Conv1d` of kernel size 1, without padding or groups, whose weight is an `IQTensor` `[out_channels, in_channels]`.
+
+    Args:
+        weight: the packed weight.
+        bias: `[out_channels]`, or None.
+        stride: of the positions.
+    """
+
+    def __init__(self, weight: IQTensor, bias: Tensor | None = None, stride: int = 1) -> None:
+        out_channels, in_channels = _sizes(Conv1d, weight)
+        super().__init__(in_channels, out_channels, 1, stride, bias=False, device="meta", dtype=weight.dtype)
+        self.weight = packed_parameter(weight)
+        self.register_parameter("bias", _bias(bias))
+
+    @classmethod
+    def from_float(
+        cls,
+        layer: nn.Conv1d,
+        format: Format | str,
+        importance: Tensor | None = None,
+        objective: Objective = "model",
+        *,
+        speed: Speed = "default",
+    ) -> Conv1d:
+        """A packed copy of an `nn.Conv1d`, with the same bias; arguments and errors as in `iqtorch.quantize`.
+
+        Raises:
+            UnsupportedOperationError: a convolution that is no linear layer of each position.
+        """
+        if not is_pointwise(layer):
+            raise UnsupportedOperationError(
+                f"{layer} is no linear layer of each position: only kernel_size=1, padding=0, groups=1 is packed"
+            )
+        return cls(quantize(matrix_of(layer, layer.weight), format, importance, objective, speed=speed), layer.bias, layer.stride[0])
 
     def forward(self, input: Tensor) -> Tensor:
         """`[.., in_channels, length]` -> `[.., out_channels, length / stride]`."""

@@ -256,7 +256,7 @@ def test_bench_checks_and_times() -> None:
 def test_bench_of_gpu_kernels() -> None:
     """The way of cards, on a CPU: copies in turn, whose kind does not matter."""
     pytest.importorskip("triton")
-    assert 0 < bench._in_a_graph(torch.randn(2, 64), [torch.randn(8, 64), iqtorch.quantize(torch.randn(8, 64), "q8_0")])
+    assert bench._in_a_graph(torch.randn(2, 64), [torch.randn(8, 64), iqtorch.quantize(torch.randn(8, 64), "q8_0")]) > 0
 
 
 def test_bench_refuses_to_time_wrong_products(monkeypatch: pytest.MonkeyPatch) -> None:

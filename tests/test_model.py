@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import iqtorch
 from iqtorch import Importance, IQTensor, Recipe, get_format, list_formats
-from iqtorch.errors import ImportanceError, RecipeError, ShapeError, UnknownFormatError, WeightError
+from iqtorch.errors import ImportanceError, RecipeError, ShapeError, UnknownFormatError, UnsupportedOperationError, WeightError
 from iqtorch.model import choose_format, find_sites, model_facts
 from iqtorch.recipe import ModelFacts, WeightFacts, reference_mix, role_of
 
@@ -390,6 +390,12 @@ def test_layers_from_float() -> None:
     table = nn.Embedding(16, 256, padding_idx=3)
     small = iqtorch.Embedding.from_float(table, "iq6_k")
     assert small.padding_idx == 3 and (small(IDS) - table(IDS)).norm() < 0.05 * table(IDS).norm()
+    conv, x = nn.Conv1d(256, 8, 1, stride=2), torch.randn(2, 256, 5)
+    made = iqtorch.Conv1d.from_float(conv, "iq6_k", speed="fast")
+    conv.weight = nn.Parameter(made.weight.dequantize().unsqueeze(-1))
+    assert made.bias is conv.bias and made.stride == (2,) and (made(x) - conv(x)).norm() <= 0.02 * conv(x).norm()
+    with pytest.raises(UnsupportedOperationError, match="kernel_size=1"):
+        iqtorch.Conv1d.from_float(nn.Conv1d(256, 8, 3), "iq6_k")
 
 
 @pytest.mark.parametrize("stride", [1, 2])
