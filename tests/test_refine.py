@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import iqtorch
+from iqtorch.calibration.own_text import own_text
 from iqtorch.calibration.refine import _Weight, refine
 from iqtorch.errors import CalibrationError
 
@@ -103,3 +104,27 @@ def test_refusals() -> None:
         refine(copy.deepcopy(base), base, tokens(2))
     with pytest.raises(CalibrationError, match="own tokenizer"):
         refine(packed(base, "iq4_ks"), base, [torch.full((1, 8), 64)] * 2)
+
+
+def test_text_that_the_model_writes() -> None:
+    """Of the given shapes and first tokens, likely to the model, the same again; the caller's random numbers stay as they were."""
+    base = llama()
+    batches: list = [torch.randint(64, (3, 24)), {"input_ids": torch.randint(64, (2, 16))}, torch.randint(64, (1, 24))]
+    state = torch.get_rng_state()
+    found = own_text(base, batches)
+    assert torch.equal(state, torch.get_rng_state())
+    given = [batch["input_ids"] if isinstance(batch, dict) else batch for batch in batches]
+    assert [t.shape for t in found] == [t.shape for t in given] and all(torch.equal(a[:, 0], b[:, 0]) for a, b in zip(found, given))
+    assert all(torch.equal(a, b) for a, b in zip(found, own_text(base, batches)))
+    assert base(found[0], labels=found[0]).loss < base(given[0], labels=given[0]).loss
+    with pytest.raises(CalibrationError, match="can generate"):
+        own_text(nn.Linear(2, 2), batches)
+    with pytest.raises(CalibrationError, match="token ids"):
+        own_text(base, [{"inputs_embeds": torch.zeros(1, 3, 256)}])
+
+
+def test_refining_on_own_text_as_well() -> None:
+    base = llama()
+    model = packed(base, "q2_k")
+    found = refine(model, base, tokens(9), codes=True, own_text=True)
+    assert found.kept and found.after < found.before and found.steps == 2 * 3 * 8

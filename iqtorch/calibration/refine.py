@@ -20,6 +20,7 @@ from ..linear import set_weight
 from ..tensor import IQTensor
 from .curvature import call
 from .moments import checked_batches
+from .own_text import own_text as write
 
 __all__ = ["Refinement", "refine"]
 
@@ -71,6 +72,7 @@ def refine(
     *,
     epochs: int = 3,
     codes: bool = False,
+    own_text: bool = False,
 ) -> Refinement:
     """Trains the continuous parameters of a packed model towards the predictions of the original, in place.
 
@@ -85,14 +87,16 @@ def refine(
         batches: int64 `[B, T]` token ids, or dictionaries of arguments; two at least, of which every eighth is kept aside.
         epochs: passes over the batches.
         codes: whether codes may change.
+        own_text: train on as much text again that `base` writes, a transformers model that can generate. With little text this keeps
+            the training from learning what is peculiar to it; it takes twice the steps.
 
     Returns:
         What was done. The model becomes what it was after the epoch with the least divergence on the batches kept aside, and is left
         as it was if that does not fall.
 
     Raises:
-        CalibrationError: fewer than two batches, token ids that the model does not have, no packed linear layer, or a divergence that is
-            not finite.
+        CalibrationError: fewer than two batches, token ids that the model does not have, no packed linear layer, a divergence that is
+            not finite, or `own_text` of a model that cannot generate.
     """
     texts = list(checked_batches(base, batches))
     if len(texts) < 2:
@@ -102,6 +106,8 @@ def refine(
     packed = _packed_weights(model, codes)
     if not packed:
         raise CalibrationError("refine found no packed linear layer; call quantize_model first")
+    if own_text:
+        used += write(base, used)
     free = {name: p for name, p in model.named_parameters() if not isinstance(p, IQTensor) and p.ndim == 1 and p.is_floating_point()}
     dense = {name: p.detach().float().clone().requires_grad_() for name, p in free.items()}
     student = _Student(model, packed, dense)
