@@ -30,7 +30,7 @@ from iqtorch.calibration.sequence import _Pairs, _Statistics
 #: hidden and intermediate size, heads, heads of keys and values, blocks
 SHAPES = {"tiny": (256, 512, 4, 2, 2), "8B": (4096, 14336, 32, 8, 32), "70B": (8192, 28672, 64, 8, 80)}
 TEXT = 128 * 1024
-PARTS = ("nearest", "ldlq", "yaqa", "host")
+PARTS = ("nearest", "ldlq", "yaqa", "visit", "host")
 COLUMNS = (
     "model", "format", "rounding by", "weights", "million", "device", "tokens", "passes s", "moments s", "rounding s", "peak GB",
     "model minutes",
@@ -78,10 +78,12 @@ def block(shape: str, device: torch.device, dtype: torch.dtype = torch.bfloat16)
         torch.set_default_dtype(before)
 
 
-def whole_call(model: nn.Module, recipe: str, fmt: str, rounding: str, tokens: int, device: torch.device) -> tuple[dict[str, float], float]:
-    """Seconds by part, and peak gigabytes."""
+def whole_call(
+    model: nn.Module, recipe: str, fmt: str, rounding: str, tokens: int, device: torch.device, visit: bool = False
+) -> tuple[dict[str, float], float]:
+    """Seconds by part, and peak gigabytes on the device."""
     ids = torch.randint(512, (max(1, tokens // 1024), min(tokens, 1024)), generator=torch.Generator().manual_seed(1))
-    batches = [part.to(device) for part in ids.split(4)]
+    batches = [part.to(next(model.parameters()).device) for part in ids.split(4)]
     clock = Clock(device)
     plain = _Statistics.round, _Pairs.add
     _Statistics.round, _Pairs.add = clock.timed("rounding", plain[0]), clock.timed("moments", plain[1])  # type: ignore[method-assign]
@@ -89,7 +91,7 @@ def whole_call(model: nn.Module, recipe: str, fmt: str, rounding: str, tokens: i
         torch.cuda.reset_peak_memory_stats(device)
     try:
         call = clock.timed("passes", iqtorch.quantize_model)
-        call(copy.deepcopy(model), {recipe: fmt}, calibration=batches, rounding=rounding, progress=False)
+        call(copy.deepcopy(model), {recipe: fmt}, calibration=batches, rounding=rounding, progress=False, device=device if visit else None)
     finally:
         _Statistics.round, _Pairs.add = plain  # type: ignore[method-assign]
     return clock.spent, torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else float("nan")
@@ -163,6 +165,11 @@ def main() -> None:
                     spent, peak = whole_call(model, r"layers\..*proj", fmt, by, options.tokens, device)
                     add((shape, fmt, by, "block", million, name, options.tokens), spent, peak, minutes(shape, spent, options.tokens))
         fmt = options.formats[0]
+        if "visit" in options.parts and left(f"{shape} {fmt} ldlq, the model on the host"):
+            model = model.to("cpu")
+            spent, peak = whole_call(model, r"layers\..*proj", fmt, "ldlq", options.tokens, device, visit=True)
+            what = "block, from the host and back"
+            add((shape, fmt, "ldlq", what, million, name, options.tokens), spent, peak, minutes(shape, spent, options.tokens))
         if "host" in options.parts and device.type == "cuda":
             for k in (hidden, wide):
                 if left(f"{hidden} x {k} on the host"):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+import torch
 from torch import Tensor, nn
 
 from .encode import Objective, Speed
@@ -234,6 +235,7 @@ def quantize_model(
     calibration: Calibration | Iterable[Tensor | Mapping[str, Any]] | None = None,
     rounding: Rounding = "nearest",
     checkpoint: str | Path | None = None,
+    device: torch.device | str | None = None,
     objective: Objective = "model",
     speed: Speed = "default",
     skip: Iterable[str] = (),
@@ -261,6 +263,9 @@ def quantize_model(
             it does not help is rounded to nearest (`iqtorch.report` tells).
         checkpoint: a folder in which batches as `calibration` leave each block that is finished; the same call finds them there and goes
             on after them. Remove it at the end.
+        device: for batches as `calibration` and `rounding="ldlq"`: where the model's blocks run and are rounded, one after the other, if
+            that is not where the model is: a GPU that has no room for all of them. The packed weights are where the model is, and
+            experts are rounded there.
         objective, speed: as in `iqtorch.quantize`.
         skip: regular expressions, searched in parameter names: those weights are kept.
         fuse: compute projections of the same activations in one call (the same bits; measure first), see `iqtorch.fuse`.
@@ -280,8 +285,8 @@ def quantize_model(
         raise TypeError(f"quantize_model needs an nn.Module, got {type(model).__name__}; iqtorch.quantize packs a single tensor")
     check_options(objective, speed)
     check_rounding(rounding, calibration)
-    if checkpoint is not None and calibration is None:
-        raise CalibrationError("checkpoint= is for calibrated rounding: pass batches as calibration too")
+    if calibration is None and (checkpoint is not None or device is not None):
+        raise CalibrationError("checkpoint= and device= are for calibrated rounding: pass batches as calibration too")
     chosen = Recipe.of(recipe)
     table = importance_table(importance)
     plan, notes = plan_packing(model, chosen, table, skip, has_importance=bool(table) or calibration is not None)
@@ -290,7 +295,7 @@ def quantize_model(
         logger.warning("nothing is packed now: %d weights are packed already and stay as they are; start from the plain model", before)
     for site, _, _ in plan:
         check_finite(site.matrix, site.name)
-    packed = list(_progress(_packed(model, plan, calibration, rounding, checkpoint, objective, speed, notes), plan, progress))
+    packed = list(_progress(_packed(model, plan, calibration, rounding, checkpoint, device, objective, speed, notes), plan, progress))
     install_packed(model, packed, notes, chosen)
     if fuse:
         fuse_projections(model)
@@ -334,6 +339,7 @@ def _packed(
     calibration: Calibration | Iterable[Tensor | Mapping[str, Any]] | None,
     rounding: Rounding,
     checkpoint: str | Path | None,
+    device: torch.device | str | None,
     objective: Objective,
     speed: Speed,
     notes: dict[str, str],
@@ -344,7 +350,8 @@ def _packed(
         from .calibration import Target, round_weights
 
         targets = [Target(site.name, site.matrix, get_format(name)) for site, name, _ in plan]
-        for name, weight, note in round_weights(model, targets, calibration, objective, rounding == "yaqa", checkpoint, speed):
+        curvature = rounding == "yaqa"
+        for name, weight, note in round_weights(model, targets, calibration, objective, curvature, checkpoint, speed, device):
             notes[name] = f"{notes[name]}; {note}"
             yield sites.pop(name), weight
     for site, name, weights in plan:

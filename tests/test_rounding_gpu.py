@@ -6,16 +6,19 @@ Without a GPU `tests/test_simulated_device.py` runs this file on a device in hos
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 from calibration_cases import correlated, llama, output_error, tokens
 from placement_cases import GPU, needs_gpu
+from tiny_models import tiny_model
 from torch import nn
 
 import iqtorch
 from iqtorch.encode.feedback import encode_with_feedback
 from iqtorch.encode.metric import Metric, RowFeedback
+from iqtorch.errors import CalibrationError
 
 pytestmark = needs_gpu
 
@@ -92,3 +95,29 @@ def test_refining_lowers_the_divergence(name: str, codes: bool) -> None:
     found = iqtorch.refine(model, base, tokens(batches=33 if codes else 9, shape=(4, 32)), codes=codes)
     assert found.kept and found.after < found.before and (found.codes > 0) == codes
     assert {p.device.type for p in model.parameters()} == {GPU}
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3_moe"])
+def test_a_model_on_the_cpu_visits_the_gpu(kind: str, tmp_path: Path) -> None:
+    """Block by block; what comes out is as good as what the CPU makes, and lies there. A second call goes on where the first ended."""
+    base, batches = (llama() if kind == "llama" else tiny_model(kind, hidden_size=256, intermediate_size=256)), tokens()
+    if kind != "llama":
+        base.set_experts_implementation("eager")  # the simulated device has no histc of integers
+
+    def packed(**how: object) -> nn.Module:
+        model = iqtorch.quantize_model(
+            copy.deepcopy(base), {"_proj": "iq4_ks"}, progress=False, calibration=batches, rounding="ldlq", **how
+        )
+        assert {p.device.type for p in model.parameters()} == {"cpu"}
+        return model
+
+    found = packed(device=GPU, checkpoint=tmp_path)
+    assert output_error(found, base, batches) < 1.1 * output_error(packed(), base, batches)
+    again = packed(device=GPU, checkpoint=tmp_path)
+    for name, value in found.named_parameters():
+        if isinstance(value, iqtorch.IQTensor):
+            assert torch.equal(value.to_blocks(), again.get_parameter(name).to_blocks())
+    for module in found.modules():
+        assert "forward" not in vars(module)
+    with pytest.raises(CalibrationError, match="'ldlq'"):
+        iqtorch.quantize_model(base, "iq4_ks", progress=False, calibration=batches, rounding="yaqa", device=GPU)

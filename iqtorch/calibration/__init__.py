@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from ..encode.encoder import Objective, Speed
@@ -29,6 +30,7 @@ def round_weights(
     curvature: bool = False,
     checkpoint: str | Path | None = None,
     speed: Speed = "default",
+    device: torch.device | str | None = None,
 ) -> Iterator[tuple[str, IQTensor, str]]:
     """Rounds the weights that calibration covers with error feedback: by a `Calibration` each for itself, by batches in sequence.
 
@@ -39,10 +41,12 @@ def round_weights(
         CalibrationError: calibration that does not fit the model.
     """
     if not isinstance(calibration, Calibration):
-        yield from quantize_in_sequence(model, targets, calibration, objective, curvature, checkpoint, speed)
+        yield from quantize_in_sequence(
+            model, targets, calibration, objective, curvature, checkpoint, speed, None if device is None else torch.device(device)
+        )
         return
-    if checkpoint is not None:
-        raise CalibrationError("checkpoint= is for rounding layer by layer: pass batches as calibration, not a Calibration")
+    if checkpoint is not None or device is not None:
+        raise CalibrationError("checkpoint= and device= are for rounding layer by layer: pass batches as calibration, not a Calibration")
     if curvature and not any(calibration.curvature(t.name) is not None for t in targets):
         raise CalibrationError("rounding='yaqa' needs the curvature in the outputs: iqtorch.calibrate(model, batches, curvature=True)")
     fitting = [(t, calibration.for_weight(t.name, t.matrix.shape)) for t in targets]

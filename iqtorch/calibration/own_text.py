@@ -33,14 +33,16 @@ def own_text(model: nn.Module, batches: Sequence[Tensor | Mapping[str, Any]]) ->
         raise CalibrationError("own_text needs a transformers model that can generate; pass more text instead")
     from transformers import GenerationConfig
 
-    texts = [batch.get("input_ids") if isinstance(batch, Mapping) else batch for batch in batches]
+    texts: list[Tensor] = []
+    for batch in batches:
+        text = batch.get("input_ids") if isinstance(batch, Mapping) else batch
+        if not isinstance(text, Tensor) or text.dim() != 2 or text.shape[1] < 2:
+            raise CalibrationError("own_text needs batches of token ids [B, T], T of 2 at least, or with `input_ids` of that shape")
+        texts.append(text)
     found: list[Tensor] = []
     device = next(model.parameters()).device
     with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(SEED)
-        for text in texts:
-            if not isinstance(text, Tensor) or text.dim() != 2 or text.shape[1] < 2:
-                raise CalibrationError("own_text needs batches of token ids [B, T], T of 2 at least, or with `input_ids` of that shape")
         for length in dict.fromkeys(text.shape[1] for text in texts):
             new = GenerationConfig(
                 do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=length - 1, min_new_tokens=length - 1, pad_token_id=0

@@ -12,15 +12,17 @@ Only one block of the model is copied at a time, and only its statistics are hel
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..encode.encoder import Objective, Speed
 from ..encode.metric import Metric
@@ -62,6 +64,17 @@ class _Block:
         with torch.no_grad():
             return self.call(module, i, hidden)
 
+    def on(self, device: torch.device | None) -> _Block:
+        """The same block, or a copy of it and of its arguments on another device."""
+        if device is None:
+            return self
+        return _Block(self.name, copy.deepcopy(self.module).to(device), _moved(self.rest, device))
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """A structure with its tensors on a device."""
+    return tree_map_only(Tensor, lambda t: t.to(device), value)
+
 
 class _Enough(Exception):
     """Everything that was wanted of a forward pass has been seen."""
@@ -75,6 +88,7 @@ def quantize_in_sequence(
     curvature: bool = False,
     checkpoint: str | Path | None = None,
     speed: Speed = "default",
+    device: torch.device | None = None,
 ) -> Iterator[tuple[str, IQTensor, str]]:
     """Rounds the weights of a model with error feedback, in the order in which the text meets them.
 
@@ -88,6 +102,7 @@ def quantize_in_sequence(
         curvature: whether rows make up for each other too, by the curvature of the loss in the outputs (backward passes).
         checkpoint: a folder for finished blocks: what is there already is not rounded again.
         speed: how hard to search.
+        device: where blocks run and are rounded, one at a time, if not where the model is. Experts are rounded where the model is.
 
     Yields:
         Name, packed weight and a note, for each target that saw any input.
@@ -95,6 +110,8 @@ def quantize_in_sequence(
     Raises:
         CalibrationError: no batches, token ids that the model does not have, or activations that are not finite.
     """
+    if curvature and device is not None:
+        raise CalibrationError("rounding='yaqa' runs backward through the whole model: move the model to the device, or use 'ldlq'")
     texts = list(checked_batches(model, batches))
     if not texts:
         raise CalibrationError("no batches to calibrate with; pass token ids [B, T]")
@@ -103,7 +120,8 @@ def quantize_in_sequence(
     others = [t for t in targets if t.name not in linears]
     saved = Checkpoint(checkpoint, (objective, curvature, speed), texts) if checkpoint is not None else None
     finished = _finished(saved, "others", others)
-    hidden, moments = _first_pass(model, chain, texts, [t.name for t in others] if finished is None else [])
+    with _lent([block for block in chain if not any(t.name.startswith(block.name + ".") for t in others)], device):
+        hidden, moments = _first_pass(model, chain, texts, [t.name for t in others] if finished is None else [])
     if finished is None:
         finished = {}
         for target in others:
@@ -114,14 +132,16 @@ def quantize_in_sequence(
             saved.save("others", _originals(others), finished)
     for name, (weight, note) in finished.items():
         yield name, weight, note
-    full, packed = hidden, list(hidden)
+    full = hidden if device is None else _moved(hidden, device)
+    packed = list(full)
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         with _without_cache(model):
             gradients = block_gradients(model, [block.module for block in chain], texts) if curvature and chain else []
-        for b, block in enumerate(chain):
-            mine = {t.name: t for t in targets if t.name in linears and linears[t.name][0] is block}
+        for b, whole in enumerate(chain):
+            block = whole.on(device)
+            mine = {t.name: t for t in targets if t.name in linears and linears[t.name][0] is whole}
             paths = {name: linears[name][1] for name in mine}
             twin = copy.deepcopy(block.module)
             finished = _finished(saved, block.name, mine.values())
@@ -142,10 +162,12 @@ def quantize_in_sequence(
                     seen.add(original.inputs(path, i), _inputs(block, twin, path, calls, i, packed[i]), weights[i])
                 statistics = seen.finish(names[0], sum(len(mine[name].matrix) for name in names))
                 for name in names:
-                    weight, note = statistics.round(mine[name].matrix, mine[name].format, objective, watched.mean(name), speed)
+                    matrix = mine[name].matrix
+                    on = matrix if device is None else matrix.to(device)
+                    weight, note = statistics.round(on, mine[name].format, objective, watched.mean(name), speed)
                     _put(twin.get_submodule(paths[name]), weight)
-                    found[name] = weight, note
-                    yield name, weight, note
+                    found[name] = cast(IQTensor, weight.to(matrix.device)), note
+                    yield name, *found[name]
                 del seen, statistics  # before the next input's are collected
             if saved is not None and finished is None:
                 saved.save(block.name, _originals(mine.values()), found)
@@ -154,6 +176,33 @@ def quantize_in_sequence(
     finally:
         for module in training:
             module.training = True
+
+
+@contextlib.contextmanager
+def _lent(chain: list[_Block], device: torch.device | None) -> Iterator[None]:
+    """Within the context the blocks of a model compute on another device, a copy of one at a time; tensors come and go where they were."""
+
+    if device is None:
+        yield
+        return
+
+    def forward(module: nn.Module) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            home = next(t.device for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor))
+            there = copy.deepcopy(module).to(device)
+            del there.forward
+            args, kwargs = _moved((args, kwargs), device)
+            return _moved(there.forward(*args, **kwargs), home)
+
+        return run
+
+    for block in chain:
+        block.module.forward = forward(block.module)
+    try:
+        yield
+    finally:
+        for block in chain:
+            del block.module.forward
 
 
 def _put(layer: Any, weight: IQTensor) -> None:
