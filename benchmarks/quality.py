@@ -43,8 +43,9 @@ PLACES = {
 }
 #: What rounded a row. 1: two passes of error feedback; 2: one; 3: feedback in bfloat16, scales from a quicker search, and fewer of them for
 #: codebooks of vectors; 4: large codebooks searched by bytes or cells, and q8_0 left to nearest, which is 8-bit activations' equal: this
-#: changes some formats only. Rounding to nearest: 3 is by the encoders of the same day, 1 by earlier ones.
-VERSION, BEFORE = "4", "3"
+#: changes some formats only. Rounding to nearest: 3 is by the encoders of the same day, 1 by earlier ones. Refined rows: 5 trains on text that
+#: the model writes, too.
+VERSION, BEFORE, REFINED = "4", "3", "5"
 CHANGED = ("iq1_kt", "iq2_kt", "iq3_kt", "iq4_kt", "iq1_s", "iq1_m", "q8_0")
 KEYS = ("format", "rounding", "windows", "seed")
 COLUMNS = (
@@ -105,7 +106,7 @@ def quantized(base: nn.Module, windows: Tensor, every: Tensor, name: str, roundi
     else:
         iqtorch.quantize_model(model, recipe, calibration=batches, rounding=rounding.removesuffix("+refine"), progress=False)
     if rounding.endswith("+refine"):
-        print(iqtorch.refine(model, base, every.split(4), codes=True))
+        print(iqtorch.refine(model, base, every.split(4), codes=True, own_text=True), flush=True)
     return model
 
 
@@ -247,11 +248,12 @@ def main() -> None:
             for rounding in options.roundings:
                 key = {"format": name, "rounding": rounding, "windows": str(len(windows)), "seed": str(seed)}
                 known = [row for row in read(options.csv) if all(row[k] == v for k, v in key.items())]
-                present = {VERSION} if name in CHANGED and rounding != "nearest" else {VERSION, BEFORE}
+                version = REFINED if rounding.endswith("+refine") else VERSION
+                present = {version} if version == REFINED or (name in CHANGED and rounding != "nearest") else {VERSION, BEFORE}
                 if any(row["version"] in present for row in known):
                     continue
                 found, losses = measure(base, heldout, windows, every, name, rounding)
-                row = {**key, "bpw": f"{iqtorch.get_format(name).bits_per_weight():.4f}", **found, "version": VERSION}
+                row = {**key, "bpw": f"{iqtorch.get_format(name).bits_per_weight():.4f}", **found, "version": version}
                 if name in reference:
                     row["reference_kl"] = reference[name]["mean_kl"]
                     row["ratio"] = f"{float(row['mean_kl']) / float(row['reference_kl']):.3f}"

@@ -127,4 +127,4 @@ def test_refining_on_own_text_as_well() -> None:
     base = llama()
     model = packed(base, "q2_k")
     found = refine(model, base, tokens(9), codes=True, own_text=True)
-    assert found.kept and found.after < found.before and found.steps == 2 * 3 * 8
+    assert found.kept and found.after < found.before and found.steps == 3 * 8

@@ -15,15 +15,16 @@ from .curvature import SEED
 TOGETHER = 64
 
 
-def own_text(model: nn.Module, batches: Sequence[Tensor | Mapping[str, Any]]) -> list[Tensor]:
+def own_text(model: nn.Module, batches: Sequence[Tensor | Mapping[str, Any]], seed: int = SEED) -> list[Tensor]:
     """Token ids of the same shapes as `batches`, drawn from the predictions of the model after the first token of each text.
 
     Args:
         model: a transformers model that can generate.
         batches: int64 `[B, T]` token ids, or dictionaries with `input_ids`.
+        seed: of the random numbers; the caller's are left as they were.
 
     Returns:
-        As many batches; the same ones again for the same model.
+        As many batches; the same ones again for the same model and seed.
 
     Raises:
         CalibrationError: a model that cannot generate, or batches without token ids.
@@ -42,7 +43,7 @@ def own_text(model: nn.Module, batches: Sequence[Tensor | Mapping[str, Any]]) ->
     found: list[Tensor] = []
     device = next(model.parameters()).device
     with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(SEED)
+        torch.manual_seed(seed)
         for length in dict.fromkeys(text.shape[1] for text in texts):
             new = GenerationConfig(
                 do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=length - 1, min_new_tokens=length - 1, pad_token_id=0

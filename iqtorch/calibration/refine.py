@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -19,7 +19,7 @@ from ..formats.base import bits_to_float, float_to_bits
 from ..linear import set_weight
 from ..tensor import IQTensor
 from .curvature import call
-from .moments import checked_batches
+from .moments import Batch, checked_batches
 from .own_text import own_text as write
 
 __all__ = ["Refinement", "refine"]
@@ -68,7 +68,7 @@ class Refinement:
 def refine(
     model: nn.Module,
     base: nn.Module,
-    batches: Iterable[Tensor | Mapping[str, Any]],
+    batches: Iterable[Batch],
     *,
     epochs: int = 3,
     codes: bool = False,
@@ -87,8 +87,8 @@ def refine(
         batches: int64 `[B, T]` token ids, or dictionaries of arguments; two at least, of which every eighth is kept aside.
         epochs: passes over the batches.
         codes: whether codes may change.
-        own_text: train on as much text again that `base` writes, a transformers model that can generate. With little text this keeps
-            the training from learning what is peculiar to it; it takes twice the steps.
+        own_text: in each epoch, in place of half of the batches, text that `base` writes anew, a transformers model that can generate.
+            With little text this keeps the training from learning what is peculiar to it.
 
     Returns:
         What was done. The model becomes what it was after the epoch with the least divergence on the batches kept aside, and is left
@@ -106,8 +106,6 @@ def refine(
     packed = _packed_weights(model, codes)
     if not packed:
         raise CalibrationError("refine found no packed linear layer; call quantize_model first")
-    if own_text:
-        used += write(base, used)
     free = {name: p for name, p in model.named_parameters() if not isinstance(p, IQTensor) and p.ndim == 1 and p.is_floating_point()}
     dense = {name: p.detach().float().clone().requires_grad_() for name, p in free.items()}
     student = _Student(model, packed, dense)
@@ -118,7 +116,7 @@ def refine(
         before = best = after = student.divergence(base, aside)
         found: list[IQTensor] | None = None
         changed = 0.0
-        for _ in _train(student, base, used, epochs):
+        for _ in _train(student, base, [_with_own_text(base, used, i) if own_text else used for i in range(epochs)]):
             student.store()
             after = student.divergence(base, aside)
             if after < best:
@@ -232,13 +230,13 @@ class _Student:
         self.model, self.packed, self.free = model, packed, free
         self.dtypes = {name: p.dtype for name, p in model.named_parameters()}
 
-    def log_probs(self, batch: Tensor | Mapping[str, Any]) -> Tensor:
+    def log_probs(self, batch: Batch) -> Tensor:
         values = {name: p.to(self.dtypes[name]) for name, p in self.free.items()}
         values |= {w.name: w.dense().to(w.dtype) for w in self.packed}
         return _log_probs(_Swapped(self.model, values), batch)
 
     @torch.no_grad()
-    def divergence(self, base: nn.Module, texts: Sequence[Tensor | Mapping[str, Any]]) -> float:
+    def divergence(self, base: nn.Module, texts: Sequence[Batch]) -> float:
         return sum(float(_divergence(self.log_probs(t), _log_probs(base, t))) for t in texts) / len(texts)
 
     def store(self) -> None:
@@ -258,7 +256,7 @@ class _Swapped(nn.Module):
         return torch.func.functional_call(self.model, self.values, args, kwargs)
 
 
-def _log_probs(model: nn.Module, batch: Tensor | Mapping[str, Any]) -> Tensor:
+def _log_probs(model: nn.Module, batch: Batch) -> Tensor:
     out = call(model, batch)
     return torch.log_softmax(getattr(out, "logits", out).float(), -1)
 
@@ -268,9 +266,16 @@ def _divergence(ours: Tensor, base: Tensor) -> Tensor:
     return (base.exp() * (base - ours)).sum(-1).mean()
 
 
-def _train(student: _Student, base: nn.Module, texts: Sequence[Tensor | Mapping[str, Any]], epochs: int) -> Iterator[None]:
+def _with_own_text(base: nn.Module, texts: Sequence[Batch], seed: int) -> list[Batch]:
+    """Half of some texts, drawn at random, and in place of the others as much that the model writes."""
+    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed)).tolist()
+    half = (len(texts) + 1) // 2
+    return [*(texts[i] for i in order[:half]), *write(base, [texts[i] for i in order[half:]], seed)]
+
+
+def _train(student: _Student, base: nn.Module, epochs: Sequence[Sequence[Batch]]) -> Iterator[None]:
     """Yields after each epoch."""
-    steps = epochs * len(texts)
+    steps = sum(map(len, epochs))
     code_step = min(CODE_STEP, 2 * CODE_TRAVEL / steps)  # the rate is half its largest on average
     groups: list[dict[str, Any]] = [{"params": [w.factors for w in student.packed], "lr": SCALE_STEP}]
     groups += [{"params": [p], "lr": NORM_STEP * max(float(p.detach().square().mean().sqrt()), 1e-3)} for p in student.free.values()]
@@ -281,7 +286,7 @@ def _train(student: _Student, base: nn.Module, texts: Sequence[Tensor | Mapping[
     rates = [group["lr"] for group in groups]
     order = torch.Generator().manual_seed(0)
     step = 0
-    for _ in range(epochs):
+    for texts in epochs:
         for i in torch.randperm(len(texts), generator=order, device="cpu").tolist():
             with torch.no_grad():
                 target = _log_probs(base, texts[i])
