@@ -43,8 +43,8 @@ PLACES = {
 }
 #: What rounded a row. 1: two passes of error feedback; 2: one; 3: feedback in bfloat16, scales from a quicker search, and fewer of them for
 #: codebooks of vectors; 4: large codebooks searched by bytes or cells, and q8_0 left to nearest, which is 8-bit activations' equal: this
-#: changes some formats only. Rounding to nearest: 3 is by the encoders of the same day, 1 by earlier ones. Refined rows: 5 trains on text that
-#: the model writes, too.
+#: changes some formats only. Rounding to nearest: 3 is by the encoders of the same day, 1 by earlier ones. Refined
+#: rows: 5 trains on text that the model writes, too.
 VERSION, BEFORE, REFINED = "4", "3", "5"
 CHANGED = ("iq1_kt", "iq2_kt", "iq3_kt", "iq4_kt", "iq1_s", "iq1_m", "q8_0")
 KEYS = ("format", "rounding", "windows", "seed")
