@@ -286,6 +286,8 @@ def test_inspect_packed_weights(tmp_path: Path) -> None:
     [
         (("kl", "tiny-llama", "--format", "iq2_kk", "--windows", "1"), 1, "iq2_kl"),
         (("perplexity", "tiny-llama", "--text", "missing.txt"), 1, "missing.txt"),
+        (("perplexity", "missing-model", "--text", data.TINY_LLAMA_IMPORTANCE), 1, "is no UTF-8 text"),  # before it looks for the model
+        (("plot", Path(data.__file__).with_name("heldout.txt")), 1, "is no JSON"),
         (("inspect", "missing"), 1, "missing"),
         (("kl", "tiny-llama"), 2, "--base"),
         (("perplexity",), 2, "MODEL"),

@@ -27,7 +27,9 @@ from .options import (
     open_model,
     out,
     print_json,
+    read_text,
     shared,
+    text_option,
 )
 
 
@@ -69,7 +71,7 @@ def quantize(
     output: Output,
     how: Quantization,
     files: Streaming,
-    calibration: Annotated[Path | None, typer.Option(help="UTF-8 text for calibrated rounding: slower, better, and in memory.")] = None,
+    calibration: Annotated[Path | None, text_option("UTF-8 text for calibrated rounding: slower, better, and in memory.")] = None,
     rounding: Rounding = "ldlq",
     windows: Annotated[int, typer.Option(help="With --calibration: windows of 512 tokens to use.", min=1)] = 64,
     as_json: AsJson = False,
@@ -88,7 +90,7 @@ def quantize(
         from .. import evaluate, hf
 
         loaded, tokenizer = open_model(model)
-        ids = hf.encode(tokenizer, calibration.read_text(encoding="utf-8"))
+        ids = hf.encode(tokenizer, read_text(calibration))
         batches = evaluate.windows(loaded, ids)[:windows].split(4)
         if output.suffix == ".gguf":
             from ..gguf import use_file_order
@@ -141,7 +143,7 @@ def importance(
     output: Annotated[
         Path, typer.Argument(metavar="OUTPUT", help="File to write: .dat (read by ik_llama.cpp), or any other ending for a GGUF file.")
     ],
-    text: Annotated[Path | None, typer.Option("--text", help="UTF-8 text. Default: the calibration text inside the package.")] = None,
+    text: Annotated[Path | None, text_option("UTF-8 text. Default: the calibration text inside the package.")] = None,
     window: Annotated[int, typer.Option(help="Tokens per sequence.")] = 512,
     windows: Limit = None,
     device: Device = "cpu",
@@ -164,7 +166,7 @@ def importance(
     if len(model) > 1:
         raise typer.BadParameter(f"{len(model)} models; several files are for --merge", param_hint="MODEL")
     loaded, tokenizer = open_model(model[0])
-    ids = hf.encode(tokenizer, text.read_text(encoding="utf-8") if text else data.calibration_text())
+    ids = hf.encode(tokenizer, read_text(text) if text else data.calibration_text())
     batches = evaluate.windows(loaded, ids, window)[:windows]
     with bar("collecting") as advance:
         found = collect_importance(

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from .options import AsJson, Device, Model, Quantization, Scoring, bar, command, err, out, print_json, quiet, shared
+from .options import AsJson, Device, Model, Quantization, Scoring, bar, command, err, out, print_json, quiet, read_text, shared
 
 
 @command("iqtorch demo", "iqtorch demo iq2_kl iq4_ks --output quality.png")
@@ -46,7 +46,7 @@ def perplexity(model: Model, how: Quantization, scoring: Scoring, as_json: AsJso
         found = evaluate.perplexity(subject, ids, window=scoring.window, batch_size=scoring.batch_size, progress=advance)
     if as_json:
         return print_json({"model": model, "format": how.format, **asdict(found)})
-    out.print(str(found), highlight=False)
+    out.print(str(found), highlight=False, soft_wrap=True)
 
 
 @command("iqtorch kl tiny-llama --format iq2_kl", "iqtorch kl ./packed --base ./my-model --text book.txt --json")
@@ -73,7 +73,7 @@ def kl(
     bits = report(subject).bits_per_weight
     if as_json:
         return print_json({"model": model, "base": base or model, "format": how.format or "as loaded", "bpw": bits, **asdict(found)})
-    out.print(f"{bits:.3f} bits per weight: {found}", highlight=False)
+    out.print(f"{bits:.3f} bits per weight: {found}", highlight=False, soft_wrap=True)
 
 
 @command("iqtorch bench", "iqtorch bench iq2_kl iq4_ks --shape 4096x4096 --shape 14336x4096 --rows 1 --rows 512 --json")
@@ -95,7 +95,7 @@ def bench(
         from ..kernels import tuning
 
         made = str(tuning.tune(formats or module.FORMATS, shapes, "cuda" if device == "cpu" else device, report=err.print))
-        return print_json({"output": made}) if as_json else out.print(made, highlight=False)
+        return print_json({"output": made}) if as_json else out.print(made, highlight=False, soft_wrap=True)
     with bar("timing") as advance:
         found = module.run(formats or module.FORMATS, shapes, rows or module.ROWS, device, threads, megabytes, advance)
     if as_json:
@@ -122,7 +122,10 @@ def plot(
 
     rows: list[dict[str, Any]] = []
     for file in files:
-        read = json.loads(file.read_text(encoding="utf-8"))
+        try:
+            read = json.loads(read_text(file))
+        except json.JSONDecodeError as error:
+            raise OSError(f"{file} is no JSON: {error}") from error
         rows += read if isinstance(read, list) else [read]
     original = next((row["perplexity"] for row in rows if row.get("format") == "original"), None)
     if original is None:
@@ -131,7 +134,7 @@ def plot(
     made = str(module.quality(drawn, output, title, original, highlight))
     if as_json:
         return print_json({"output": made})
-    out.print(made, highlight=False)
+    out.print(made, highlight=False, soft_wrap=True)
 
 
 def _shape(text: str) -> tuple[int, int]:

@@ -60,6 +60,25 @@ def _device(name: str) -> str:
     return name
 
 
+def _readable(path: Path | None) -> Path | None:
+    if path is not None:
+        read_text(path)
+    return path
+
+
+def text_option(help: str) -> Any:
+    """An option that takes a text; one that cannot be read is refused before a model is loaded."""
+    return typer.Option(help=help, callback=_readable)
+
+
+def read_text(path: Path) -> str:
+    """Raises OSError."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise OSError(f"{path} is no UTF-8 text: {error}") from error
+
+
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Hugging Face folder or hub name, GGUF file, or tiny-llama.")]
 Output = Annotated[Path, typer.Argument(metavar="OUTPUT", help="GGUF file (.gguf) or folder to write.")]
@@ -147,7 +166,7 @@ class Streaming:
 class Scoring:
     """Which text a model is scored on, and how."""
 
-    text: Annotated[Path | None, typer.Option(help="UTF-8 text to score. Default: the held-out text inside the package.")] = None
+    text: Annotated[Path | None, text_option("UTF-8 text to score. Default: the held-out text inside the package.")] = None
     window: Annotated[int, typer.Option(help="Tokens per window; predictions in its second half are scored.", min=2)] = 512
     batch_size: Annotated[int, typer.Option(help="Windows per forward pass.", min=1)] = 4
     windows: Limit = None
@@ -158,7 +177,7 @@ class Scoring:
         from .. import data, hf
 
         loaded, tokenizer = open_model(model)
-        ids = hf.encode(tokenizer, self.text.read_text(encoding="utf-8") if self.text else data.heldout_text())
+        ids = hf.encode(tokenizer, read_text(self.text) if self.text else data.heldout_text())
         return loaded.to(self.device), ids[: self.windows * self.window] if self.windows else ids
 
 
