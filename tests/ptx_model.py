@@ -97,7 +97,7 @@ class Machine:
             if opcode == "mov.u32" and sources == ["%laneid"]:
                 self.write(target, np.zeros(self.shape, np.uint32))
                 continue
-            if opcode.startswith("ld.global.nc"):
+            if opcode.startswith("ld.global"):
                 base, offset = sources[0].strip("[]").split("+")
                 parts = target.strip("{}").split(",")
                 items = load(self.read(base) + np.uint64(int(offset)), opcode.rsplit(".", 1)[1], len(parts))

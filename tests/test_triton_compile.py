@@ -172,6 +172,17 @@ def test_a_kernel_compiles_within_two_seconds(what: tuple[Any, ...], tmp_path: P
     assert min(spent) < 2.0, spent
 
 
+@pytest.mark.parametrize("name", ["iq2_kl", "q4_k", "iq3_s", "iq4_kt"])
+def test_nothing_is_read_before_the_kernels_before_have_ended(name: str) -> None:
+    """sm_90: every load comes after the wait, and activations are no constants (which a processor may still have from before)."""
+    for kernel in (sass.gemv(name)[0], sass.gemm(name)[0], *sass.experts(name)):
+        opcodes = [text.split()[1] if text.startswith("@") else text.split()[0] for _, text in sass.listing_of(kernel)]
+        wait = opcodes.index("ACQBULK")
+        assert opcodes.count("ACQBULK") == 1 and not any(code.startswith(("LDG", "STG", "RED", "ATOM")) for code in opcodes[:wait])
+        assert opcodes.index("PREEXIT") > wait, "the next kernel may not start before those before this one have ended"
+    assert "ld.global.v4.b32" in sass.gemv(name)[0].asm["ptx"]
+
+
 def test_experts_are_addressed_in_64_bits() -> None:
     """The grouped matrix kernel: the number of the expert times the bytes of a matrix (the interpreter tests the other kernels)."""
     text = sass.gemm("iq2_kl", 90, grouped=True)[0].asm["ttir"]

@@ -104,15 +104,16 @@ def from_lane(code, table):
 
 
 @triton.constexpr_function
-def fetch_text(bits):
+def fetch_text(bits, constant):
     """PTX that loads `bits` bits (8, 16, or words) from item `at` of an array of such items."""
+    load = "ld.global.nc" if constant else "ld.global"
     n = max(bits // 32, 1)
     kind = {8: "u8", 16: "u16"}.get(bits, "b32")
     vector = {1: "", 2: ".v2"}.get(n, ".v4")
     loads = ""
     for i in range(0, n, 4):
         target = ", ".join(f"${j}" for j in range(i, min(i + 4, n)))
-        loads += f"ld.global.nc{vector}.{kind} {'{' + target + '}' if n > 1 else target}, [a+{4 * i}]; "
+        loads += f"{load}{vector}.{kind} {'{' + target + '}' if n > 1 else target}, [a+{4 * i}]; "
     return "{.reg .b64 a; mad.wide.u32 a, $" + f"{n + 1}, {bits // 8}, ${n}; {loads}" + "}"
 
 
@@ -122,16 +123,19 @@ def fetch_constraints(bits):
 
 
 @triton.jit
-def fetch_words(start, at, BITS: tl.constexpr):
+def fetch_words(start, at, BITS: tl.constexpr, CONSTANT: tl.constexpr):
     """Items `at [...]` (int32) of an array of BITS bits each, which starts at the pointer `start`: a tuple of words, int32 `[...]` each.
+
+    CONSTANT: nothing writes them while the kernel runs. That is not so of what the kernel before wrote, if this one may start before
+    its end (`follow`): such loads are ordinary ones and stay where they are.
 
     A load of Triton's own fixes how a tensor is spread over the threads, as suits coalescing, and what depends on it is exchanged
     through shared memory where that does not fit. These loads are elementwise: every thread reads what it will decode.
     """
     n: tl.constexpr = max(BITS // 32, 1)
-    text: tl.constexpr = fetch_text(BITS)
+    text: tl.constexpr = fetch_text(BITS, CONSTANT)
     constraints: tl.constexpr = fetch_constraints(BITS)
-    return tl.inline_asm_elementwise(text, constraints, [start.to(tl.int64), at], dtype=(tl.int32,) * n, is_pure=True, pack=1)
+    return tl.inline_asm_elementwise(text, constraints, [start.to(tl.int64), at], dtype=(tl.int32,) * n, is_pure=CONSTANT, pack=1)
 
 
 @triton.jit
@@ -145,9 +149,9 @@ def joined(words):
 
 
 @triton.jit
-def fetch(start, at, BITS: tl.constexpr):
+def fetch(start, at, BITS: tl.constexpr, CONSTANT: tl.constexpr = True):
     """`fetch_words` in one tensor, int32 `[..., words]`."""
-    return tl.reshape(joined(fetch_words(start, at, BITS)), with_words(at.shape, BITS))
+    return tl.reshape(joined(fetch_words(start, at, BITS, CONSTANT)), with_words(at.shape, BITS))
 
 
 @triton.constexpr_function

@@ -112,7 +112,7 @@ def apart(s):
 def load_apart(start, row, run, runs, ASM: tl.constexpr):
     """Items of four words as a tuple of int32 `[1, A, B]`."""
     if ASM:
-        words = fetch_words(start, (row * runs + run)[None, :, :], 128)
+        words = fetch_words(start, (row * runs + run)[None, :, :], 128, True)
     else:
         words = unleave4(load_plane(start, row, run, runs, 128, 1, ASM))
     return words

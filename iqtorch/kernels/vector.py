@@ -74,7 +74,7 @@ def load_run(x, run, inside, N: tl.constexpr, ASM: tl.constexpr):
         per: tl.constexpr = 128 // x.dtype.element_ty.primitive_bitwidth
         n: tl.constexpr = N // per
         at = tl.where(inside, run, 0)[None, :, :] * n + tl.arange(0, n)[:, None, None]
-        words = tl.where(inside[None, :, :], flatten_last(fetch(x[None, :, None], at, 128)), 0)
+        words = tl.where(inside[None, :, :], flatten_last(fetch(x[None, :, None], at, 128, False)), 0)
         if per == 4:
             v = words.to(tl.float32, bitcast=True)
         else:
