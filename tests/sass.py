@@ -84,7 +84,7 @@ def gemm(name: str, arch: int | str = 90, tokens: int = 16, asm: bool = True, gr
 def experts(name: str, arch: int | str = 90, asm: bool = True) -> list[Any]:
     """The two fused kernels of experts, for int8 activations."""
     s = layout(get_format(name)).scheme
-    constants = {"S": s, "DIGITS": 1, "ROWS": 4, "PASSES": 2, "RUNS": 32, "ASM": asm, "ACTIVATION": "silu"}
+    constants = {"S": s, "DIGITS": 1, "ROWS": 4, "RUNS": 32, "ASM": asm, "ACTIVATION": "silu"}
     constants["AHEAD"] = device(arch, asm).ahead
     pointers = {"x": "*bf16", "data": "*u8", "book": "*i32", "lut": "*fp32", "y": "*bf16", "ids": "*i64", "weights": "*bf16"}
     options = compiler_options(device(arch, asm), gemv_registers(1, 1))

@@ -301,6 +301,6 @@ def test_choice_of_tiles() -> None:
     assert (big.rows * big.passes, big.warps) == (16, 4)
     assert small.rows * small.passes == 1 and small.runs == 16 and small.warps == 1
     one = launch.gemm_tile(8192, 16, 32, 132)
-    assert one.tokens == 16 and one.split == 3
+    assert one.tokens == 16 and one.split == 4
     assert launch.gemm_tile(8192, 1000, 32, 132).split == 1
     assert launch.gemm_tile(64, 5, 3, 132).split == 1

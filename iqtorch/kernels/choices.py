@@ -105,14 +105,15 @@ def gemv_tile(
     """Tile of a vector product: `programs` of them run beside each other for other tokens.
 
     A warp's 32 threads take neighbouring runs of the same rows. Sixteen rows in two passes (half of that where more registers are
-    needed, fewer for several tokens) share one reading and rounding of the activations; fewer where processors would be left idle.
+    needed, fewer for several tokens) share one reading and rounding of the activations; fewer where processors would have less than
+    three programs, or seven warps.
     `programs` counts in powers of two, so that not every number of tokens compiles a kernel of its own.
     """
     warps = 4 if runs >= 128 else 2 if runs >= 64 else 1
-    narrow = not asm or s.family == "grid" or digits == 3 or (s.family == "trellis" and digits == 2)
+    narrow = not asm or s.family == "grid" or digits == 3 or (s.family == "trellis" and digits == 2) or s.spare
     most = (8 if narrow else 16) // tokens
     wanted = most
-    while wanted > 1 and -(-rows // wanted) * power_of_two(programs) < 3 * processors:
+    while wanted > 1 and -(-rows // wanted) * power_of_two(programs) < max(3, 7 // warps) * processors:
         wanted //= 2
     tile_rows = min(wanted, max(most // 2, 1))
     return GemvTile(tile_rows, wanted // tile_rows, min(power_of_two(runs), 32 * warps), warps)
@@ -141,15 +142,16 @@ def gemm_tile(rows: int, tokens: int, steps: int, processors: int, most: int = 1
     """Tile of a matrix product over `steps` steps along K.
 
     64 rows per warp group of 4 (one tensor-core instruction high), tokens padded to a power of two (at most `most`). The sum over K
-    is split, not below four steps per part, so that rounds of three programs per processor (one of 8 warps) end about together; each
-    part costs writing and reading its sums. Only the power of two at or above `tokens` counts. Activations are loaded two stages ahead,
+    is split, not below four steps per part, so that rounds of programs end about together: four per processor with 16 tokens, else
+    three, or one of 8 warps. Each part costs writing and reading its sums. Only the power of two at or above `tokens` counts.
+    Activations are loaded two stages ahead,
     one where `most` is 32: there threads decode twice as many weights, and registers would be too few.
     """
     padded = power_of_two(tokens)
     tile_tokens = min(max(padded, 16), most)
     tile_rows, warps = (128, 8) if tile_tokens == 128 else (64, 4)
     tiles = -(-rows // tile_rows) * -(-padded // tile_tokens)
-    room = processors * (3 if warps == 4 else 1)
+    room = processors * (4 if tile_tokens == 16 else 3 if warps == 4 else 1)
     split = min(range(1, max(1, min(steps // 4, 16)) + 1), key=lambda s: -(-tiles * s // room) / s + 0.01 * s * padded / 16)
     return GemmTile(tile_rows, tile_tokens, split, warps, 2 if tile_tokens == most == 32 else 3)
 

@@ -22,9 +22,9 @@ from .choices import compiler_options, gemv_registers, gemv_tile
 from .decode import prepare
 from .layout import Layout
 from .library import ACTIVATIONS
-from .planes import prefetch_rows
-from .scales import prepare_scales
-from .vector import item_number, row_sums, row_totals
+from .planes import load_planes, prefetch_rows
+from .scales import prepare_scales, row_scale
+from .vector import all_digits, all_sums, digits, item_number, load_run, row_sums, row_totals, run_products
 
 
 @triton.jit
@@ -112,42 +112,47 @@ def weighted(
     pairs,
     rows,
     runs,
-    x_stride,
     matrix_bytes,
     experts,
     slots,
     S: tl.constexpr,
     DIGITS: tl.constexpr,
     ROWS: tl.constexpr,
-    PASSES: tl.constexpr,
     RUNS: tl.constexpr,
     ASM: tl.constexpr,
     AHEAD: tl.constexpr,
 ):
-    """y[t, n] = sum over s < slots of weights[t, s] * (row n of expert ids[t, s]) . x[t, s]; no expert adds nothing."""
+    """y[t, n] = sum over s < slots of weights[t, s] * (row n of expert ids[t, s]) . x[t, s]; no expert adds nothing.
+
+    One long row for every n: the runs of the first expert, those of the second, and so on, all in flight together.
+    """
     if AHEAD:
         follow()
-    token = item_number().to(tl.int64)
-    first_row = tl.program_id(0) * (ROWS * PASSES)
-    if AHEAD:
-        for s in range(slots):
-            prefetch_rows(matrix_of(data, ids, token * slots + s, pairs, matrix_bytes, experts)[0], first_row, ROWS * PASSES, rows, runs, S)
-    row = tl.minimum(first_row + tl.arange(0, ROWS), rows - 1)[:, None]
-    n = first_row + tl.arange(0, ROWS * PASSES)
+    pair = item_number().to(tl.int64) * slots
+    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row = tl.minimum(n, rows - 1)[:, None]
     held = prepare(book, S, ASM)
     lut = prepare_scales(lut, S, ASM)
-    total = tl.zeros((1, ROWS * PASSES), tl.float32)
-    for s in range(slots):
-        pair = token * slots + s
-        matrix, valid = matrix_of(data, ids, pair, pairs, matrix_bytes, experts)
-        present = pair + tl.arange(0, 1) < pairs
-        at = x + (pair + tl.arange(0, 1)) * x_stride
-        sums = row_sums(at, present, matrix, row, ROWS, rows, runs, held, lut, S, DIGITS, 1, ROWS, PASSES, RUNS, ASM)
-        part = row_totals(sums, matrix, tl.minimum(n, rows - 1)[:, None], rows, runs, S)
-        part *= tl.load(weights + pair, mask=pair < pairs, other=0.0).to(tl.float32)
-        total += tl.where(valid, part, 0.0)
-    n = n[None, :]
-    tl.store(y + token * rows + n, total.to(y.dtype.element_ty), mask=(n < rows) & (token + tl.arange(0, 1) < pairs // slots)[:, None])
+    present = pair + tl.arange(0, 1) < pairs
+    at = x + (pair + tl.arange(0, 1)) * (runs * S.run)
+    total = tl.zeros((1, ROWS, RUNS), tl.float32)
+    for first in range(0, slots * runs, RUNS):
+        run = first + tl.arange(0, RUNS)[None, :]
+        slot = tl.minimum(run // runs, slots - 1)
+        inside = present[:, None] & (run < slots * runs)
+        matrix, valid = matrix_of(data, ids, tl.where(inside, pair + slot, pairs), pairs, matrix_bytes, experts)
+        mix = tl.load(weights + pair + slot, mask=inside, other=0.0).to(tl.float32)
+        q, step = digits(load_run(at, run, inside, tl.constexpr(S.run), ASM), DIGITS, ASM)
+        parts = all_digits(q, DIGITS, ASM)
+        sums = all_sums(parts, S, DIGITS, ASM)
+        planes = load_planes(matrix, row, tl.minimum(run - slot * runs, runs - 1), rows, runs, S, ASM)
+        part = run_products(parts, sums, planes, held, lut, S, DIGITS, ASM) * (step * mix)[:, None, :]
+        if S.d_size == 0:
+            part *= row_scale(matrix, row, rows, runs, S)[None, :, :]
+        total += tl.where(valid[:, None, :], part, 0.0)
+    out = tl.sum(total, axis=2) * S.factor
+    mask = (n < rows)[None, :] & present[:, None]
+    tl.store(y + item_number().to(tl.int64) * rows + n[None, :], out.to(y.dtype.element_ty), mask=mask)
 
 
 # -- operators -----------------------------------------------------------------------------------------------
@@ -175,10 +180,11 @@ def routed_gated(x: Tensor, data: Tensor, ids: Tensor, format: int, rows: int, a
     if pairs:
         digits = launch._digits(flat.dtype, precision)
         tile = gemv_tile(rows, runs, pairs, facts.processors, s, digits, 1, facts.asm)
+        tile_rows = max(tile.rows * tile.passes // 2, 1)  # of the gate, and as many of up
         with launch._on(x.device):
-            gated[launch.items_grid(triton.cdiv(rows // 2, tile.rows), pairs)](
+            gated[launch.items_grid(triton.cdiv(rows // 2, tile_rows), pairs)](
                 flat, data, *plan.tables(x.device), ids.contiguous(), out, pairs, rows // 2, runs, flat.stride(0),
-                data.shape[-1], data.shape[0], ids.shape[1], S=s, ACTIVATION=activation, DIGITS=digits, ROWS=tile.rows, RUNS=tile.runs,
+                data.shape[-1], data.shape[0], ids.shape[1], S=s, ACTIVATION=activation, DIGITS=digits, ROWS=tile_rows, RUNS=tile.runs,
                 ASM=facts.asm, AHEAD=facts.ahead, num_warps=tile.warps,
                 **compiler_options(facts, gemv_registers(tile.warps, digits)),
             )  # fmt: skip
@@ -192,15 +198,16 @@ def routed_weighted(x: Tensor, data: Tensor, ids: Tensor, weights: Tensor, forma
         raise ShapeError(f"routing weights {tuple(weights.shape)} for ids {tuple(ids.shape)}")
     out = torch.empty((ids.shape[0], rows), dtype=flat.dtype, device=x.device)
     s, facts = plan.scheme, launch._facts(x.device)
-    runs, tokens = k // s.run, ids.shape[0]
-    if tokens:
+    runs, (tokens, slots) = k // s.run, ids.shape
+    if ids.numel():
         digits = launch._digits(flat.dtype, precision)
-        tile = gemv_tile(rows, runs, tokens, facts.processors, s, digits, 1, facts.asm)
+        tile = gemv_tile(rows, runs * slots, tokens, facts.processors, s, digits, 1, facts.asm)
         with launch._on(x.device):
-            weighted[launch.items_grid(triton.cdiv(rows, tile.rows * tile.passes), tokens)](
-                flat, data, *plan.tables(x.device), ids.contiguous(), weights.contiguous(), out, ids.numel(), rows, runs,
-                flat.stride(0), data.shape[-1], data.shape[0], ids.shape[1], S=s, DIGITS=digits, ROWS=tile.rows, PASSES=tile.passes,
-                RUNS=tile.runs, ASM=facts.asm, AHEAD=facts.ahead, num_warps=tile.warps,
-                **compiler_options(facts, gemv_registers(tile.warps, digits)),
+            weighted[launch.items_grid(triton.cdiv(rows, tile.rows), tokens)](
+                flat.contiguous(), data, *plan.tables(x.device), ids.contiguous(), weights.contiguous(), out, ids.numel(), rows, runs,
+                data.shape[-1], data.shape[0], slots, S=s, DIGITS=digits, ROWS=tile.rows, RUNS=tile.runs, ASM=facts.asm,
+                AHEAD=facts.ahead, num_warps=tile.warps, **compiler_options(facts, gemv_registers(tile.warps, digits)),
             )  # fmt: skip
+    else:
+        out.zero_()
     return out.to(x.dtype)
