@@ -214,7 +214,8 @@ def model_times(name: str, plan: Plan) -> Iterator[dict[str, Any]]:
         yield {
             "format": name, "layers": shape.layers, "hidden": shape.hidden, "past": past, "decode_us": f"{decode:.1f}",
             "decode_tokens_per_s": f"{1e6 / decode:.1f}", "prompt": plan.prompt, "prefill_us": f"{prefill:.1f}",
-            "prefill_tokens_per_s": f"{plan.prompt * 1e6 / prefill:.0f}", "decoded_against_prompt": f"{error:.4f}", "compiled_against_plain": f"{other:.4f}", "ok": error < 0.1 and other < 0.03,
+            "prefill_tokens_per_s": f"{plan.prompt * 1e6 / prefill:.0f}", "decoded_against_prompt": f"{error:.4f}",
+            "compiled_against_plain": f"{other:.4f}", "ok": error < 0.1 and other < 0.03,
             "seconds": f"{time.perf_counter() - started:.1f}",
         }  # fmt: skip
 
