@@ -262,7 +262,7 @@ def test_trainer_with_autocast_and_checkpointing(device: str, tmp_path: Path) ->
 
 
 def sizable(path: Path, **changes: Any) -> nn.Module:
-    """A Llama of four layers with 75 million weights in bfloat16, saved."""
+    """A Llama of four layers with 100 million weights in bfloat16, saved."""
     torch.manual_seed(0)
     sizes = {
         "hidden_size": 2048, "intermediate_size": 2048, "num_hidden_layers": 4, "num_attention_heads": 16, "head_dim": 128,
