@@ -22,8 +22,8 @@ from iqtorch.errors import CalibrationError
 
 pytestmark = needs_gpu
 
-#: Single values, with minima, of even parity, pairs, grids, grids of signs, and with powers of two as scales.
-FORMATS = ["iq4_ks", "iq2_ks", "q2_k", "q4_0", "iq4_kss", "iq2_kl", "iq1_s", "iq2_xxs", "iq2_s", "mxfp4", "q6_k"]
+#: Single values, with minima, of even parity, pairs, grids with signs, and powers of two as scales.
+FORMATS = ["iq4_ks", "q2_k", "iq4_kss", "iq2_kl", "iq2_s", "mxfp4"]
 
 
 def there(model: nn.Module) -> nn.Module:
@@ -48,7 +48,7 @@ def test_statistics_are_those_of_the_cpu(curvature: bool) -> None:
 
 
 @pytest.mark.parametrize("by_rows", [False, True])
-@pytest.mark.parametrize("name", [*FORMATS, pytest.param("iq2_kt", marks=pytest.mark.slow), pytest.param("iq3_kt", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", [*FORMATS, pytest.param("iq1_s", marks=pytest.mark.slow), pytest.param("iq2_kt", marks=pytest.mark.slow)])
 def test_feedback_is_as_good_as_on_the_cpu(name: str, by_rows: bool) -> None:
     """By the error that it is to lower; the same bytes again."""
     fmt, x = iqtorch.get_format(name), correlated(512, 1500)
