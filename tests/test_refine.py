@@ -117,6 +117,9 @@ def test_text_that_the_model_writes() -> None:
     assert [t.shape for t in found] == [t.shape for t in given] and all(torch.equal(a[:, 0], b[:, 0]) for a, b in zip(found, given))
     assert all(torch.equal(a, b) for a, b in zip(found, own_text(base, batches)))
     assert base(found[0], labels=found[0]).loss < base(given[0], labels=given[0]).loss
+    base.generation_config.update(repetition_penalty=9.0, top_p=0.1, eos_token_id=3, suppress_tokens=[1, 2], num_beams=2)
+    assert all(torch.equal(a, b) for a, b in zip(found, own_text(base, batches)))
+    assert base.generation_config.num_beams == 2
     with pytest.raises(CalibrationError, match="can generate"):
         own_text(nn.Linear(2, 2), batches)
     with pytest.raises(CalibrationError, match="token ids"):

@@ -42,17 +42,20 @@ def own_text(model: nn.Module, batches: Sequence[Tensor | Mapping[str, Any]], se
         texts.append(text)
     found: list[Tensor] = []
     device = next(model.parameters()).device
-    with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        for length in dict.fromkeys(text.shape[1] for text in texts):
-            new = GenerationConfig(
-                do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=length - 1, min_new_tokens=length - 1, pad_token_id=0
-            )
-            starts = torch.cat([text[:, :1] for text in texts if text.shape[1] == length]).to(device)
-            written = [
-                generator.generate(part, attention_mask=torch.ones_like(part), generation_config=new) for part in starts.split(TOGETHER)
-            ]
-            found.append(torch.cat(written))
+    habits = generator.generation_config
+    try:
+        with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            for length in dict.fromkeys(text.shape[1] for text in texts):
+                # as it predicts, without the penalties and limits that it is used with
+                generator.generation_config = GenerationConfig(
+                    do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=length - 1, pad_token_id=0
+                )
+                starts = torch.cat([text[:, :1] for text in texts if text.shape[1] == length]).to(device)
+                written = [generator.generate(part, attention_mask=torch.ones_like(part)) for part in starts.split(TOGETHER)]
+                found.append(torch.cat(written))
+    finally:
+        generator.generation_config = habits
     lengths = [text.shape[1] for text in texts]
     places = dict(zip(dict.fromkeys(lengths), [iter(rows) for rows in found], strict=True))
     return [torch.stack([next(places[text.shape[1]]) for _ in range(len(text))]) for text in texts]
