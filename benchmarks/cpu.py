@@ -6,6 +6,7 @@
 
 Products are `x [M, K] @ W.T` with weights `[N, K]` of random bytes; `--transposed`: `x [M, N] @ W`, as gradients need it.
 `--megabytes` weights are used in turn, so that they come from memory (at least 190 on a machine with large caches) or from a cache.
+Few rows of activations are multiplied once by all of them before that is timed, so that a cache holds them if it can.
 Each repeat times the dense product directly before the packed one, and with `--ik` the same product of a local ik_llama.cpp directly
 after it; figures are medians over repeats, and ratios medians of the ratios of neighbours. For one row of activations the same weights are
 also read by torch's reductions, in turn with the products: `of_read` is the speed of the product over that of the fastest reduction.
@@ -50,8 +51,10 @@ def random_blocks(fmt: Format, n: int, k: int) -> Tensor:
     return blocks
 
 
-def timed(call: Callable[[int], object], count: int, clock: Callable[[], float]) -> float:
-    """Milliseconds per call with each of `count` matrices in turn."""
+def timed(call: Callable[[int], object], count: int, clock: Callable[[], float], warm: bool = False) -> float:
+    """Milliseconds per call with each of `count` matrices in turn; `warm`: after a round that does not count."""
+    for i in range(count if warm else 0):
+        call(i)
     start = clock()
     for i in range(count):
         call(i)
@@ -113,7 +116,8 @@ class Case:
                 extra = len(calls)
                 if m == 1:
                     calls += [(lambda i, read=read: read[i](), len(self.weights)) for read in self.reads]
-                times = torch.tensor([[timed(*call, clock_of(args.threads)) for call in calls] for _ in range(args.repeats + 1)])[1:]
+                clock, warm = clock_of(args.threads), m <= 8  # else what ran before would have emptied the cache
+                times = torch.tensor([[timed(*call, clock, warm) for call in calls] for _ in range(args.repeats + 1)])[1:]
                 ms = times.median(0).values.tolist()
                 ratios = (times / times[:, 1:2]).median(0).values.tolist()
                 row: dict[str, object] = {

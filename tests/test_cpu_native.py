@@ -125,6 +125,6 @@ def test_sanitizers_on_random_bytes(sanitizer: str, tmp_path: Path) -> None:
     }
     program = str(build(tmp_path, compiler, ("-O1", *flags), isas))
     here = {name for name, state in iqtorch.cpu.capabilities().items() if name in isas and state == "available"}
-    for seed, rows, m in ((0, 40, 2), (255, 16, 2), (7, 21, 5), (8, 33, 34)):
+    for seed, rows, m in ((0, 40, 2), (255, 16, 2), (7, 21, 5), (8, 101, 66)):  # the last takes all paths of many rows
         told = run([program], tmp_path / "cases", seed, rows, m)
         assert {line.split(":")[0] for line in told.splitlines() if line.endswith(": checked")} == here

@@ -436,9 +436,12 @@ template <int N> static Multiply multiply_of(const Ints& i, bool narrow, [[maybe
 // Whether the products of m rows take operands as they are; else minus 128.
 static bool is_narrow(const Family& family, const Ints& i, int64_t m) { return !kSignedDot || (m > 1 ? i.largest : family.most) < 128; }
 
+// Whether operands have scales in them: that takes as long as it saves in about 64 rows.
+static bool is_folded(const Family& family, int64_t m) { return family.fold && m >= kManyRows; }
+
 static Sums sums_of(const Format& f, int64_t m) {
   const Family family = find_family(f.i);
-  if (m > 1 && family.fold && !f.i.affine) return {1, 0, -f.i.folded_bias};
+  if (is_folded(family, m) && !f.i.affine) return {1, 0, -f.i.folded_bias};
   return {f.i.groups, f.i.affine, m == 1 && family.plain_sums ? 1 : (is_narrow(family, f.i, m) ? 0 : 128) - f.i.bias};
 }
 
@@ -455,8 +458,8 @@ static void linear_int8(const Matrix& w, const Activations& x, const Output& out
   const Family family = find_family(f.i);
   if (x.m == 1) return family.gemv(w, x, out, g0, g1);
   const int cells = f.i.block / kCell, most = kMaxBlock / f.i.block;
-  const bool narrow = is_narrow(family, f.i, x.m);
-  const Multiply run[2] = {multiply_of<1>(f.i, narrow, family.fold), multiply_of<kBatchGroups>(f.i, narrow, family.fold)};
+  const bool narrow = is_narrow(family, f.i, x.m), folded = is_folded(family, x.m);
+  const Multiply run[2] = {multiply_of<1>(f.i, narrow, folded), multiply_of<kBatchGroups>(f.i, narrow, folded)};
   Panel panel[kPanelGroups];
   IQ_ALIGNED float acc[kPanelGroups * kChunk * kRows];
   for (int64_t m0 = 0; m0 < x.m; m0 += kChunk) {
@@ -472,7 +475,7 @@ static void linear_int8(const Matrix& w, const Activations& x, const Output& out
           const uint8_t* tile = w.tiles + ((g + n) * w.blocks + b) * f.i.tile_bytes;
           family.sides(f, tile, tiles, header_d(w, g + n), panel[n].side);
           family.expand(f, tile, tiles, panel[n].operand);
-          if (family.fold) family.fold(f, tile, header_d(w, g + n), panel[n]);
+          if (folded) family.fold(f, tile, header_d(w, g + n), panel[n]);
           arrange(panel[n], tiles * cells, narrow);
         }
         if (b + tiles < w.blocks) {
