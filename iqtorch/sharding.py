@@ -18,7 +18,7 @@ from . import ops
 from .errors import ShapeError
 from .formats import Format
 from .tensor import IQTensor, dispatch_handler, function_handler
-from .tensor_ops import fallback
+from .tensor_ops import COPIED, fallback
 
 aten = torch.ops.aten
 
@@ -119,7 +119,9 @@ def _slice(func: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
         blocks = blocks.clone()  # does not keep the others in memory
     if not blocks.shape[dim]:
         return _as_stored(w, blocks)  # kernels want rows
-    return IQTensor.from_blocks(blocks, w.format, w.dtype, transposed=w.transposed, defer=True)
+    part = IQTensor.from_blocks(blocks, w.format, w.dtype, transposed=w.transposed, defer=True)
+    vars(part)[COPIED] = True
+    return part
 
 
 @dispatch_handler(aten.new_zeros.default)

@@ -24,6 +24,9 @@ aten = torch.ops.aten
 
 # -- operations without a packed meaning -----------------------------------------------------------------------
 
+#: Marks rows of a packed weight that are a copy where those of a plain tensor are a view.
+COPIED = "_copied"
+
 _fallback_mode = "warn"
 _warned: set[str] = set()
 
@@ -451,6 +454,8 @@ def _copy_(func: Any, args: Any, kwargs: Any) -> Tensor:
     target, source = args[0], args[1]
     if not isinstance(target, IQTensor):
         return func(target, source.dequantize(target.dtype).to(target.device), *args[2:], **kwargs)
+    if COPIED in vars(target):
+        _refuse("copy_ into some rows", "they are a copy, and the whole would not change: quantize the whole again")
     if not isinstance(source, IQTensor):
         if source.shape == target.shape and torch.equal(source, target.dequantize(source.dtype).to(source.device)):
             return target  # what DistributedDataParallel gets from the first process

@@ -174,6 +174,9 @@ def test_some_rows_hold_only_their_bytes() -> None:
     torch.save(rows, held)
     assert rows.to_blocks().untyped_storage().nbytes() == rows.nbytes and len(held.getvalue()) < w.nbytes
     assert torch.equal(w[:].to_blocks(), w.to_blocks())
+    with pytest.raises(UnsupportedOperationError, match="copy_ into some rows"):
+        rows.copy_(w[:4])
+    nn.Parameter(rows, requires_grad=False).copy_(w[:4])  # a weight of its own
     iqtorch.set_backend("cpu")
     try:
         assert w[5:5].shape == (0, 512)
