@@ -207,7 +207,7 @@ def main(arguments: list[str] | None = None) -> int:
         elif part == "experts":
             run.part(part, [(n, (expert_times, (n, plan))) for n in names])
         elif part == "model":
-            run.part(part, [(n, (model_times, (n, plan))) for n in ("bf16", *names[:1])])
+            run.part(part, [(n, (model_times, (n, plan))) for n in ("bf16", *names[:1])], 2)
         elif part == "pack":
             run.part(part, [(n, (pack_times, (n, plan))) for n in names])
         elif part == "tiles":

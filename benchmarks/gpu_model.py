@@ -82,6 +82,15 @@ class Model:
         gate, up = F.linear(F.rms_norm(x, (self.shape.hidden,)), gate_up).chunk(2, -1)
         return x + F.linear(F.silu(gate) * up, down)
 
+    def plain(self, tokens: Tensor, past: int) -> Tensor:
+        """`forward`, not compiled."""
+        compiled = self.before, self.after
+        self.before, self.after = self._before, self._after
+        try:
+            return self.forward(tokens, past)
+        finally:
+            self.before, self.after = compiled
+
     def forward(self, tokens: Tensor, past: int) -> Tensor:
         """Tokens `[T]`, one or a prompt from the start, behind `past` others -> logits `[vocabulary]` of the last."""
         count = tokens.shape[0]
