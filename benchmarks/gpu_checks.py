@@ -22,8 +22,8 @@ from iqtorch.kernels.layout import layout
 EPS = {torch.float32: 2.0**-23, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
 
 
-def random_blocks(fmt: Format, rows: int, k: int, device: torch.device, seed: int = 0) -> Tensor:
-    """Random bytes with scales of ordinary size, on the GPU: every bit pattern of codes, signs and small scales occurs."""
+def random_blocks(fmt: Format, rows: int, k: int, device: torch.device, seed: int = 0, scale: float = 1e-4) -> Tensor:
+    """Random bytes with floats of ordinary size (`scale` to twice that): every pattern of codes, signs and small scales occurs."""
     generator = torch.Generator(device=device).manual_seed(seed)
     blocks = torch.randint(0, 256, (rows, fmt.row_bytes(k)), dtype=torch.uint8, device=device, generator=generator)
     step = max(1, (1 << 24) // k)
@@ -31,7 +31,7 @@ def random_blocks(fmt: Format, rows: int, k: int, device: torch.device, seed: in
         parts = fmt.unpack(blocks[i : i + step])
         for name in ("d", "dmin"):
             if name in parts:
-                size = 1e-4 * (1 + torch.rand(parts[name].shape, device=device, generator=generator))
+                size = scale * (1 + torch.rand(parts[name].shape, device=device, generator=generator))
                 if fmt.d_kind == "e8m0":
                     parts[name] = torch.randint(110, 118, parts[name].shape, device=device, dtype=torch.int32, generator=generator)
                 elif fmt.d_kind == "f16":

@@ -205,7 +205,9 @@ def model_times(name: str, plan: Plan) -> Iterator[dict[str, Any]]:
     def packed(rows: int, k: int) -> Tensor:
         fmt = get_format(name)
         if (rows, k) not in made:
-            made[rows, k] = layout(fmt).pack(random_blocks(fmt, rows, k, device))
+            # as large as the plain ones: with larger ones attention is a choice of one position, and small errors decide which
+            deviation = float((fmt.decode(random_blocks(fmt, 64, k, device)) * fmt.runtime_scale).std())
+            made[rows, k] = layout(fmt).pack(random_blocks(fmt, rows, k, device, scale=1e-4 / deviation / k**0.5))
         return iqtorch.IQTensor(made[rows, k].clone(), fmt, "triton", (rows, k), dtype)
 
     def dense(rows: int, k: int) -> Tensor:

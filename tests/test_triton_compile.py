@@ -241,7 +241,7 @@ def test_every_vector_kernel(name: str) -> None:
                 check_sass(kernel, weights, LIMITS.get(name, LIMIT))
             assert_registers_only(sass.loop(kernel))
             # with 128 registers, so that four programs run on a processor: a few values are kept in memory, of 2000 instructions and more
-            assert sass.resources(kernel)["STACK"] <= (112 if digits == 1 else 0)
+            assert sass.resources(kernel)["STACK"] <= (112 if digits == 1 and s.run == 64 else 0)
 
 
 @pytest.mark.slow

@@ -110,7 +110,7 @@ def gemv_tile(
     `programs` counts in powers of two, so that not every number of tokens compiles a kernel of its own.
     """
     warps = 4 if runs >= 128 else 2 if runs >= 64 else 1
-    narrow = not asm or s.family == "grid" or digits == 3 or (s.family == "trellis" and digits == 2) or s.spare
+    narrow = not asm or s.family == "grid" or digits == 3 or (s.family == "trellis" and digits == 2)
     most = (8 if narrow else 16) // tokens
     wanted = most
     while wanted > 1 and -(-rows // wanted) * power_of_two(programs) < max(3, 7 // warps) * processors:
@@ -124,9 +124,11 @@ def compiler_options(facts: Device, registers: int = 255) -> dict[str, int]:
     return ({"maxnreg": registers} if facts.asm else {}) | ({"launch_pdl": True} if facts.ahead else {})
 
 
-def gemv_registers(warps: int, digits: int) -> int:
-    """For one digit, four programs of four warps on a processor: a matrix of 8192 rows then is one round of an H200's programs."""
-    return 128 if warps >= 4 and digits == 1 else 255
+def gemv_registers(s: Scheme, warps: int, digits: int) -> int:
+    """For one digit and runs of 64, four programs of four warps on a processor: 8192 rows then are one round of an H200's programs.
+
+    Runs of 32 take half the registers for activations; there the cap costs more than the third of a round that it saves."""
+    return 128 if warps >= 4 and digits == 1 and s.run == 64 else 255
 
 
 @dataclass(frozen=True)
