@@ -22,18 +22,16 @@ from iqtorch.kernels.choices import Device, compiler_options, gemm_tile, gemv_re
 from iqtorch.kernels.layout import layout
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-#: Integer arguments that a launch never specialises on.
-FREE = {"tokens", "experts", "count", "split", "rows", "groups", "low_count"}
 INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,6})\*/\s+(.*?);")
 
 
 def compile_kernel(kernel: Any, constants: dict[str, Any], pointers: dict[str, str], arch: int | str, warps: int, **options: Any) -> Any:
-    """A kernel for `arch` (80, 90, 100 or a name such as `gfx942`); integers other than FREE are multiples of 16."""
+    """A kernel for `arch` (80, 90, 100 or a name such as `gfx942`); integers that a launch specialises on are multiples of 16."""
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     signature, attributes = {}, {}
-    for i, name in enumerate(kernel.arg_names):
+    for i, (name, parameter) in enumerate(zip(kernel.arg_names, kernel.params, strict=True)):
         signature[name] = "constexpr" if name in constants else pointers.get(name, "i32")
-        if name not in constants and name not in FREE:
+        if name not in constants and not parameter.do_not_specialize:
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     target = GPUTarget("hip", arch, 64) if isinstance(arch, str) else GPUTarget("cuda", arch, 32)

@@ -88,6 +88,7 @@ def test_the_kernel_rounds_as_torch_does(name: str, monkeypatch: pytest.MonkeyPa
     weight = torch.randn(70, 768, generator=seeded).cuda()
     x = (torch.randn(2000, 768, generator=seeded) @ (torch.eye(768) + 0.03 * torch.randn(768, 768, generator=seeded))).cuda()
     metric = Metric(x.T @ x / len(x), fmt, 0.05)
+    monkeypatch.setattr(feedback, "BY_KERNEL", True)
     ran = []
     by_kernel = feedback.Rounding._round_block_by_kernel
     monkeypatch.setattr(feedback.Rounding, "_round_block_by_kernel", lambda *a: (ran.append(a), by_kernel(*a))[1])

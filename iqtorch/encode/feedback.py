@@ -16,6 +16,7 @@ Everything is transposed here, `[columns, rows]`, and columns are in rounding or
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -32,6 +33,8 @@ from .metric import BLOCK, Metric, RowFeedback, product
 from .nearest import CELL_SEARCH_ENTRIES
 from .search import ScaleGrid, StoredFloat, divide
 
+#: Whether GPUs round by the Triton kernel where it can, not in torch: for whoever asks, until its tests have passed on a card.
+BY_KERNEL = os.environ.get("IQTORCH_ROUNDING_KERNEL") == "1"
 #: Rows rounded at a time.
 ROWS = {"cpu": 1 << 10, "gpu": 1 << 13}
 
@@ -118,7 +121,7 @@ def encode_with_feedback(
 
 def _has_kernel(fmt: Format, device: torch.device) -> bool:
     """Whether columns are rounded by a Triton kernel."""
-    if device.type == "cpu":
+    if device.type == "cpu" or not BY_KERNEL:
         return False
     from .. import kernels
 
