@@ -95,14 +95,20 @@ def dequantize(name: str, arch: int | str = 90, asm: bool = True) -> Any:
     return compile_kernel(matrix.dequantize, constants, pointers, arch, 4, enable_fp_fusion=False)
 
 
-def moves(name: str, way: str, arch: int | str = 90) -> Iterator[tuple[repack.Region, Any]]:
-    """The kernels that pack (or `unpack`) long rows of a format: of each region, and the units that a thread makes: `MOVED`."""
+def moves(name: str, way: str, arch: int | str = 90, **constants: int) -> Iterator[tuple[repack.Region, Any]]:
+    """The kernels that pack (or `unpack`) long rows of a format: of each region, and the units that a thread makes: `MOVED`.
+
+    `constants`: values of arguments of the launch.
+    """
     fmt = get_format(name)
     for region in (repack.packing if way == "pack" else repack.unpacking)(name):
         tile = repack.tile(8192, region.move.size * 8192 // fmt.block_size)
         assert tile[0] * tile[1] == MOVED * 32 * tile[2]
         pointers = {"source": "*i32", "target": {1: "*u8", 2: "*i16", 4: "*i32"}[region.move.store], "table": "*i32", "places": "*i64"}
-        yield region, compile_kernel(repack.move_bits, {"M": region.move, "ROWS": tile[0], "BLOCK": tile[1]}, pointers, arch, tile[2])
+        yield (
+            region,
+            compile_kernel(repack.move_bits, {"M": region.move, "ROWS": tile[0], "BLOCK": tile[1]} | constants, pointers, arch, tile[2]),
+        )
 
 
 #: Scores per thread of a turn of `lowest`.

@@ -78,6 +78,8 @@ def test_one_row_and_one_run_compile() -> None:
     routing = {"ids": "*i64", "weights": "*fp32"}
     for kernel in (vector.gemv, matrix.gemm, matrix.dequantize):
         assert_no_spill(sass.compile_kernel(kernel, constants, pointers, 90, 4, maxnreg=255))
+    _, packing = next(iter(sass.moves("mxfp4", "pack", rows=1)))
+    assert_no_spill(packing)
     constants.pop("ids")
     for kernel in (routed.gated, routed.weighted):
         assert_no_spill(sass.compile_kernel(kernel, constants, pointers | routing, 90, 1, maxnreg=255))

@@ -208,7 +208,7 @@ def take_all(words, bit, table, last, P: tl.constexpr, CLAMPED: tl.constexpr, SI
     return out, table
 
 
-@triton.jit(do_not_specialize=["rows", "row_items", "first", "row_bytes", "matrix_bytes", "source_bytes", "source_words"])
+@triton.jit(do_not_specialize=["row_items", "first", "row_bytes", "matrix_bytes", "source_bytes", "source_words"])
 def move_bits(
     source, target, table, places, rows, row_items, first, row_bytes, matrix_bytes, source_bytes, source_words,
     M: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
