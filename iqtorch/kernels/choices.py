@@ -125,10 +125,11 @@ def compiler_options(facts: Device, registers: int = 255) -> dict[str, int]:
 
 
 def gemv_registers(s: Scheme, warps: int, digits: int) -> int:
-    """For one digit and runs of 64, four programs of four warps on a processor: 8192 rows then are one round of an H200's programs.
+    """For pairs and one digit, four programs of four warps on a processor: 8192 rows then are one round of an H200's programs.
 
-    Runs of 32 take half the registers for activations; there the cap costs more than the third of a round that it saves."""
-    return 128 if warps >= 4 and digits == 1 and s.run == 64 else 255
+    They need 164 otherwise, and took a fifth longer. The other formats would spill, or lose more than the third of a round that it saves.
+    """
+    return 128 if warps >= 4 and digits == 1 and s.family == "pairs" else 255
 
 
 @dataclass(frozen=True)
