@@ -61,7 +61,7 @@ def gemv(
     }  # fmt: skip
     pointers = {"x": dtype, "data": "*u8", "book": "*i32", "lut": "*fp32", "y": dtype}
     constants["AHEAD"] = device(arch, asm).ahead
-    options = compiler_options(device(arch, asm), gemv_registers(s, 4, digits))
+    options = compiler_options(device(arch, asm), gemv_registers(s, 4, digits, tokens))
     return compile_kernel(vector.gemv, constants, pointers, arch, 4, **options), rows * passes * s.run
 
 

@@ -115,7 +115,9 @@ def gemv_tile(
     wanted = most
     while wanted > 1 and -(-rows // wanted) * power_of_two(programs) < max(3, 7 // warps) * processors:
         wanted //= 2
-    tile_rows = min(wanted, max(most // 2, 1))
+    # four passes of a grid's look-ups need fewer registers than two of twice as many rows
+    passes = 4 if asm and s.family == "grid" and tokens == 1 else 2
+    tile_rows = min(wanted, max(most // passes, 1))
     return GemvTile(tile_rows, wanted // tile_rows, min(power_of_two(runs), 32 * warps), warps)
 
 
@@ -124,12 +126,12 @@ def compiler_options(facts: Device, registers: int = 255) -> dict[str, int]:
     return ({"maxnreg": registers} if facts.asm else {}) | ({"launch_pdl": True} if facts.ahead else {})
 
 
-def gemv_registers(s: Scheme, warps: int, digits: int) -> int:
-    """For pairs and one digit, four programs of four warps on a processor: 8192 rows then are one round of an H200's programs.
+def gemv_registers(s: Scheme, warps: int, digits: int, tokens: int = 1) -> int:
+    """For pairs, one digit and one token, four programs of four warps on a processor: 8192 rows then are one round of an H200's programs.
 
     They need 164 otherwise, and took a fifth longer. The other formats would spill, or lose more than the third of a round that it saves.
     """
-    return 128 if warps >= 4 and digits == 1 and s.family == "pairs" else 255
+    return 128 if warps >= 4 and digits == tokens == 1 and s.family == "pairs" else 255
 
 
 @dataclass(frozen=True)

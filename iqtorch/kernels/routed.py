@@ -202,10 +202,11 @@ def routed_weighted(x: Tensor, data: Tensor, ids: Tensor, weights: Tensor, forma
     if ids.numel():
         digits = launch._digits(flat.dtype, precision)
         tile = gemv_tile(rows, runs * slots, tokens, facts.processors, s, digits, 1, facts.asm)
+        tile_rows = max(tile.rows, tile.rows * tile.passes // 2)
         with launch._on(x.device):
-            weighted[launch.items_grid(triton.cdiv(rows, tile.rows), tokens)](
+            weighted[launch.items_grid(triton.cdiv(rows, tile_rows), tokens)](
                 flat.contiguous(), data, *plan.tables(x.device), ids.contiguous(), weights.contiguous(), out, ids.numel(), rows, runs,
-                data.shape[-1], data.shape[0], slots, S=s, DIGITS=digits, ROWS=tile.rows, RUNS=tile.runs, ASM=facts.asm,
+                data.shape[-1], data.shape[0], slots, S=s, DIGITS=digits, ROWS=tile_rows, RUNS=tile.runs, ASM=facts.asm,
                 AHEAD=facts.ahead, num_warps=tile.warps, **compiler_options(facts, gemv_registers(s, tile.warps, digits)),
             )  # fmt: skip
     else:
