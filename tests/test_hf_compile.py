@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import iqtorch
@@ -14,7 +14,7 @@ from iqtorch import IQTensor, Recipe
 
 transformers = pytest.importorskip("transformers")
 
-from tiny_models import tiny_model  # noqa: E402
+from tiny_models import Logits, tiny_model  # noqa: E402
 
 IDS = torch.arange(3, 11)[None]
 
@@ -38,17 +38,6 @@ def test_code_kept_on_disk_is_told_apart_by_precision() -> None:
 
 def packed(kind: str, **changes: object) -> nn.Module:
     return iqtorch.quantize_model(tiny_model(kind, **changes), Recipe.pure("q8_0"), progress=False)
-
-
-class Logits(nn.Module):
-    """Ids to logits, without a cache: one graph."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.model(ids, use_cache=False).logits
 
 
 @pytest.mark.parametrize(

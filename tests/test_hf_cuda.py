@@ -24,7 +24,7 @@ transformers = pytest.importorskip("transformers")
 
 from test_experts import AUTO, DEFAULT, SLOW  # noqa: E402
 from test_model import dequantized  # noqa: E402
-from tiny_models import tiny_config, tiny_model  # noqa: E402
+from tiny_models import Logits, tiny_config, tiny_model  # noqa: E402
 from torch._dynamo.utils import counters  # noqa: E402
 from torch.distributed.tensor import DTensor  # noqa: E402
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # noqa: E402
@@ -170,17 +170,6 @@ def test_reduce_overhead(kind: str, device: str) -> None:
             assert close(compiled(ids, use_cache=False).logits.clone(), model(ids, use_cache=False).logits)
     assert counters["stats"]["unique_graphs"] == 1
     graphs_used(device)
-
-
-class Logits(nn.Module):
-    """Ids to logits, without a cache: one graph."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.model(ids, use_cache=False).logits
 
 
 @devices

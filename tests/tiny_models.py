@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 #: Sizes that make a model tiny while every row still has 256 weights; whatever of it a config class knows is set.
@@ -70,3 +70,14 @@ def tiny_model(model_type: str, auto: str = "AutoModelForCausalLM", **changes: A
     torch.manual_seed(0)
     model: nn.Module = getattr(transformers, auto).from_config(tiny_config(model_type, **changes))
     return model.eval()
+
+
+class Logits(nn.Module):
+    """Ids to logits, without a cache: one graph."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.model(ids, use_cache=False).logits
