@@ -61,7 +61,7 @@ def gemv(
     }  # fmt: skip
     pointers = {"x": dtype, "data": "*u8", "book": "*i32", "lut": "*fp32", "y": dtype}
     constants["AHEAD"] = device(arch, asm).ahead
-    options = compiler_options(device(arch, asm), gemv_registers(s, 4, digits, tokens))
+    options = compiler_options(device(arch, asm), gemv_registers(device(arch, asm), s, 4, digits, tokens))
     return compile_kernel(vector.gemv, constants, pointers, arch, 4, **options), rows * passes * s.run
 
 
@@ -85,7 +85,7 @@ def experts(name: str, arch: int | str = 90, asm: bool = True) -> list[Any]:
     constants = {"S": s, "DIGITS": 1, "ROWS": 4, "RUNS": 32, "ASM": asm, "ACTIVATION": "silu"}
     constants["AHEAD"] = device(arch, asm).ahead
     pointers = {"x": "*bf16", "data": "*u8", "book": "*i32", "lut": "*fp32", "y": "*bf16", "ids": "*i64", "weights": "*bf16"}
-    options = compiler_options(device(arch, asm), gemv_registers(s, 1, 1))
+    options = compiler_options(device(arch, asm), gemv_registers(device(arch, asm), s, 1, 1))
     return [compile_kernel(k, constants, pointers, arch, 1, **options) for k in (routed.gated, routed.weighted)]
 
 

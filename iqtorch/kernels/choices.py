@@ -126,12 +126,12 @@ def compiler_options(facts: Device, registers: int = 255) -> dict[str, int]:
     return ({"maxnreg": registers} if facts.asm else {}) | ({"launch_pdl": True} if facts.ahead else {})
 
 
-def gemv_registers(s: Scheme, warps: int, digits: int, tokens: int = 1) -> int:
-    """For pairs, one digit and one token, four programs of four warps on a processor: 8192 rows then are one round of an H200's programs.
+def gemv_registers(facts: Device, s: Scheme, warps: int, digits: int, tokens: int = 1) -> int:
+    """From sm_90 on, for pairs, one digit and one token, four programs of four warps on a processor: one round of an H200 for 8192 rows.
 
     They need 164 otherwise, and took a fifth longer. The other formats would spill, or lose more than the third of a round that it saves.
     """
-    return 128 if warps >= 4 and digits == tokens == 1 and s.family == "pairs" else 255
+    return 128 if facts.ahead and warps >= 4 and digits == tokens == 1 and s.family == "pairs" else 255
 
 
 @dataclass(frozen=True)

@@ -181,7 +181,7 @@ def _gemv(
         x, data, book, lut, bias, ids, out, tokens, rows, runs, x.stride(0), data.shape[-1], experts, per_token,
         S=s, MODE=mode, DIGITS=digits, TOKENS=group, ROWS=tile.rows, PASSES=tile.passes, RUNS=tile.runs,
         EP=power_of_two(experts), ASM=facts.asm, AHEAD=facts.ahead, num_warps=tile.warps,
-        **compiler_options(facts, gemv_registers(s, tile.warps, digits, group)),
+        **compiler_options(facts, gemv_registers(facts, s, tile.warps, digits, group)),
     )  # fmt: skip
     return out
 

@@ -186,7 +186,7 @@ def routed_gated(x: Tensor, data: Tensor, ids: Tensor, format: int, rows: int, a
                 flat, data, *plan.tables(x.device), ids.contiguous(), out, pairs, rows // 2, runs, flat.stride(0),
                 data.shape[-1], data.shape[0], ids.shape[1], S=s, ACTIVATION=activation, DIGITS=digits, ROWS=tile_rows, RUNS=tile.runs,
                 ASM=facts.asm, AHEAD=facts.ahead, num_warps=tile.warps,
-                **compiler_options(facts, gemv_registers(s, tile.warps, digits)),
+                **compiler_options(facts, gemv_registers(facts, s, tile.warps, digits)),
             )  # fmt: skip
     return out.to(x.dtype)
 
@@ -207,7 +207,7 @@ def routed_weighted(x: Tensor, data: Tensor, ids: Tensor, weights: Tensor, forma
             weighted[launch.items_grid(triton.cdiv(rows, tile_rows), tokens)](
                 flat.contiguous(), data, *plan.tables(x.device), ids.contiguous(), weights.contiguous(), out, ids.numel(), rows, runs,
                 data.shape[-1], data.shape[0], slots, S=s, DIGITS=digits, ROWS=tile_rows, RUNS=tile.runs, ASM=facts.asm,
-                AHEAD=facts.ahead, num_warps=tile.warps, **compiler_options(facts, gemv_registers(s, tile.warps, digits)),
+                AHEAD=facts.ahead, num_warps=tile.warps, **compiler_options(facts, gemv_registers(facts, s, tile.warps, digits)),
             )  # fmt: skip
     else:
         out.zero_()
