@@ -149,8 +149,8 @@ def gemm_tile(rows: int, tokens: int, steps: int, processors: int, most: int = 1
     64 rows per warp group of 4 (one tensor-core instruction high), tokens padded to a power of two (at most `most`). The sum over K
     is split, not below four steps per part, so that rounds of programs end about together: four per processor with 16 tokens, else
     three, or one of 8 warps. Each part costs writing and reading its sums. Only the power of two at or above `tokens` counts.
-    Activations are loaded two stages ahead,
-    one where `most` is 32: there threads decode twice as many weights, and registers would be too few.
+    Activations are loaded two stages ahead, one where `most` is 32: there threads decode twice as many weights, and registers would be
+    too few.
     """
     padded = power_of_two(tokens)
     tile_tokens = min(max(padded, 16), most)

@@ -39,8 +39,6 @@ GEMV_TOKENS = 4
 GEMV_GROUP = 2
 #: Weights dequantized at a time for the large products: bounds the temporary copy (half a GiB in bfloat16).
 LARGE_SLICE = 1 << 28
-
-
 #: Programs along the second and third axis of a grid (CUDA).
 MOST_PROGRAMS = 65535
 
@@ -281,7 +279,7 @@ def _decode(data: Tensor, plan: Layout, rows: int, k: int, dtype: torch.dtype, c
     wanted = torch.float32 if dtype == torch.float64 else dtype
     out = torch.empty((*data.shape[:-1], count, k), dtype=wanted, device=data.device)
     if out.numel():
-        # 64 runs for 128 threads: the fastest of 34 tiles on an H200, by a quarter (two threads decode a run, each stores half of it).
+        # 64 runs for 128 threads: the fastest of 34 tiles on an H200, by a quarter
         tile_runs = min(power_of_two(runs), 64)
         tile_rows = 64 // tile_runs
         book, lut = plan.tables(data.device)
