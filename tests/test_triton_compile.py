@@ -100,8 +100,10 @@ def test_scores_of_codebooks_are_products_of_tensor_cores(arch: int | str) -> No
 
 @pytest.mark.parametrize("name", ["iq4_ks", "q2_k", "iq4_kss", "iq2_kl"])
 def test_rounding_keeps_a_group_in_registers(name: str) -> None:
-    """But for some words of 32 columns with parities."""
-    assert sass.resources(sass.feedback(name))["STACK"] <= (32 if name == "iq4_kss" else 0)
+    """But for some words of 32 columns with parities. And no sum has become a product of tensor cores, which is less exact."""
+    kernel = sass.feedback(name)
+    assert sass.resources(kernel)["STACK"] <= (32 if name == "iq4_kss" else 0)
+    assert "tt.dot" not in kernel.asm["ttir"]
     assert "hsaco" in sass.feedback(name, "gfx942").asm
 
 

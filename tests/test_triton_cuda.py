@@ -81,7 +81,7 @@ def test_memory_of_the_encoder(name: str) -> None:
     assert torch.cuda.max_memory_allocated() - before <= 1.2e9 + blocks.nbytes
 
 
-@pytest.mark.parametrize("name", ["iq4_ks", "iq2_ks", "q2_k", "q4_0", "iq4_kss", "iq2_kl", "iq1_s", "mxfp4", "q6_k"])
+@pytest.mark.parametrize("name", ["iq4_ks", "iq2_ks", "q2_k", "q4_0", "iq4_kss", "iq2_kl", "mxfp4", "q6_k"])
 def test_the_kernel_rounds_as_torch_does(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nearly the same bytes: sums of fused products decide close calls."""
     fmt, seeded = get_format(name), torch.Generator().manual_seed(3)

@@ -492,7 +492,7 @@ def test_nearest_entries_of_a_codebook(name: str, queries: int) -> None:
     assert best_entries(torch.zeros(0, 2 * fmt.vec), near.matrices[0]).shape == (0,)
 
 
-@pytest.mark.parametrize("name", ["iq4_ks", "iq2_ks", "q2_k", "q4_0", "iq4_kss", "iq2_kl"])
+@pytest.mark.parametrize("name", ["iq4_ks", "iq2_ks", "q2_k", "q4_0", "iq4_kss", "iq2_kl", "mxfp4", "q6_k"])
 def test_rounding_with_error_feedback(name: str) -> None:
     """The kernel rounds some groups as the version in torch does, for rows that do not fill a program."""
     from iqtorch.encode.feedback import Feedback, Rounding

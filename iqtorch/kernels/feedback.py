@@ -16,13 +16,35 @@ from .launch import _on
 
 #: Rows of a program: its one warp has a row in each lane, and the columns of a group in the registers of each.
 ROWS = 32
-#: Codebooks of vectors up to this size are compared entry by entry.
-ENTRIES = 2048
 
 
 def supports(fmt: Format) -> bool:
-    """Whether the kernel can round a format: single values, and small codebooks of vectors without signs of their own."""
-    return fmt.vec == 1 or ("sign" not in fmt.fields and fmt.codebook.entries * fmt.codebook.variants <= ENTRIES)
+    """Whether the kernel can round a format: single values, and pairs without signs of their own."""
+    return fmt.vec == 1 or (fmt.vec == 2 and "sign" not in fmt.fields)
+
+
+# No sum of products of two tensors below: of `tl.sum(a[:, :, None] * b[None], 1)` Triton makes a product of tensor cores, in TF32, and
+# where the sum is shorter than the instruction's (8 numbers) it counts them more than once.
+
+
+@triton.jit
+def _column(x, j, at):
+    """Column `at` of `x [N, P]`."""
+    return tl.sum(tl.where(j[:, None] == at, x, 0.0), 0)
+
+
+@triton.jit
+def _passed_on(lower, second, columns, first, e):
+    """What the errors `e [P]` of column `first` add to the columns `second [N]`."""
+    return tl.load(lower + second * columns + first)[:, None] * e[None, :]
+
+
+@triton.jit
+def _keep(rest, value_out, error_out, place, left, value, e, live):
+    """Stores what became of a column."""
+    tl.store(rest + place, left, mask=live)
+    tl.store(value_out + place, value, mask=live)
+    tl.store(error_out + place, e, mask=live)
 
 
 @triton.jit
@@ -48,14 +70,14 @@ def round_block(
 
     Columns are in rounding order and rows lie next to each other; 256 columns of 2^22 rows are addressed in int32.
     `lower` is `[columns, columns]`, from column (second) to column (first);
-    `book`, `index` and `other` are by cell for single values (ENTRIES of them for each kind), `book` `[KINDS, ENTRIES, V]` for vectors.
+    `book`, `index` and `other` are by cell for single values (ENTRIES of them for each kind), `book` `[KINDS, ENTRIES, 2]` for pairs.
     """
     r = tl.program_id(0) * P + tl.arange(0, P)
     live = r < rows
     columns = groups * N
-    j, v = tl.arange(0, N), tl.arange(0, V)
-    S: tl.constexpr = N // V
+    j = tl.arange(0, N)
     for group in range(groups):
+        tl.debug_barrier()  # what other lanes added to these columns
         a = group * N
         tile = (a + j)[:, None] * rows + r[None, :]
         old = tl.load(rank + group * rows + r, mask=live, other=0)
@@ -74,10 +96,11 @@ def round_block(
                 x += low[None, :]
             twice = tl.where(tl.abs(s) < SMALLEST, 0.0, 2.0 / tl.where(s == 0.0, 1.0, s))
             cost, odd = tl.zeros((P,), tl.float32), tl.zeros((P,), tl.int32)
-            for step in range(S):
+            for step in range(N // V):
                 at = a + step * V
+                place = at * rows + r
                 if V == 1:
-                    wanted = tl.sum(tl.where(j[:, None] == step, x, 0.0), 0)
+                    wanted = _column(x, j, step)
                     cell = tl.floor(tl.minimum(tl.maximum(wanted * twice, first), last)) - first
                     cell = cell.to(tl.int32) + kind * ENTRIES
                     code, q = tl.load(index + cell), tl.load(book + cell)
@@ -90,39 +113,34 @@ def round_block(
                         odd = (odd & ~(1 << own)) | (wrong << own)
                     left = wanted - q * s
                     cost += tl.load(form + at) * left * left
-                    e = tl.load(weight + at * rows + r, mask=live, other=0.0) + low - q * s
-                    x += tl.load(lower + (a + j) * columns + at)[:, None] * e[None, :]
+                    e = tl.load(weight + place, mask=live, other=0.0) + low - q * s
+                    x += _passed_on(lower, a + j, columns, at, e)
                     if final:
-                        place = at * rows + r
-                        tl.store(rest + place, left, mask=live)
-                        tl.store(value_out + place, q, mask=live)
-                        tl.store(error_out + place, e, mask=live)
+                        _keep(rest, value_out, error_out, place, left, q, e, live)
                         tl.store(code_out + place, code, mask=live)
                 else:
-                    wanted = tl.sum(tl.where(tl.arange(0, S)[:, None, None] == step, tl.reshape(x, (S, V, P)), 0.0), 0)
-                    d = tl.load(form + at * V + v[:, None] * V + v[None, :])
-                    seen = tl.sum(d[:, :, None] * wanted[None, :, :], 1)
-                    turned = tl.where(s < 0.0, -1.0, 1.0)
+                    wanted0, wanted1 = _column(x, j, 2 * step), _column(x, j, 2 * step + 1)
+                    form00, form01, form11 = tl.load(form + 2 * at), tl.load(form + 2 * at + 1), tl.load(form + 2 * at + 3)
+                    turned = tl.where(s < 0.0, -2.0, 2.0)
+                    seen0, seen1 = turned * (form00 * wanted0 + form01 * wanted1), turned * (form01 * wanted0 + form11 * wanted1)
                     least, code = tl.full((P,), float("inf"), tl.float32), tl.zeros((P,), tl.int32)
                     for entry in range(ENTRIES):
                         nth = kind * ENTRIES + entry
-                        c = tl.load(book + nth[None, :] * V + v[:, None])
-                        size = tl.load(square + (at // V) * KINDS * ENTRIES + nth)
-                        score = tl.abs(s) * size - 2.0 * turned * tl.sum(c * seen, 0)
+                        size = tl.load(square + at // 2 * KINDS * ENTRIES + nth)
+                        score = tl.abs(s) * size - (tl.load(book + 2 * nth) * seen0 + tl.load(book + 2 * nth + 1) * seen1)
                         code = tl.where(score < least, entry, code)
                         least = tl.minimum(score, least)
-                    q = tl.load(book + (kind * ENTRIES + code)[None, :] * V + v[:, None])
-                    left = wanted - q * s[None, :]
-                    cost += tl.sum(tl.sum(d[:, :, None] * left[None, :, :], 1) * left, 0)
-                    place = (at + v)[:, None] * rows + r[None, :]
-                    e = tl.load(weight + place, mask=live[None, :], other=0.0) + low[None, :] - q * s[None, :]
-                    passed_on = tl.load(lower + (a + j)[:, None] * columns + at + v[None, :])
-                    x += tl.sum(passed_on[:, :, None] * e[None, :, :], 1)
+                    nth = kind * ENTRIES + code
+                    q0, q1 = tl.load(book + 2 * nth), tl.load(book + 2 * nth + 1)
+                    left0, left1 = wanted0 - q0 * s, wanted1 - q1 * s
+                    cost += form00 * left0 * left0 + 2.0 * form01 * left0 * left1 + form11 * left1 * left1
+                    e0 = tl.load(weight + place, mask=live, other=0.0) + low - q0 * s
+                    e1 = tl.load(weight + place + rows, mask=live, other=0.0) + low - q1 * s
+                    x += _passed_on(lower, a + j, columns, at, e0) + _passed_on(lower, a + j, columns, at + 1, e1)
                     if final:
-                        tl.store(rest + place, left, mask=live[None, :])
-                        tl.store(value_out + place, q, mask=live[None, :])
-                        tl.store(error_out + place, e, mask=live[None, :])
-                        tl.store(code_out + (at // V) * rows + r, code, mask=live)
+                        _keep(rest, value_out, error_out, place, left0, q0, e0, live)
+                        _keep(rest, value_out, error_out, place + rows, left1, q1, e1, live)
+                        tl.store(code_out + at // 2 * rows + r, code, mask=live)
             chosen = tl.where((cost < best) & ~final, candidate, chosen)
             best = tl.minimum(cost, best)
             if final:
@@ -137,7 +155,7 @@ def round_block(
             now = tl.load(rest + tile, mask=live[None, :], other=0.0)
             for i in range(N):
                 e = tl.load(error_out + (a + i) * rows + r, mask=live, other=0.0)
-                now += tl.load(lower + there * columns + a + i)[:, None] * e[None, :]
+                now += _passed_on(lower, there, columns, a + i, e)
             tl.store(rest + tile, now, mask=live[None, :])
 
 
