@@ -73,7 +73,7 @@ def whole_call(name: str, fmt: str) -> dict[str, object]:
     recipe = {r"layers\..*proj": fmt}
     rounding = 0.0
 
-    def timed(self: _Statistics, *arguments: object) -> tuple[iqtorch.IQTensor, str]:
+    def timed(self: _Statistics, *arguments: object) -> list[tuple[iqtorch.IQTensor, str]]:
         nonlocal rounding
         start = time.process_time()
         found = plain(self, *arguments)  # type: ignore[arg-type]
@@ -131,12 +131,14 @@ def main() -> None:
         for (k, every), own in zip(shapes, weights, strict=True):
             base = found[k]
             shared = _Statistics(base.moments, base.cross, base.x, base.y, sum(every))
+            if rounding == "ldlq":
+                shared.round(own, fmt, "model")
+                continue
             for weight in own:
                 if rounding == "nearest":
                     encode(weight, fmt, base.moments.diagonal().contiguous())
                 else:
-                    curvature: Tensor | None = curvatures[len(weight)] if rounding == "yaqa" else None
-                    shared.round(weight, fmt, "model", curvature)
+                    shared.round([weight], fmt, "model", curvatures[len(weight)])
         return (time.process_time() - start) / total
 
     for name in options.formats:

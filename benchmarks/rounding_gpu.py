@@ -107,7 +107,7 @@ def matrix(rows: int, k: int, fmt: str, device: torch.device, statistics: _Stati
     weight = torch.randn(rows, k, generator=torch.Generator().manual_seed(0)).to(device)
     clock = Clock(device)
     shared = _Statistics(statistics.moments, statistics.cross, statistics.x, statistics.y, rows)
-    clock.timed("rounding", shared.round)(weight, iqtorch.get_format(fmt), "model", None)
+    clock.timed("rounding", shared.round)([weight], iqtorch.get_format(fmt), "model")
     return clock.spent
 
 

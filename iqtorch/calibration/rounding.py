@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -72,11 +72,11 @@ def _round_matrix(
         return Metric(shrunk(moments.matrix.to(weight.device), moments.tokens), fmt, DAMPING)
 
     sample, importance = (t.to(weight.device) for t in (moments.sample, moments.importance.contiguous()))
-    return best_of(weight, fmt, importance, metric, objective, sample, sample, curvature, speed)
+    return best_of([weight], fmt, importance, metric, objective, sample, sample, curvature, speed)[0]
 
 
 def best_of(
-    weight: Tensor,
+    weights: Sequence[Tensor],
     fmt: Format,
     importance: Tensor,
     metric: Callable[[], Metric],
@@ -85,34 +85,52 @@ def best_of(
     y: Tensor,
     curvature: Tensor | None,
     speed: Speed,
-) -> tuple[Tensor, str]:
-    """Rounds `weight` with feedback; or to nearest where that is nearer to the outputs that the loss sees, for activations kept aside, or
-    is off by less than these are as the 8-bit numbers of integer products.
+) -> list[tuple[Tensor, str]]:
+    """Rounds weights of the same input with feedback, all rows together; or to nearest those for which that is nearer to the outputs
+    that the loss sees, for activations kept aside, or is off by less than these are as the 8-bit numbers of integer products.
 
     Args:
-        weight: float32 `[N, K]`.
+        weights: float32 `[N, K]` each.
         importance: float32 `[K]`.
         metric: makes the metric of the feedback, if it comes to that.
         x, y: float32 `[S, K]`: inputs of the original layer, and of the packed one.
-        curvature: `[N, N]` or None: weight of the outputs' errors.
+        curvature: `[N, N]`, weight of the outputs' errors, if there is only one weight; or None.
 
     Returns:
-        Canonical bytes, and what was done.
+        For each weight its canonical bytes, and what was done.
     """
-    curvature = None if curvature is None else curvature.to(weight.device)
-    judged = slice(None, None, max(1, len(weight) // JUDGED_ROWS))
     x, y = (sample[:: max(1, len(sample) // JUDGED_TOKENS)] for sample in (x, y))
-    some, seen = weight[judged], None if curvature is None else curvature[judged, judged]
-    target = some @ x.T
-    nearest = _decoded(fmt, encode(some, fmt, importance, objective, speed))
+    judged = [slice(None, None, max(1, len(weight) // JUDGED_ROWS)) for weight in weights]
+    samples = [weight[rows] for weight, rows in zip(weights, judged, strict=True)]
+    some, parts = _joined(samples), [len(own) for own in samples]
+    seen = None if curvature is None else curvature.to(y)[judged[0], judged[0]]
+
+    def sizes(error: Tensor) -> list[float]:
+        """Of each weight's outputs."""
+        return [float((own * (own if seen is None else seen @ own)).sum()) for own in error.split(parts)]
+
+    nearest = encode(some, fmt, importance, objective, speed)
+    decoded = _decoded(fmt, nearest)
     # without activations both are zero, and feedback is trusted
-    if _size((some - nearest) @ y.T, seen) < _size(some @ (y - _to_8_bits(y)).T, seen):
-        return encode(weight, fmt, importance, objective, speed), PRECISE
-    rows = None if curvature is None else RowFeedback(curvature, OUTPUT_DAMPING)
-    fed = encode_with_feedback(weight, fmt, metric(), objective, feedback_effort(fmt.for_encoding, speed), rows)
-    if _size(target - _decoded(fmt, fed[judged]) @ y.T, seen) <= _size(target - nearest @ y.T, seen):
-        return fed, FEEDBACK
-    return encode(weight, fmt, importance, objective, speed), NEAREST
+    off, of_activations = sizes((some - decoded) @ y.T), sizes(some @ (y - _to_8_bits(y)).T)
+    fed = [i for i in range(len(weights)) if not off[i] < of_activations[i]]
+    found: dict[int, tuple[Tensor, str]] = {}
+    if fed:
+        rows = None if curvature is None else RowFeedback(curvature.to(y.device), OUTPUT_DAMPING)
+        effort = feedback_effort(fmt.for_encoding, speed)
+        blocks = encode_with_feedback(_joined([weights[i] for i in fed]), fmt, metric(), objective, effort, rows)
+        found = {i: (own, FEEDBACK) for i, own in zip(fed, blocks.split([len(weights[i]) for i in fed]), strict=True)}
+        after = [found[i][0][judged[i]] if i in found else own for i, own in enumerate(nearest.split(parts))]
+        target = some @ x.T
+        off, off_after = sizes(target - decoded @ y.T), sizes(target - _decoded(fmt, torch.cat(after)) @ y.T)
+    for i, weight in enumerate(weights):
+        if i not in found or not off_after[i] <= off[i]:
+            found[i] = encode(weight, fmt, importance, objective, speed), NEAREST if i in found else PRECISE
+    return [found[i] for i in range(len(weights))]
+
+
+def _joined(weights: Sequence[Tensor]) -> Tensor:
+    return weights[0] if len(weights) == 1 else torch.cat(list(weights))
 
 
 def _decoded(fmt: Format, blocks: Tensor) -> Tensor:
@@ -124,10 +142,6 @@ def _to_8_bits(x: Tensor) -> Tensor:
     groups = x.unflatten(1, (-1, 32))
     scale = (groups.abs().amax(-1, keepdim=True) / 127).clamp(min=1e-30)
     return ((groups / scale).round() * scale).flatten(1)
-
-
-def _size(error: Tensor, curvature: Tensor | None) -> float:
-    return float((error * (error if curvature is None else curvature.to(error) @ error)).sum())
 
 
 def shrunk(moments: Tensor, tokens: int) -> Tensor:

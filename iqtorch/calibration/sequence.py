@@ -161,13 +161,13 @@ def quantize_in_sequence(
                 for i in range(len(texts)):
                     seen.add(original.inputs(path, i), _inputs(block, twin, path, calls, i, packed[i]), weights[i])
                 statistics = seen.finish(names[0], sum(len(mine[name].matrix) for name in names))
-                for name in names:
-                    matrix = mine[name].matrix
-                    on = matrix if device is None else matrix.to(device)
-                    weight, note = statistics.round(on, mine[name].format, objective, watched.mean(name), speed)
-                    _put(twin.get_submodule(paths[name]), weight)
-                    found[name] = cast(IQTensor, weight.to(matrix.device)), note
-                    yield name, *found[name]
+                for together in _rounded_together([mine[name] for name in names], alone=curvature):
+                    matrices = [t.matrix if device is None else t.matrix.to(device) for t in together]
+                    rounded = statistics.round(matrices, together[0].format, objective, watched.mean(together[0].name), speed)
+                    for target, (weight, note) in zip(together, rounded, strict=True):
+                        _put(twin.get_submodule(paths[target.name]), weight)
+                        found[target.name] = cast(IQTensor, weight.to(target.matrix.device)), note
+                        yield target.name, *found[target.name]
                 del seen, statistics  # before the next input's are collected
             if saved is not None and finished is None:
                 saved.save(block.name, _originals(mine.values()), found)
@@ -203,6 +203,14 @@ def _lent(chain: list[_Block], device: torch.device | None) -> Iterator[None]:
     finally:
         for block in chain:
             del block.module.forward
+
+
+def _rounded_together(targets: list[Target], alone: bool) -> list[list[Target]]:
+    """Targets with the same input by format, unless each has a curvature of its own."""
+    found: dict[str, list[Target]] = {}
+    for target in targets:
+        found.setdefault(target.name if alone else target.format.name, []).append(target)
+    return list(found.values())
 
 
 def _put(layer: Any, weight: IQTensor) -> None:
@@ -455,11 +463,11 @@ class _Statistics:
     metrics: dict[str, Metric] = field(default_factory=dict)
 
     def round(
-        self, weight: Tensor, fmt: Format, objective: Objective, curvature: Tensor | None, speed: Speed = "default"
-    ) -> tuple[IQTensor, str]:
-        """The best of: W' with feedback, and W to nearest, by the outputs for the pairs kept aside."""
-        device, dtype = weight.device, weight.dtype
-        weight = weight.float()
+        self, weights: Sequence[Tensor], fmt: Format, objective: Objective, curvature: Tensor | None = None, speed: Speed = "default"
+    ) -> list[tuple[IQTensor, str]]:
+        """For each weight (one only, with curvature) the best of: W' with feedback, and W to nearest, by the outputs for the pairs kept
+        aside."""
+        device = weights[0].device
         fmt = get_format(fmt.plain) if fmt.plain else fmt
 
         def metric() -> Metric:
@@ -469,5 +477,6 @@ class _Statistics:
 
         importance = self.moments.diagonal().contiguous().to(device)
         x, y = self.x.to(device), self.y.to(device)
-        blocks, note = best_of(weight, fmt, importance, metric, objective, x, y, curvature, speed)
-        return IQTensor.from_blocks(blocks, fmt, dtype if dtype != torch.float64 else torch.float32), note
+        found = best_of([w.float() for w in weights], fmt, importance, metric, objective, x, y, curvature, speed)
+        dtypes = [w.dtype if w.dtype != torch.float64 else torch.float32 for w in weights]
+        return [(IQTensor.from_blocks(blocks, fmt, dtype), note) for (blocks, note), dtype in zip(found, dtypes, strict=True)]
