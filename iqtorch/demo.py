@@ -82,10 +82,11 @@ def run(
     Raises:
         UnknownFormatError: a format that does not exist.
         MissingDependencyError: transformers or matplotlib is not installed.
+        EvaluationError, OSError: `output` is no image, or cannot be written.
     """
     formats = [get_format(name).name for name in formats]
     console = console or Console()
-    plot.require_matplotlib()  # minutes before it is used
+    plot.check_output(output)  # minutes before it is written
     base, tokenizer = data.load_tiny_llama()
     ids = hf.encode(tokenizer, data.heldout_text())[: 512 * windows]
     prompt = torch.tensor([tokenizer(PROMPT).input_ids])

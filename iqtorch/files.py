@@ -1,10 +1,26 @@
-"""Writing files that are either complete or absent."""
+"""Writing files: places that can take them, and files that are either complete or absent."""
 
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 from typing import BinaryIO
+
+
+def check_place(path: str | Path) -> None:
+    """Refuses a file or folder that could not be made, before the work whose result goes there.
+
+    Raises:
+        OSError: the folder that it is to lie in does not exist, or takes no files.
+    """
+    folder = Path(path).absolute().parent
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return
+    except OSError as error:
+        what = f"{folder} takes no files ({error.strerror})" if folder.is_dir() else f"{folder} is no folder; make it"
+        raise OSError(error.errno, f"cannot be written: {what}, or choose another place", str(path)) from error
 
 
 class replacing:

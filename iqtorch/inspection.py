@@ -52,7 +52,9 @@ def shown(value: object) -> str:
         return f"{value:.4g}"
     if isinstance(value, int):
         return f"{value:,}"
-    if isinstance(value, list | tuple):
+    if isinstance(value, tuple):  # least and most
+        return " to ".join(f"{bound:,}" for bound in dict.fromkeys(value))
+    if isinstance(value, list):
         return " x ".join(map(str, value))
     return "" if value is None else str(value)
 

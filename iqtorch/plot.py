@@ -10,16 +10,23 @@ from pathlib import Path
 from typing import Any
 
 from .errors import EvaluationError, MissingDependencyError
+from .files import check_place
 
-__all__ = ["quality", "require_matplotlib"]
+__all__ = ["check_output", "quality"]
 
 _INK, _GRAY, _ACCENT = "#1a1a1a", "#8a8a8a", "#b3361e"
 
 
-def require_matplotlib() -> None:
-    """Raises MissingDependencyError if matplotlib is not installed."""
+def check_output(path: str | Path) -> None:
+    """Refuses a plot that could not be written, before what it shows is measured; errors as `quality`."""
     if importlib.util.find_spec("matplotlib") is None:
         raise MissingDependencyError("matplotlib is needed for plots and not installed: pip install 'iqtorch[eval]'")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    kinds = FigureCanvasAgg.get_supported_filetypes()
+    if Path(path).suffix[1:].lower() not in kinds:
+        raise EvaluationError(f"{path}: its ending names no kind of image that matplotlib writes: .{', .'.join(sorted(kinds))}")
+    check_place(path)
 
 
 def quality(
@@ -36,9 +43,10 @@ def quality(
 
     Raises:
         MissingDependencyError: matplotlib is not installed.
-        EvaluationError: `rows` is empty or lacks a value.
+        EvaluationError: `rows` is empty or lacks a value; the ending of `path` is unknown.
+        OSError: the image cannot be written there.
     """
-    require_matplotlib()
+    check_output(path)
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, MaxNLocator

@@ -13,12 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import iqtorch
 from iqtorch import Recipe, bench, cli, cpu_ext, data, evaluate, get_format, hf, kernel_info, list_formats, quantize_checkpoint
-from iqtorch.errors import EvaluationError, RecipeError, UnknownFormatError
+from iqtorch.errors import CheckpointError, EvaluationError, RecipeError, UnknownFormatError
 from iqtorch.importance import Importance, ImportanceEntry, collect_importance
 
 runner = CliRunner()
@@ -71,9 +72,14 @@ def test_version_says_which_kernels_run() -> None:
     assert f"cpu: available ({info['isa']})\n" in shown and info["isa"] == cpu_ext.capabilities()["isa"]
 
 
-def test_mistakes_are_found_before_a_model_is_looked_for() -> None:
+def test_mistakes_are_found_before_a_model_is_looked_for(tmp_path: Path) -> None:
     """`someone/model` would be looked for on the hub."""
+    text, folder = str(data.TINY_LLAMA_IMPORTANCE.with_name("config.json")), str(data.TINY_LLAMA)
     for words, kind in (
+        (["importance", "someone/model", str(tmp_path / "missing" / "imatrix.dat")], FileNotFoundError),
+        (["quantize", "someone/model", folder, "--format", "iq4_ks", "--calibration", text], CheckpointError),
+        (["demo", "-o", str(tmp_path / "missing" / "plot.png")], FileNotFoundError),
+        (["demo", "-o", "plot.txt"], EvaluationError),
         (["quantize", "someone/model", "out", "--format", "iq2kl"], UnknownFormatError),
         (["perplexity", "someone/model", "--rule", "(=iq2_kl"], RecipeError),
         (["convert", "someone/model", "out", "--recipe", "missing.toml"], FileNotFoundError),
@@ -82,6 +88,8 @@ def test_mistakes_are_found_before_a_model_is_looked_for() -> None:
     for words, message in (
         (["kl", "someone/model", "--device", "abacus"], "no device"),
         (["quantize", "a/b", "c", "--rule", "x"], "REGEX=FORMAT"),
+        (["quantize", "a/b", "c", "--format", "iq4_ks", "--windows", "3"], "for --calibration"),
+        (["quantize", "a/b", "c", "--format", "iq4_ks", "--rounding", "yaqa"], "for --calibration"),
     ):
         result = runner.invoke(cli.app, words)
         assert result.exit_code == 2 and message in " ".join(result.output.split()), result.output
@@ -195,6 +203,29 @@ def test_quantize_by_rules_and_calibration(tmp_path: Path) -> None:
         assert formats["model.layers.2.mlp.down_proj.weight"] == formats["model.embed_tokens.weight"] == kept
 
 
+def test_calibrated_rounding_that_cannot_be_written_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "text.txt").write_text(data.calibration_text()[:8000], encoding="utf-8")
+    words = ["quantize", "tiny-llama", str(tmp_path / "made"), "--format", "iq4_nl", "--pure", "--calibration", str(tmp_path / "text.txt")]
+
+    def full(*_: object, **__: object) -> None:
+        raise SafetensorError("No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("transformers.modeling_utils.safe_save_file", full)
+        assert "goes on where it was" in str(runner.invoke(cli.app, words).exception)
+    assert not (tmp_path / "made").exists()
+    with monkeypatch.context() as patched:  # nothing is left to be rounded
+        patched.delattr("iqtorch.calibration.sequence.best_of")
+        patched.delattr("iqtorch.calibration.sequence.quantize_calibrated")
+        run(*words)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["made", "text.txt"]
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in (tmp_path / "made").iterdir()}
+    assert "is there already" in str(runner.invoke(cli.app, words).exception)
+    run(*words, "--overwrite", "--max-shard-size", "1MB")
+    assert not (tmp_path / "made" / "model.safetensors").exists()
+    assert run_json("perplexity", tmp_path / "made", "--windows", 1)["perplexity"] > 1
+
+
 def test_quantize_and_convert_stream(tmp_path: Path) -> None:
     """The commands are the functions: same bytes, same refusals."""
     recipe = tmp_path / "recipe.toml"
@@ -270,6 +301,9 @@ def test_inspect_a_plain_file(tmp_path: Path) -> None:
     found = run_json("inspect", tmp_path / "x.safetensors")
     assert [tuple(row.values()) for row in found["rows"]] == [("a", "float32", [3, 5], 60, 32.0), ("b", "bfloat16", [2], 4, 16.0)]
     assert "17 weights, 64 bytes" in run("inspect", tmp_path)
+    name = "a" * 200
+    save_file({name: torch.zeros(3, 5)}, tmp_path / "x.safetensors")
+    assert name in run("inspect", tmp_path)  # in pipes, names are whole
 
 
 def test_inspect_packed_weights(tmp_path: Path) -> None:

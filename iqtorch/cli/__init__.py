@@ -73,5 +73,12 @@ def main() -> None:
     try:
         app(prog_name="iqtorch")
     except (IQTorchError, OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        err.print("[bold red]error:[/bold red]", escape(str(error)), highlight=False, soft_wrap=True)
+        err.print("[bold red]error:[/bold red]", escape(_message(error)), highlight=False, soft_wrap=True)
         sys.exit(1)
+
+
+def _message(error: Exception) -> str:
+    """The file and what is wrong with it, without the number that Python puts before."""
+    if not isinstance(error, OSError) or error.strerror is None:
+        return str(error)
+    return f"{error.filename}: {error.strerror}" if error.filename else error.strerror

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from ..errors import CheckpointError
+from ..files import check_place
 from ..formats import get_format, list_formats
+from ..tensor import IQTensor
 from .options import (
+    ROUNDING,
+    WINDOWS,
+    WRITABLE,
     AsJson,
+    Calibrated,
     Device,
     Limit,
     Model,
     Output,
     Quantization,
-    Rounding,
     Streaming,
     bar,
     command,
@@ -27,6 +36,7 @@ from .options import (
     open_model,
     out,
     print_json,
+    print_table,
     read_text,
     shared,
     text_option,
@@ -57,7 +67,7 @@ def formats(as_json: AsJson = False) -> None:
         note = f"4 rows of {row['plain']}" if row["plain"] else "wants importance" if row["requires_importance"] else ""
         cells = (row["format"], f"{row['bpw']:.3f}", row["block_size"], row["ggml_type"], row["fallback"] or "kept", note)
         table.add_row(*map(str, cells))
-    out.print(table)
+    print_table(table)
 
 
 @command(
@@ -65,40 +75,19 @@ def formats(as_json: AsJson = False) -> None:
     "iqtorch quantize ./my-model my-model.gguf --format iq3_k --rule 'down_proj=iq4_ks' --skip lm_head",
     "iqtorch quantize ./my-model ./packed --format iq2_kl --calibration book.txt --rounding ldlq",
 )
-@shared(how=Quantization, files=Streaming)
-def quantize(
-    model: Model,
-    output: Output,
-    how: Quantization,
-    files: Streaming,
-    calibration: Annotated[Path | None, text_option("UTF-8 text for calibrated rounding: slower, better, and in memory.")] = None,
-    rounding: Rounding = "ldlq",
-    windows: Annotated[int, typer.Option(help="With --calibration: windows of 512 tokens to use.", min=1)] = 64,
-    as_json: AsJson = False,
-) -> None:
+@shared(how=Quantization, files=Streaming, rounded=Calibrated)
+def quantize(model: Model, output: Output, how: Quantization, files: Streaming, rounded: Calibrated, as_json: AsJson = False) -> None:
     """Quantize a model from file to file, to a GGUF file (OUTPUT ends in .gguf) or a Hugging Face folder.
 
     Memory does not grow with the model, except with --calibration. The same command goes on with a run that was stopped.
     """
-    from ..report import report
-
     if not how.wanted:
         raise typer.BadParameter("give --format, --recipe, --rule or --custom-q", param_hint="--format")
-    if calibration is None:
-        made = _streamed(model, output, how, files)
-    else:
-        from .. import evaluate, hf
-
-        loaded, tokenizer = open_model(model)
-        ids = hf.encode(tokenizer, read_text(calibration))
-        batches = evaluate.windows(loaded, ids)[:windows].split(4)
-        if output.suffix == ".gguf":
-            from ..gguf import use_file_order
-
-            use_file_order(loaded)
-        how.apply(loaded, model, rounding=rounding, calibration=batches)
-        _save(loaded, tokenizer, output)
-        made = report(loaded)
+    with _resumable():
+        if rounded.calibration is None:
+            made = _streamed(model, output, how, files)
+        else:
+            made = _calibrated(model, output, how, files, rounded, rounded.calibration)
     if as_json:
         return print_json({"output": str(output), "bpw": made.bits_per_weight, "bytes": made.nbytes})
     out.print(str(made), highlight=False, markup=False, soft_wrap=True)
@@ -119,10 +108,10 @@ def convert(model: Model, output: Output, how: Quantization, files: Streaming, a
     """
     from ..checkpoint import convert_checkpoint
 
-    if how.wanted:
-        _streamed(model, output, how, files)
-    else:
-        with _resumable():
+    with _resumable():
+        if how.wanted:
+            _streamed(model, output, how, files)
+        else:
             convert_checkpoint(
                 files_of(model), output, threads=files.threads, max_shard_size=files.max_shard_size, overwrite=files.overwrite
             )
@@ -141,7 +130,10 @@ def importance(
         list[str], typer.Argument(metavar="MODEL", help="Hugging Face folder or hub name, GGUF file, or tiny-llama. With --merge: files.")
     ],
     output: Annotated[
-        Path, typer.Argument(metavar="OUTPUT", help="File to write: .dat (read by ik_llama.cpp), or any other ending for a GGUF file.")
+        Path,
+        typer.Argument(
+            metavar="OUTPUT", help="File to write: .dat (read by ik_llama.cpp), or any other ending for a GGUF file.", **WRITABLE
+        ),
     ],
     text: Annotated[Path | None, text_option("UTF-8 text. Default: the calibration text inside the package.")] = None,
     window: Annotated[int, typer.Option(help="Tokens per sequence.")] = 512,
@@ -152,6 +144,7 @@ def importance(
 ) -> None:
     """Collect the importance of a model's weights from a text, or put together what was collected from several."""
     from .. import data, evaluate, hf
+    from ..gguf.names import gguf_package
     from ..importance import Importance, collect_importance
 
     if merge:
@@ -165,6 +158,7 @@ def importance(
         return out.print(f"{found} in {output}", highlight=False, soft_wrap=True)
     if len(model) > 1:
         raise typer.BadParameter(f"{len(model)} models; several files are for --merge", param_hint="MODEL")
+    gguf_package()  # its names are those of the file; not after the text
     loaded, tokenizer = open_model(model[0])
     ids = hf.encode(tokenizer, read_text(text) if text else data.calibration_text())
     batches = evaluate.windows(loaded, ids, window)[:windows]
@@ -194,12 +188,14 @@ def inspect(
     for key, value in found["metadata"].items():
         out.print(f"{key}: {value}", highlight=False, markup=False, soft_wrap=True)
     rows = found["rows"]
-    table = Table(caption=found["summary"])
-    for heading, value in (rows[0] if rows else {}).items():
-        table.add_column(heading, justify="right" if isinstance(value, int | float) else "left", overflow="fold")
+    table = Table(box=SIMPLE_HEAD)
+    used = [key for key in (rows[0] if rows else {}) if any(row[key] is not None for row in rows)]
+    for key in used:
+        table.add_column(key, justify="right" if isinstance(rows[0][key], int | float) else "left", overflow="fold")
     for row in rows:
-        table.add_row(*map(inspection.shown, row.values()))
-    out.print(table)
+        table.add_row(*(inspection.shown(row[key]) for key in used))
+    print_table(table)
+    out.print(found["summary"], highlight=False, soft_wrap=True)
 
 
 # -- helpers ---------------------------------------------------------------------------------------------------
@@ -224,27 +220,69 @@ def _streamed(model: str, output: Path, how: Quantization, files: Streaming) -> 
     def names() -> Sequence[str]:
         return parameter_names(source)
 
-    with _resumable():
-        return quantize_checkpoint(
-            source,
-            output,
-            how.recipe_for(names),
-            file,
-            objective=how.objective,  # type: ignore[arg-type]
-            speed=how.speed,  # type: ignore[arg-type]
-            skip=how.skip or (),
-            requantize=files.requantize,
-            threads=files.threads,
-            max_shard_size=files.max_shard_size,
-            overwrite=files.overwrite,
-        )
+    return quantize_checkpoint(
+        source,
+        output,
+        how.recipe_for(names),
+        file,
+        objective=how.objective,  # type: ignore[arg-type]
+        speed=how.speed,  # type: ignore[arg-type]
+        skip=how.skip or (),
+        requantize=files.requantize,
+        threads=files.threads,
+        max_shard_size=files.max_shard_size,
+        overwrite=files.overwrite,
+    )
 
 
-def _save(model: Any, tokenizer: Any, output: Path) -> None:
+def _calibrated(model: str, output: Path, how: Quantization, files: Streaming, rounded: Calibrated, text: Path) -> Any:
+    """In memory. Finished blocks lie in a hidden folder beside the output until that is written."""
+    from .. import evaluate, hf
+    from ..gguf.names import gguf_package
+    from ..report import report
+
+    made = output if output.suffix == ".gguf" else output / "config.json"
+    if made.exists() and not files.overwrite:
+        raise CheckpointError(f"{made} is there already: choose another place, or overwrite it (--overwrite)")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    check_place(output)
+    if output.suffix == ".gguf":
+        gguf_package()
+    loaded, tokenizer = open_model(model)
+    if any(isinstance(parameter, IQTensor) for parameter in loaded.parameters()):
+        raise CheckpointError(f"{model} is quantized already; calibrated rounding takes the original model")
+    ids = hf.encode(tokenizer, read_text(text))
+    batches = evaluate.windows(loaded, ids)[: rounded.windows or WINDOWS].split(4)
+    if output.suffix == ".gguf":
+        from ..gguf import use_file_order
+
+        use_file_order(loaded)
+    blocks = output.with_name(f".{output.name}.blocks")
+    if files.overwrite:
+        shutil.rmtree(blocks, ignore_errors=True)
+    torch.set_num_threads(files.threads or torch.get_num_threads())
+    how.apply(loaded, model, rounding=rounded.rounding or ROUNDING, calibration=batches, checkpoint=blocks)
+    _save(loaded, tokenizer, output, files.max_shard_size)
+    shutil.rmtree(blocks)
+    return report(loaded)
+
+
+def _save(model: Any, tokenizer: Any, output: Path, max_shard_size: str) -> None:
+    """Writes a GGUF file or a folder, which have their names when they are complete."""
     if output.suffix == ".gguf":
         from ..gguf import save_gguf
 
-        save_gguf(model, output, tokenizer)
-    else:
-        model.save_pretrained(output)
-        tokenizer.save_pretrained(output)
+        return save_gguf(model, output, tokenizer)
+    from safetensors import SafetensorError
+
+    part = output.with_name(f".{output.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        model.save_pretrained(part, max_shard_size=max_shard_size)
+    except SafetensorError as error:
+        raise OSError(f"{output}: {error}; the same command goes on where it was once it can be written") from error
+    tokenizer.save_pretrained(part)
+    for old in output.glob("*.safetensors*"):
+        old.unlink()
+    shutil.copytree(part, output, copy_function=shutil.move, dirs_exist_ok=True)
+    shutil.rmtree(part)

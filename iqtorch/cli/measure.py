@@ -11,7 +11,22 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from .options import AsJson, Device, Model, Quantization, Scoring, bar, command, err, out, print_json, quiet, read_text, shared
+from .options import (
+    AsJson,
+    Device,
+    Model,
+    Quantization,
+    Scoring,
+    bar,
+    command,
+    err,
+    out,
+    print_json,
+    print_table,
+    quiet,
+    read_text,
+    shared,
+)
 
 
 @command("iqtorch demo", "iqtorch demo iq2_kl iq4_ks --output quality.png")
@@ -106,7 +121,7 @@ def bench(
     for row in found:
         cells = (f"{row.packed_us:.1f}", f"{row.plain_us:.1f}", f"{row.speedup:.2f}", f"{row.gb_per_s:.1f}", f"{row.error:.1e}")
         table.add_row(row.format, f"{row.n}x{row.k}", str(row.rows), *cells)
-    out.print(table)
+    print_table(table)
 
 
 @command("iqtorch plot demo.json --output quality.png")

@@ -14,13 +14,16 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import torch
 import typer
 from rich.console import Console
+from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
 
+from ..files import check_place
 from ..formats import list_formats
 from ..progress import bars
 from ..quantize import OBJECTIVES, ROUNDINGS, SPEEDS
 
 if TYPE_CHECKING:
+    from rich.table import Table
     from torch import Tensor, nn
 
     from ..evaluate import Progress as Report
@@ -40,8 +43,8 @@ def _formats(incomplete: str) -> list[str]:
 def _one_of(values: Sequence[str]) -> dict[str, Any]:
     """Settings of an option with these values."""
 
-    def check(value: str) -> str:
-        if value not in values:
+    def check(value: str | None) -> str | None:
+        if value is not None and value not in values:
             raise typer.BadParameter(f"{value!r} is not one of {', '.join(values)}")
         return value
 
@@ -64,6 +67,15 @@ def _readable(path: Path | None) -> Path | None:
     if path is not None:
         read_text(path)
     return path
+
+
+def _writable(path: Path) -> Path:
+    check_place(path)
+    return path
+
+
+#: Settings of an argument or option that names a file to write; one that cannot be written is refused before anything is done.
+WRITABLE: dict[str, Any] = {"callback": _writable}
 
 
 def text_option(help: str) -> Any:
@@ -181,9 +193,29 @@ class Scoring:
         return loaded.to(self.device), ids[: self.windows * self.window] if self.windows else ids
 
 
-Rounding = Annotated[
-    str, typer.Option(help="With --calibration: kind of rounding.", **_one_of([name for name in ROUNDINGS if name != "nearest"]))
-]
+#: What `--calibration` takes where the command line does not say.
+ROUNDING, WINDOWS = "ldlq", 64
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """Rounding with a text."""
+
+    calibration: Annotated[Path | None, text_option("UTF-8 text for calibrated rounding: slower, better, and in memory.")] = None
+    rounding: Annotated[
+        str | None,
+        typer.Option(
+            help=f"With --calibration: kind of rounding. Default: {ROUNDING}.", **_one_of([name for name in ROUNDINGS if name != "nearest"])
+        ),
+    ] = None
+    windows: Annotated[int | None, typer.Option(help=f"With --calibration: windows of 512 tokens to use. Default: {WINDOWS}.", min=1)] = (
+        None
+    )
+
+    def __post_init__(self) -> None:
+        for option, value in (("--rounding", self.rounding), ("--windows", self.windows)):
+            if value is not None and self.calibration is None:
+                raise typer.BadParameter("it is for --calibration TEXT, which is not given", param_hint=option)
 
 
 #: Commands in the order of `iqtorch --help`, each with what stands below its help.
@@ -286,6 +318,13 @@ def files_of(model: str) -> Path:
 
 
 # -- output ----------------------------------------------------------------------------------------------------
+
+
+def print_table(table: Table) -> None:
+    """A table on standard output: as wide as a terminal, or in files and pipes as wide as it takes, for names are looked for there."""
+    if not out.is_terminal:
+        table.width = Measurement.get(out, out.options.update(max_width=10_000), table).maximum
+    out.print(table, crop=False)
 
 
 def print_json(value: object) -> None:

@@ -16,7 +16,7 @@ SOURCES = Path(__file__).with_name("csrc")
 #: What to do where the sources are.
 REBUILD = f"pip install -e {SOURCES.parents[2]} (`make` does it by itself)"
 #: What to do where they are not.
-REINSTALL = "pip install --force-reinstall --no-deps iqtorch, with torch and a C++17 compiler present"
+REINSTALL = "pip install --force-reinstall --no-deps . in a clone of iqtorch, with torch and a C++17 compiler present"
 
 
 def find() -> tuple[Path | None, list[str]]:

@@ -25,7 +25,7 @@ def load(path: str | Path) -> Importance:
     file = GGUFFile(path)
     kind = file.metadata.get("general.type")
     if kind != "imatrix":
-        raise GGUFMetadataError(f"{path}: general.type is {kind!r}, an importance file has 'imatrix'")
+        raise GGUFMetadataError(f"{path}: general.type is {kind!r}, an importance file has 'imatrix'; `iqtorch importance` makes one")
     entries: dict[str, ImportanceEntry] = {}
     for stored, info in file.tensors.items():
         suffix = next((s for s in _SUMS if stored.endswith(s)), None)
