@@ -6,6 +6,7 @@ import itertools
 import os
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from iqtorch import cpu_ext
 from iqtorch.encode import compiled, encode, encoder
-from iqtorch.encode.encoder import CHUNK, EFFORTS, LANES, Speed, _encode_rows
+from iqtorch.encode.encoder import CHUNK, CHUNK_BYTES, CHUNK_LEAST, EFFORTS, LANES, Speed, _chunk, _encode_rows, workspace
 from iqtorch.encode.nearest import SCORE_ELEMENTS, CellNearest, GridNearest, TableNearest, nearest
 from iqtorch.encode.search import Effort, ScaleGrid, StoredFloat, large_codebook
 from iqtorch.errors import WeightError
@@ -524,3 +525,22 @@ def test_memory_of_the_search_in_torch_is_that_of_a_chunk(fmt: Format, monkeypat
     two = peak(2 * LANES)  # parts of a chunk live until those of the next are there
     assert two <= 160 * LANES * 512
     assert peak(4 * LANES) <= 1.02 * two
+
+
+def test_a_workspace_is_that_of_its_thread() -> None:
+    most, inside, elsewhere = _chunk("gpu"), [], []
+    with workspace(CHUNK_BYTES["gpu"] * (most // 4)):
+        thread = threading.Thread(target=lambda: elsewhere.append(_chunk("gpu")))
+        thread.start(), thread.join()
+        inside.append(_chunk("gpu"))
+        with workspace(1):
+            inside.append(_chunk("gpu"))
+    assert inside == [most // 4, CHUNK_LEAST["gpu"]] and elsewhere == [most] and _chunk("gpu") == most
+
+
+def test_a_workspace_changes_no_byte() -> None:
+    weight, importance = sample(1100, 256)  # more than the fewest weights that are searched for at a time
+    for name in ("iq4_ks", "iq2_xxs", "iq1_kt"):
+        with workspace(1):
+            small = encode(weight, get_format(name), importance, "model", "fast")
+        assert torch.equal(small, encode(weight, get_format(name), importance, "model", "fast"))

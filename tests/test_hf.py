@@ -209,6 +209,8 @@ def test_bad_configs_are_named() -> None:
         IQConfig("iq2_kl", rounding="up")  # type: ignore[arg-type]
     with pytest.raises(UnknownFormatError, match="iq2_kl"):
         IQConfig("iq2_lk")
+    with pytest.raises(RecipeError, match="needs a format"):
+        IQConfig()
     with pytest.raises(RecipeError, match="not both"):
         IQConfig("iq2_kl", recipe=Recipe.pure("iq2_kl"))
     with pytest.raises(ValueError, match="objective"):

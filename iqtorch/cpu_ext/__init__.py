@@ -203,14 +203,7 @@ def embedding(ids: Tensor, data: Tensor, fmt: Format, rows: int, k: int, dtype: 
     Raises:
         IndexError: an id below 0 or not below `rows`.
     """
-    if torch.compiler.is_compiling():
-        return torch.ops.iqtorch_cpu.embedding.default(ids, data, fmt.ggml_type, rows, k, DTYPE_CODE[dtype])
-    try:
-        return torch.ops.iqtorch_cpu.embedding.default(ids, data, fmt.ggml_type, rows, k, DTYPE_CODE[dtype])
-    except RuntimeError as error:
-        if "index out of range" in str(error):
-            raise IndexError(_first_line(error)) from None
-        raise
+    return torch.ops.iqtorch_cpu.embedding.default(ids, data, fmt.ggml_type, rows, k, DTYPE_CODE[dtype])
 
 
 def grouped_linear(x: Tensor, data: Tensor, offsets: Tensor, fmt: Format, rows: int, precision: int) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
 from functools import lru_cache
 from typing import Literal
@@ -35,8 +36,9 @@ SINGLE_EFFORTS = {
 #: Weights encoded at a time (on a CPU, per thread): temporaries of the search in torch are some hundred bytes per weight, the
 #: compiled one needs some for sixteen units at a time only. What is prepared per call, or per column, is shared by all rows of a chunk.
 CHUNK = {"cpu": 1 << 19, "columns": 1 << 23, "gpu": 1 << 22}
-#: Bytes that the search on a GPU takes at most for each of them, and the fewest weights that are worth its launches.
-GPU_BYTES, GPU_LEAST = 128, 1 << 16
+#: Bytes that a search takes at most for each of them (with what malloc keeps), and the fewest weights that are worth one (see `workspace`).
+CHUNK_BYTES = {"cpu": 32, "columns": 64, "gpu": 128}
+CHUNK_LEAST = {"cpu": 1 << 18, "columns": 1 << 18, "gpu": 1 << 16}
 #: Rows that share a pass of the compiled search, if `d` is per row.
 LANES = 16
 #: Least importance relative to the mean: columns without importance still choose their own best codes.
@@ -67,7 +69,13 @@ def encode(weight: Tensor, fmt: Format, importance: Tensor | None, objective: Ob
         blocks = encode(weight, plain, importance, objective, speed)
         return fmt.pack(plain.unpack(blocks))
     fmt = fmt.for_encoding
-    return torch.cat([pack(parts, fmt) for parts in _encode(weight, fmt, importance, objective, speed)])
+    blocks, done = torch.empty((len(weight), fmt.row_bytes(weight.shape[1])), dtype=torch.uint8, device=weight.device), 0
+    for parts in _encode(weight, fmt, importance, objective, speed):
+        some = pack(parts, fmt)
+        blocks[done : done + len(some)] = some
+        done += len(some)
+        del parts, some  # before those of the next rows are there
+    return blocks
 
 
 def encode_parts(weight: Tensor, fmt: Format, importance: Tensor | None, objective: Objective, speed: Speed) -> Parts:
@@ -90,23 +98,32 @@ def _encode(weight: Tensor, fmt: Format, importance: Tensor | None, objective: O
         yield _encode_rows(part.float().contiguous(), fmt, weights, objective, effort)
 
 
+_workspace: ContextVar[int | None] = ContextVar("workspace", default=None)
+
+
 @contextmanager
-def gpu_workspace(nbytes: int) -> Iterator[None]:
-    """Encoders on a GPU take no more than this (but 8 MiB) beside a weight and its blocks, where that is less than their most."""
-    before = CHUNK["gpu"]
-    CHUNK["gpu"] = min(before, max(nbytes // GPU_BYTES, GPU_LEAST))
+def workspace(nbytes: int) -> Iterator[None]:
+    """Searches that this thread starts take no more than this (but 32 MiB, or 16 MiB for each thread that helps) beside a weight and its
+    blocks, where that is less than their most."""
+    token = _workspace.set(nbytes)
     try:
         yield
     finally:
-        CHUNK["gpu"] = before
+        _workspace.reset(token)
+
+
+def _chunk(kind: str, threads: int = 1) -> int:
+    """How many weights are searched for at a time."""
+    most, nbytes = CHUNK[kind] * threads, _workspace.get()
+    return most if nbytes is None else min(most, max(nbytes // CHUNK_BYTES[kind], CHUNK_LEAST[kind]))
 
 
 def _rows_at_a_time(fmt: Format, k: int, device: torch.device) -> int:
     if device.type != "cpu":
-        return max(1, CHUNK["gpu"] // k)
+        return max(1, _chunk("gpu") // k)
     if large_codebook(fmt):
-        return max(1, CHUNK["columns"] // k)
-    return -(-CHUNK["cpu"] * torch.get_num_threads() // k // LANES) * LANES
+        return max(1, _chunk("columns") // k)
+    return -(-_chunk("cpu", torch.get_num_threads()) // k // LANES) * LANES
 
 
 @lru_cache(maxsize=256)
@@ -187,7 +204,7 @@ def _unshrink(parts: Parts, fmt: Format, weight: Tensor, importance: Tensor, dow
     too small by that factor on average. The squared error grows only in second order; divergence of a model falls.
     `product`: sums w x q of parts of the rows, where the search knows them.
     """
-    step = max(1, CHUNK["cpu" if weight.is_cpu else "gpu"] // weight.shape[1])
+    step = max(1, _chunk("cpu" if weight.is_cpu else "gpu") // weight.shape[1])
     ratios = []
     for i in range(0, len(weight), step):  # what is decoded takes several times the memory of the weights
         rows = slice(i, i + step)

@@ -163,6 +163,8 @@ class IQConfig(QuantizationConfigMixin):
             raise _unknown_version(format_version)
         check_options(objective, speed)
         _check_rounding(rounding, calibration, read=tensors is not None)
+        if format is None and recipe is None and tensors is None:
+            raise RecipeError("IQConfig needs a format, such as IQConfig('iq4_ks'), or recipe=; iqtorch.list_formats() lists the formats")
         if format is not None and isinstance(recipe, Recipe):
             raise RecipeError(f"give a format ({format!r}) or a Recipe, not both; exceptions are a dict: recipe={{regex: format}}")
         self.quant_method = METHOD

@@ -21,7 +21,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from ..as_stored import keep_as_stored
 from ..calibration import Calibration, quantize_calibrated
-from ..encode.encoder import gpu_workspace
+from ..encode.encoder import workspace
 from ..errors import CheckpointError, IQTorchError, MissingDependencyError, UnsupportedOperationError
 from ..formats import get_format
 from ..linear import PACKED_CLASS, matrix_of, packable, packed_parameter
@@ -222,7 +222,7 @@ class IQQuantizer(HfQuantizer):
                 packed, note = quantize_calibrated(matrix, fmt, moments, config.objective, speed=config.speed)
                 self._notes[name] = f"{self._notes[name]}; {note}" if name in self._notes else note
             else:
-                with gpu_workspace(self.largest):
+                with workspace(self.largest):
                     packed = quantize(matrix, fmt, plan.importance, config.objective, speed=config.speed, name=name)
             return self._parameter(model, name, packed._swapped() if plan.transposed else packed)
         except (IQTorchError, ValueError) as error:

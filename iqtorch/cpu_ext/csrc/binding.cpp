@@ -3,7 +3,6 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
 #include <array>
@@ -14,6 +13,7 @@
 #include <string>
 #include <vector>
 
+#include "check.h"
 #include "dispatch.h"
 #include "pack.h"
 
@@ -33,14 +33,14 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 DType dtype_of(ScalarType type, const char* what) {
   if (type == ScalarType::Float) return kFloat32;
   if (type == ScalarType::BFloat16) return kBFloat16;
-  STD_TORCH_CHECK(type == ScalarType::Half, what, " must be float32, bfloat16 or float16; convert it with .to(torch.float32)");
+  IQ_CHECK(type == ScalarType::Half, what, " must be float32, bfloat16 or float16; convert it with .to(torch.float32)");
   return kFloat16;
 }
 
 // A dtype as operators take it: its place in KERNEL_DTYPES of ops.py.
 ScalarType scalar_type_of(int64_t code) {
   constexpr ScalarType types[] = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half};
-  STD_TORCH_CHECK(code >= 0 && code < 3, "codes of dtypes are 0 (float32), 1 (bfloat16) and 2 (float16), got ", code);
+  IQ_CHECK(code >= 0 && code < 3, "codes of dtypes are 0 (float32), 1 (bfloat16) and 2 (float16), got ", code);
   return types[code];
 }
 
@@ -60,7 +60,7 @@ template <class T> T* scratch(int slot, int64_t count) {
   // Large buffers are given back when they are more than twice too big: a prompt must not pin its size for ever.
   if (buffer.bytes < bytes || (buffer.bytes > (1 << 22) && buffer.bytes > 2 * bytes)) {
     buffer.data.reset(std::aligned_alloc(64, bytes));
-    STD_TORCH_CHECK(buffer.data, "out of memory: ", bytes, " bytes of scratch for a matrix product");
+    IQ_CHECK_AS(std::runtime_error, buffer.data, "out of memory: ", bytes, " bytes of scratch for a matrix product");
     buffer.bytes = bytes;
   }
   return static_cast<T*>(buffer.data.get());
@@ -79,11 +79,11 @@ struct Packed {
 };
 
 Packed packed_of(const Format& f, const uint8_t* data, int64_t bytes, int64_t rows, int64_t k) {
-  STD_TORCH_CHECK(k > 0 && k % f.i.block == 0, "rows of GGUF type ", f.i.type, " are a positive multiple of ", f.i.block, " weights, got ", k);
+  IQ_CHECK(k > 0 && k % f.i.block == 0, "rows of GGUF type ", f.i.type, " are a positive multiple of ", f.i.block, " weights, got ", k);
   const int64_t blocks = k / f.i.block, row_bytes = f.i.header_bytes + blocks * f.i.block_bytes, groups = rows / kRows, tail_rows = rows % kRows;
   const int64_t headers = ceil_div(groups * kRows * f.i.header_bytes, 64) * 64, tiles = groups * blocks * f.i.tile_bytes;
   const int64_t expected = headers + tiles + tail_rows * row_bytes;
-  STD_TORCH_CHECK(rows > 0 && bytes == expected, "a packed matrix of ", rows, " x ", k, " weights has ", expected, " bytes, got ", bytes,
+  IQ_CHECK(rows > 0 && bytes == expected, "a packed matrix of ", rows, " x ", k, " weights has ", expected, " bytes, got ", bytes,
                   "; pass the rows and columns it was packed with");
   return {{&f, data, data + headers, groups * kRows, k, blocks}, data + headers + tiles, tail_rows, row_bytes};
 }
@@ -100,14 +100,15 @@ Matrix tail_of(const Packed& w) {
 int64_t element_size(DType dtype) { return dtype == kFloat32 ? 4 : 2; }
 
 const Format& format_of(int64_t type, const Tensor& data) {
-  STD_TORCH_CHECK(data.scalar_type() == ScalarType::Byte && data.is_contiguous(), "packed weights are a contiguous uint8 tensor");
+  IQ_CHECK(data.scalar_type() == ScalarType::Byte && data.is_contiguous(), "packed weights are a contiguous uint8 tensor");
   return find_format(type);
 }
 
 // bias as float32, or null.
 const float* bias_of(const std::optional<Tensor>& bias, int64_t rows, std::optional<Tensor>& keep) {
   if (!bias) return nullptr;
-  STD_TORCH_CHECK(bias->numel() == rows && bias->dim() == 1, "bias must have one number per row: ", rows, ", got ", bias->numel());
+  IQ_CHECK(bias->numel() == rows && bias->dim() == 1, "a bias must have one dimension and one number per row: ", rows, ", got ", bias->numel(), " in ",
+           bias->dim(), " dimensions");
   keep = bias->is_contiguous() ? *bias : torch::stable::contiguous(*bias);
   const DType dtype = dtype_of(keep->scalar_type(), "bias");
   if (dtype == kFloat32) return static_cast<const float*>(keep->const_data_ptr());
@@ -196,8 +197,8 @@ Tensor empty(const std::vector<int64_t>& sizes, ScalarType type) {
 std::vector<Tensor> linear_many(const Tensor& x, const std::vector<Tensor>& data, const std::vector<int64_t>& formats,
                                 const std::vector<int64_t>& rows, const std::vector<std::optional<Tensor>>& bias, int64_t precision) {
   const size_t count = data.size();
-  STD_TORCH_CHECK(x.dim() >= 1, "activations need at least one dimension");
-  STD_TORCH_CHECK(formats.size() == count && rows.size() == count && bias.size() == count, "as many formats, rows and biases as weights");
+  IQ_CHECK(x.dim() >= 1, "activations need at least one dimension");
+  IQ_CHECK(formats.size() == count && rows.size() == count && bias.size() == count, "as many formats, rows and biases as weights");
   const ScalarType type = x.scalar_type();
   const DType dtype = dtype_of(type, "activations");
   const int64_t k = x.size(-1);
@@ -245,7 +246,7 @@ void multiply_transposed_bfloat16(const Packed& w, const Tensor& g, Tensor y) {
 }
 
 Tensor linear_transposed(const Tensor& g, const Tensor& data, int64_t format, int64_t k) {
-  STD_TORCH_CHECK(g.dim() >= 1, "gradients need at least one dimension");
+  IQ_CHECK(g.dim() >= 1, "gradients need at least one dimension");
   const Format& f = format_of(format, data);
   const DType dtype = dtype_of(g.scalar_type(), "gradients");
   const Kernels& kern = kernels();
@@ -308,11 +309,11 @@ Tensor embedding(const Tensor& ids, const Tensor& data, int64_t format, int64_t 
   if (flat.scalar_type() == ScalarType::Long) {
     std::memcpy(id, flat.const_data_ptr(), n * sizeof(int64_t));
   } else {
-    STD_TORCH_CHECK(flat.scalar_type() == ScalarType::Int, "ids must be int64 or int32");
+    IQ_CHECK(flat.scalar_type() == ScalarType::Int, "ids must be int64 or int32; convert them with .to(torch.int64)");
     std::copy_n(static_cast<const int32_t*>(flat.const_data_ptr()), n, id);
   }
   for (int64_t i = 0; i < n; ++i)
-    STD_TORCH_CHECK(id[i] >= 0 && id[i] < rows, "index out of range: id ", id[i], " of an embedding with ", rows, " rows (0 .. ", rows - 1, ")");
+    IQ_CHECK_AS(std::out_of_range, id[i] >= 0 && id[i] < rows, "index out of range: id ", id[i], " of an embedding with ", rows, " rows (0 .. ", rows - 1, ")");
   char* out = static_cast<char*>(y.mutable_data_ptr());
   const bool ends = std::any_of(id, id + n, [&](int64_t row) { return row >= w.full.rows; });
   const Matrix tail = ends ? tail_of(w) : Matrix{};
@@ -328,8 +329,8 @@ Tensor embedding(const Tensor& ids, const Tensor& data, int64_t format, int64_t 
 
 Tensor grouped_linear(const Tensor& x, const Tensor& data, const Tensor& offsets, int64_t format, int64_t rows, int64_t precision) {
   const Format& f = format_of(format, data);
-  STD_TORCH_CHECK(x.dim() == 2 && data.dim() == 2, "activations are [T, K] and packed experts [E, bytes]");
-  STD_TORCH_CHECK(offsets.scalar_type() == ScalarType::Int && offsets.dim() == 1 && offsets.size(0) == data.size(0),
+  IQ_CHECK(x.dim() == 2 && data.dim() == 2, "activations are [T, K] and packed experts [E, bytes]");
+  IQ_CHECK(offsets.scalar_type() == ScalarType::Int && offsets.dim() == 1 && offsets.size(0) == data.size(0),
                   "offsets are int32, one per expert: the end of its rows of activations");
   const DType dtype = dtype_of(x.scalar_type(), "activations");
   const int64_t k = x.size(1), tokens = x.size(0), bytes = data.size(1), size = element_size(dtype);
@@ -342,7 +343,7 @@ Tensor grouped_linear(const Tensor& x, const Tensor& data, const Tensor& offsets
   int64_t start = 0;
   for (int64_t e = 0; e < data.size(0); ++e) {
     const Packed w = packed_of(f, data.const_data_ptr<uint8_t>() + e * bytes, bytes, rows, k);
-    STD_TORCH_CHECK(end[e] >= start && end[e] <= tokens, "offsets must not decrease nor pass ", tokens, ", got ", end[e], " after ", start);
+    IQ_CHECK(end[e] >= start && end[e] <= tokens, "offsets must not decrease nor pass ", tokens, ", got ", end[e], " after ", start);
     if (end[e] > start) multiply({{w, &none, out + start * rows * size}}, in + start * k * size, dtype, end[e] - start, k, precision != 0);
     start = end[e];
   }
@@ -352,7 +353,7 @@ Tensor grouped_linear(const Tensor& x, const Tensor& data, const Tensor& offsets
 
 // Rows and blocks of canonical bytes, and their packed form.
 Packed packed_of(const Format& f, const Tensor& blocks, const Tensor& data) {
-  STD_TORCH_CHECK(blocks.scalar_type() == ScalarType::Byte && blocks.is_contiguous() && blocks.dim() == 2, "blocks are contiguous uint8 [rows, row_bytes]");
+  IQ_CHECK(blocks.scalar_type() == ScalarType::Byte && blocks.is_contiguous() && blocks.dim() == 2, "blocks are contiguous uint8 [rows, row_bytes]");
   const int64_t n = (blocks.size(1) - f.i.header_bytes) / f.i.block_bytes;
   return packed_of(f, data.const_data_ptr<uint8_t>(), data.numel(), blocks.size(0), n * f.i.block);
 }

@@ -3,13 +3,17 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
 
+#ifdef __unix__
+#include <sys/mman.h>
+#endif
+
+#include "check.h"
 #include "dispatch.h"
 #include "encode.h"
 
@@ -74,24 +78,40 @@ Encoder read(Reader r, int64_t int_count, int64_t float_count) {
   e.offset_count = *r.ints++, e.offsets = r.float_table();
   e.reach_count = *r.ints++, e.reach = r.float_table();
   e.reach_minimum_count = *r.ints++, e.reach_minimum = r.float_table();
-  STD_TORCH_CHECK(r.ints - start.ints == int_count && r.floats - start.floats == float_count,
+  IQ_CHECK(r.ints - start.ints == int_count && r.floats - start.floats == float_count,
                   "encode: the compiled module is of another version than iqtorch/encode/compiled.py; build it again");
   return e;
 }
 
+// Large blocks are pages of their own, which go back at once: malloc would keep them as holes, and others beside them for the next rows.
+constexpr size_t kMapped = 1 << 20;
+
 struct Free {
-  void operator()(void* p) const { std::free(p); }
+  size_t mapped = 0;
+  void operator()(void* p) const {
+#ifdef __unix__
+    if (mapped) return (void)munmap(p, mapped);
+#endif
+    std::free(p);
+  }
 };
 using Block = std::unique_ptr<void, Free>;
 
 Block allocate(size_t bytes) {
+#ifdef __unix__
+  if (bytes >= kMapped) {
+    void* pages = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    IQ_CHECK_AS(std::runtime_error, pages != MAP_FAILED, "out of memory: ", bytes, " bytes for encoding");
+    return Block(pages, Free{bytes});
+  }
+#endif
   Block block(std::aligned_alloc(64, (bytes + 63) / 64 * 64));
-  STD_TORCH_CHECK(block, "out of memory: ", bytes, " bytes for encoding");
+  IQ_CHECK_AS(std::runtime_error, block, "out of memory: ", bytes, " bytes for encoding");
   return block;
 }
 
 void check(const Tensor& t, ScalarType type, int64_t elements, const char* name) {
-  STD_TORCH_CHECK(t.scalar_type() == type && t.is_contiguous() && t.numel() == elements, "encode: ", name, " must be contiguous, with ",
+  IQ_CHECK(t.scalar_type() == type && t.is_contiguous() && t.numel() == elements, "encode: ", name, " must be contiguous, with ",
                   elements, " elements of the right type; it has ", t.numel());
 }
 
@@ -100,7 +120,7 @@ void encode(const Tensor& x, const Tensor& w, const Tensor& exponent, const Tens
   const Encoder e = read({ints.const_data_ptr<int32_t>(), floats.const_data_ptr<float>(), int_tables.const_data_ptr<int32_t>(),
                           float_tables.const_data_ptr<float>()},
                          ints.numel(), floats.numel());
-  STD_TORCH_CHECK(e.i.group > 0 && e.i.group % 16 == 0 && (e.i.vec > 1 || e.i.group <= kMaxSingles) && e.i.groups > 0 && e.i.group % e.i.vec == 0 && e.i.keep <= kMaxKeep &&
+  IQ_CHECK(e.i.group > 0 && e.i.group % 16 == 0 && (e.i.vec > 1 || e.i.group <= kMaxSingles) && e.i.groups > 0 && e.i.group % e.i.vec == 0 && e.i.keep <= kMaxKeep &&
                       2 * e.trial_count <= kMaxTrials && e.i.variants <= 2 &&
                       (!e.i.box_bits || ((e.i.vec == 4 || e.i.vec == 8) && e.i.group / e.i.vec <= kMaxPositions &&
                         e.i.box_bits <= kMaxBoxBits && e.i.entries <= kMaxBoxEntries)),
@@ -174,7 +194,7 @@ void write_field(const Tensor& values, const Tensor& plan, int64_t header, int64
   check(out, ScalarType::Byte, rows * (header + blocks * block_bytes), "out");
   const Bits* bits = (const Bits*)plan.const_data_ptr<int32_t>();
   for (int64_t i = 0; i < runs; ++i)
-    STD_TORCH_CHECK(bits[i].byte >= 0 && bits[i].count > 0 && bits[i].byte + bits[i].count <= block_bytes && bits[i].element >= 0 &&
+    IQ_CHECK(bits[i].byte >= 0 && bits[i].count > 0 && bits[i].byte + bits[i].count <= block_bytes && bits[i].element >= 0 &&
                         bits[i].element + bits[i].count <= count,
                     "write_field: the plan leaves the block");
   const void* from = values.const_data_ptr();

@@ -3,12 +3,12 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <cstdlib>
 #include <memory>
 #include <vector>
 
+#include "check.h"
 #include "dispatch.h"
 #include "feedback.h"
 
@@ -32,7 +32,7 @@ Run feedback_of(const char* isa) {
 }
 
 void check(const Tensor& t, ScalarType type, int64_t elements, const char* name) {
-  STD_TORCH_CHECK(t.scalar_type() == type && t.is_contiguous() && t.numel() == elements, "feedback: ", name, " must be contiguous, with ",
+  IQ_CHECK(t.scalar_type() == type && t.is_contiguous() && t.numel() == elements, "feedback: ", name, " must be contiguous, with ",
                   elements, " elements of the right type; it has ", t.numel());
 }
 
@@ -90,14 +90,14 @@ void feedback(const Tensor& w, const Tensor& lower, const Tensor& form, const Te
               const Tensor& min_value, const Tensor& min_near, Tensor min_rank, const Tensor& tree, const Tensor& shift, const Tensor& value_code,
               const Tensor& cell_value, const Tensor& other, const Tensor& odd, const Tensor& word, Tensor x, Tensor kind, Tensor code, Tensor value, Tensor error,
               std::vector<int64_t> numbers, std::vector<double> bounds) {
-  STD_TORCH_CHECK(numbers.size() == 8 && bounds.size() == 4 && x.dim() == 2,
+  IQ_CHECK(numbers.size() == 8 && bounds.size() == 4 && x.dim() == 2,
                   "feedback: the compiled module is of another version than iqtorch/encode/compiled.py; build it again");
   FeedbackData b{};
   b.columns = x.size(0), b.rows = x.size(1);
   b.group = numbers[0], b.vec = numbers[1], b.entries = numbers[2], b.kinds = numbers[3], b.signs = numbers[4];
   b.shortlist = numbers[5];
   const bool vec_ok = b.vec == 1 || b.vec == 2 || b.vec == 4 || b.vec == 8;
-  STD_TORCH_CHECK(vec_ok && b.group > 0 && b.group <= kMaxGroup && b.group % 16 == 0 && b.columns % b.group == 0 && b.shortlist > 0,
+  IQ_CHECK(vec_ok && b.group > 0 && b.group <= kMaxGroup && b.group % 16 == 0 && b.columns % b.group == 0 && b.shortlist > 0,
                   "feedback: no room for ", b.columns, " columns in groups of ", b.group, " and steps of ", b.vec, "; see feedback.h");
   const int64_t all = b.columns * b.rows, groups = b.columns / b.group * b.rows, steps = b.columns / b.vec;
   const bool parity = word.numel() > 0;
@@ -106,16 +106,16 @@ void feedback(const Tensor& w, const Tensor& lower, const Tensor& form, const Te
   b.square = floats(square, b.vec > 1 ? steps * b.kinds * b.entries : 0, "square");
   b.book = floats(book, b.kinds * b.entries * b.vec, "book");
   const bool tiled = tiles.numel() > 0, cells = tiled && b.vec == 4;
-  STD_TORCH_CHECK(!tiled || (b.vec >= 4 && b.entries % (cells ? kCells * kCells * kFeedbackRows : kFeedbackRows) == 0),
+  IQ_CHECK(!tiled || (b.vec >= 4 && b.entries % (cells ? kCells * kCells * kFeedbackRows : kFeedbackRows) == 0),
                   "feedback: no tiles of ", b.entries, " entries of ", b.vec, " values");
   b.tiles = floats(tiles, tiled ? b.kinds * b.entries * b.vec : 0, "tiles");
   b.bytes = bytes_of(bytes, tiled && !cells ? b.kinds * b.entries * b.vec : 0, "bytes");
   b.cuts = floats(cuts, cells ? b.kinds * (kCells + 1) * kCells : 0, "cuts");
   b.scale = scales(scale_unit, scale_value, scale_near, scale_rank, groups);
   b.minimum = scales(min_unit, min_value, min_near, min_rank, groups);
-  STD_TORCH_CHECK(b.scale.unit && (b.vec == 1 || !b.minimum.unit), "feedback: no scales, or minima of a codebook of vectors");
+  IQ_CHECK(b.scale.unit && (b.vec == 1 || !b.minimum.unit), "feedback: no scales, or minima of a codebook of vectors");
   if (b.vec == 1) b.values = value_table(tree, shift, value_code, cell_value, b.kinds, numbers[6], (int32_t)numbers[7], bounds);
-  STD_TORCH_CHECK(!parity || b.values.bits == 4, "feedback: parity is for codebooks of 16 values");
+  IQ_CHECK(!parity || b.values.bits == 4, "feedback: parity is for codebooks of 16 values");
   b.other = ints(other, parity ? b.values.cells.cells : 0, "other"), b.odd = ints(odd, parity ? b.entries : 0, "odd");
   b.word = ints(word, parity ? b.columns : 0, "word");
   b.kind = ints(kind, groups, "kind"), b.code = ints(code, steps * b.rows, "code");
@@ -124,7 +124,7 @@ void feedback(const Tensor& w, const Tensor& lower, const Tensor& form, const Te
   const size_t scratch_bytes = feedback_scratch(b);
   const auto part = [&](int64_t first, int64_t last) {
     std::unique_ptr<void, Free> scratch(std::aligned_alloc(64, scratch_bytes));
-    STD_TORCH_CHECK(scratch, "out of memory: ", scratch_bytes, " bytes of scratch for rounding");
+    IQ_CHECK_AS(std::runtime_error, scratch, "out of memory: ", scratch_bytes, " bytes of scratch for rounding");
     run(b, scratch.get(), first, last);
   };
   torch::stable::parallel_for(0, (b.rows + kFeedbackRows - 1) / kFeedbackRows, 1, part);
