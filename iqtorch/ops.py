@@ -137,7 +137,8 @@ def choose_backend(fmt: Format, rows: int, k: int, device: torch.device) -> str:
         raise KernelUnavailableError(
             f"backend {name!r} was asked for and cannot run {fmt.name} [{rows}, {k}]: {reason}; set_backend(None) allows others"
         )
-    _note_fallback(fmt, name, reason, logging.INFO)
+    # the CPU's has warned of what is missing when it was imported
+    _note_fallback(fmt, name, reason, logging.INFO if name == "cpu" else logging.WARNING)
     return "torch"
 
 

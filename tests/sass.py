@@ -18,7 +18,7 @@ from triton.compiler import ASTSource
 
 from iqtorch.formats import get_format
 from iqtorch.kernels import matrix, repack, routed, scores, vector
-from iqtorch.kernels.choices import Device, compiler_options, gemm_tile, gemv_registers
+from iqtorch.kernels.choices import MMA, Device, compiler_options, gemm_tile, gemv_registers
 from iqtorch.kernels.layout import layout
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -34,13 +34,15 @@ def compile_kernel(kernel: Any, constants: dict[str, Any], pointers: dict[str, s
         if name not in constants and not parameter.do_not_specialize:
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    target = GPUTarget("hip", arch, 64) if isinstance(arch, str) else GPUTarget("cuda", arch, 32)
+    target = GPUTarget("hip", arch, 64 if arch.startswith("gfx9") else 32) if isinstance(arch, str) else GPUTarget("cuda", arch, 32)
     return triton.compile(source, target=target, options={"num_warps": warps, "num_stages": 3, "enable_fp_fusion": True, **options})
 
 
 def device(arch: int | str, asm: bool) -> Device:
     """What `device_facts` says of such a card."""
-    return Device(132, asm, ahead=asm and not isinstance(arch, str) and arch >= 90)
+    if isinstance(arch, str):
+        return Device(132, asm)
+    return Device(132, asm, mma=MMA.get(arch // 10, 2) if asm else 3, ahead=asm and arch >= 90)
 
 
 def gemv(
@@ -68,13 +70,14 @@ def gemv(
 def gemm(name: str, arch: int | str = 90, tokens: int = 16, asm: bool = True, grouped: bool = False) -> tuple[Any, float]:
     """The matrix kernel, and the weights per thread and step of its loop."""
     s = layout(get_format(name)).scheme
-    tile = gemm_tile(8192, tokens, 32, 132, {80: 32, "gfx942": 64}.get(arch, 128))
+    facts = device(arch, asm)
+    tile = gemm_tile(8192, tokens, 32, 132, facts.tile_tokens)
     constants = {"S": s, "GROUPED": grouped, "BN": tile.rows, "BM": tile.tokens, "EP": 8 if grouped else 1, "ASM": asm, "bias": None}
-    constants |= {"FRAGMENT": arch != 100, "AHEAD": device(arch, asm).ahead}
+    constants |= {"FRAGMENT": facts.fragments, "AHEAD": facts.ahead}
     if not grouped:
         constants["offsets"] = None
     pointers = {"xs": "*fp16", "steps": "*fp32", "data": "*u8", "book": "*i32", "lut": "*fp32", "y": "*bf16", "offsets": "*i32"}
-    options = compiler_options(device(arch, asm)) | {"num_stages": tile.stages}
+    options = compiler_options(facts) | {"num_stages": tile.stages}
     kernel = compile_kernel(matrix.gemm, constants, pointers, arch, tile.warps, **options)
     return kernel, tile.rows * 4 * s.run / (32 * tile.warps)
 

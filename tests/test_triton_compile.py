@@ -27,7 +27,9 @@ from iqtorch.kernels import launch, matrix, routed, vector
 from iqtorch.kernels.layout import layout
 
 FORMATS = [n for n in list_formats() if get_format(n).interleave == 1]
-ARCHES = [80, 90, 100, "gfx942"]
+ARCHES = [80, 90, 100, 120, "gfx942"]
+#: KiB of shared memory that a program may have; 99 on sm_86, sm_89 and sm_120, and so at most on sm_80 too.
+SHARED = {90: 227, 100: 227, "gfx942": 64}
 
 #: Instructions per weight of the vector kernel's loop on sm_90 for one token and int8 activations, everything included.
 LIMITS = {
@@ -42,7 +44,8 @@ OLD = version("triton") < "3.7"
 
 
 def assert_no_spill(kernel: object) -> None:
-    """No register in memory, as ptxas or the metadata of the AMD compiler report it."""
+    """No register in memory, as ptxas or the metadata of the AMD compiler report it; and no more shared memory than there is."""
+    assert kernel.metadata.shared <= 1024 * SHARED.get(kernel.metadata.target.arch, 99)
     if "cubin" in kernel.asm:
         assert sass.resources(kernel)["STACK"] == 0
     else:
@@ -217,12 +220,12 @@ def assert_registers_only(counts: Counter[str]) -> None:
 
 def assert_weights_stay_in_registers(counts: Counter[str], arch: int) -> None:
     """Of the matrix kernel's loop: the architecture's tensor cores; nothing is stored in shared memory (but by copies from memory)."""
-    assert counts[{80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}[arch]] > 0 and counts["STS"] == counts["STSM"] == 0, counts
+    assert counts[{90: "HGMMA", 100: "UTCHMMA"}.get(arch, "HMMA")] > 0 and counts["STS"] == counts["STSM"] == 0, counts
     # sm_100: from registers to tensor memory
     assert (counts["STTM"] > 0) == (arch == 100), counts
 
 
-@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize("arch", [80, 90, 100, 120])
 def test_matrix_kernel_keeps_weights_in_registers(arch: int) -> None:
     for name in ("iq2_kl", "iq4_k"):
         kernel, weights = sass.gemm(name, arch)
@@ -260,7 +263,7 @@ def test_every_format_compiles_everywhere(name: str, arch: int | str) -> None:
         assert_no_spill(kernel)
         if asm:
             assert_registers_only(sass.loop(kernel))
-    for tokens in (16, {80: 32, "gfx942": 64}.get(arch, 128)):
+    for tokens in (16, sass.device(arch, asm).tile_tokens):
         kernel, _ = sass.gemm(name, arch, tokens, asm=asm)
         assert_no_spill(kernel)
         if asm:

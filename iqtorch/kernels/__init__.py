@@ -49,9 +49,13 @@ def _unusable() -> str | None:
     if not torch.cuda.is_available():
         return "no CUDA or ROCm device is available to this PyTorch build"
     if torch.version.hip is None:
-        found = min(torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count()))
+        found, i = min((torch.cuda.get_device_capability(i), i) for i in range(torch.cuda.device_count()))
         if found < _MIN_CAPABILITY:
-            return f"the GPU has compute capability {found[0]}.{found[1]}, the kernels need {_MIN_CAPABILITY[0]}.{_MIN_CAPABILITY[1]}"
+            card, needed = torch.cuda.get_device_name(i), ".".join(map(str, _MIN_CAPABILITY))
+            return (
+                f"{card} (cuda:{i}) has compute capability {found[0]}.{found[1]}, the kernels need {needed}; "
+                "CUDA_VISIBLE_DEVICES can hide it from newer ones"
+            )
     return None
 
 

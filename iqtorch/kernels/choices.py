@@ -127,11 +127,12 @@ def compiler_options(facts: Device, registers: int = 255) -> dict[str, int]:
 
 
 def gemv_registers(facts: Device, s: Scheme, warps: int, digits: int, tokens: int = 1) -> int:
-    """From sm_90 on, for pairs, one digit and one token, four programs of four warps on a processor: one round of an H200 for 8192 rows.
+    """On sm_90, for pairs, one digit and one token, four programs of four warps on a processor: one round of an H200 for 8192 rows.
 
-    They need 164 otherwise, and took a fifth longer. The other formats would spill, or lose more than the third of a round that it saves.
+    They need 164 otherwise, and took a fifth longer. The other formats would spill, or lose more than the third of a round that it saves;
+    and so would pairs on sm_110 and sm_120.
     """
-    return 128 if facts.ahead and warps >= 4 and digits == tokens == 1 and s.family == "pairs" else 255
+    return 128 if facts.ahead and facts.mma == 3 and warps >= 4 and digits == tokens == 1 and s.family == "pairs" else 255
 
 
 @dataclass(frozen=True)
