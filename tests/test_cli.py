@@ -89,6 +89,8 @@ def test_mistakes_are_found_before_a_model_is_looked_for(tmp_path: Path) -> None
         (["kl", "someone/model", "--device", "abacus"], "no device"),
         (["quantize", "a/b", "c", "--rule", "x"], "REGEX=FORMAT"),
         (["quantize", "a/b", "c", "--format", "iq4_ks", "--windows", "3"], "for --calibration"),
+        (["quantize", "a/b", "c", "--format", "iq4_ks", "--max-shard-size", "large"], "'large' is no size"),
+        (["chat", "a/b", "--json"], "give --prompt"),
         (["quantize", "a/b", "c", "--format", "iq4_ks", "--rounding", "yaqa"], "for --calibration"),
     ):
         result = runner.invoke(cli.app, words)
@@ -271,6 +273,33 @@ cli.main()
     assert "the same command goes on where it was" in done.stderr
     assert "Traceback" not in done.stderr
     assert all(path.name.startswith(".") for path in (tmp_path / "out").iterdir())
+
+
+def test_a_folder_with_one_gguf_model_names_it(tmp_path: Path) -> None:
+    run("convert", data.TINY_LLAMA, tmp_path / "m.gguf")
+    assert run_json("inspect", tmp_path) == run_json("inspect", tmp_path / "m.gguf")
+    run("convert", tmp_path, tmp_path / "copy")
+    (tmp_path / "n-00002-of-00002.gguf").touch()
+    (tmp_path / "n-00001-of-00002.gguf").touch()
+    for command in (["inspect"], ["perplexity", "--windows", "1"], ["convert", str(tmp_path / "x.gguf")]):
+        found = str(runner.invoke(cli.app, [command[0], str(tmp_path), *command[1:]]).exception)
+        assert "2 GGUF files, name one of them: m.gguf, n-00001-of-00002.gguf" in found
+    (tmp_path / "copy" / "config.json").write_text("{}", encoding="utf-8")
+    assert "cannot be loaded: " in str(runner.invoke(cli.app, ["perplexity", str(tmp_path / "copy")]).exception)
+
+
+def test_chat(tmp_path: Path) -> None:
+    """Greedy, so a conversation in a terminal says what one prompt after the other gives."""
+    model, tokenizer = data.load_tiny_llama()
+    words = ["chat", "tiny-llama", "--tokens", "6"]
+    asked = tokenizer("The old man", return_tensors="pt")
+    (expected,) = model.generate(**asked, max_new_tokens=6)
+    found = run_json(*words, "--prompt", "The old man")
+    assert found["text"] == tokenizer.decode(expected[-6:]) and found["tokens"] == 6
+    assert found["text"] in run(*words, "--prompt", "The old man")
+    talked = runner.invoke(cli.app, words, input="The old man\nAnd then\n")
+    assert talked.exit_code == 0 and found["text"] in talked.stdout and talked.stdout.count("> ") == 3
+    assert run_json(*words, "--prompt", "The old man", "--format", "iq2_ks")["text"] != found["text"]
 
 
 def test_bench_checks_and_times() -> None:

@@ -3,6 +3,7 @@
 options   what the commands share
 files     formats, quantize, convert, importance, inspect
 measure   demo, perplexity, kl, bench, plot
+talk      chat
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import typer
 from rich.markup import escape
 
 from ..errors import IQTorchError
-from . import files, measure  # noqa: F401 (their commands)
+from . import files, measure, talk  # noqa: F401 (their commands)
 from .options import COMMANDS, err, out
 
 __all__ = ["app", "main"]
@@ -34,6 +35,7 @@ app = typer.Typer(
   iqtorch quantize ./my-model ./packed --format iq2_kl --importance imatrix.dat\n
   iqtorch convert ./packed my-model.gguf\n
   iqtorch kl tiny-llama --format iq2_kl\n
+  iqtorch chat my-model.gguf\n
   iqtorch inspect ./packed
 
 MODEL is a Hugging Face folder or hub name, a GGUF file, or [bold]tiny-llama[/bold] for the small model inside the package.

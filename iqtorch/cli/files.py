@@ -33,6 +33,7 @@ from .options import (
     counted,
     err,
     files_of,
+    located,
     open_model,
     out,
     print_json,
@@ -175,14 +176,14 @@ def importance(
 @command("iqtorch inspect model.gguf", "iqtorch inspect ./packed --json", "iqtorch inspect imatrix.dat")
 def inspect(
     path: Annotated[
-        Path, typer.Argument(metavar="PATH", help="A .gguf or .safetensors file, a folder of the latter, or an importance file.")
+        Path, typer.Argument(metavar="PATH", help="A .gguf or .safetensors file, a folder of one of them, or an importance file.")
     ],
     as_json: AsJson = False,
 ) -> None:
     """List what a file holds: tensors with format, shape and bits per weight, metadata, or importance statistics."""
     from .. import inspection
 
-    found = inspection.inspect(path)
+    found = inspection.inspect(located(path))
     if as_json:
         return print_json(found)
     for key, value in found["metadata"].items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -17,6 +18,7 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
 
+from ..errors import IQTorchError
 from ..files import check_place
 from ..formats import list_formats
 from ..progress import bars
@@ -67,6 +69,12 @@ def _readable(path: Path | None) -> Path | None:
     if path is not None:
         read_text(path)
     return path
+
+
+def _size(text: str) -> str:
+    if not re.fullmatch(r"\d+ *[KMGT]B", text, re.IGNORECASE):
+        raise typer.BadParameter(f"{text!r} is no size, for instance 5GB or 500MB")
+    return text
 
 
 def _writable(path: Path) -> Path:
@@ -169,7 +177,7 @@ class Streaming:
     """How large files are written."""
 
     threads: Annotated[int | None, typer.Option(help="Threads. Default: one per core.", min=1)] = None
-    max_shard_size: Annotated[str, typer.Option(help="Largest file of a folder.")] = "50GB"
+    max_shard_size: Annotated[str, typer.Option(help="Largest file of a folder.", callback=_size)] = "50GB"
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUTPUT, or another run that it holds unfinished.")] = False
     requantize: Annotated[bool, typer.Option("--requantize", help="Quantize weights again that are quantized already.")] = False
 
@@ -284,6 +292,23 @@ def is_embedded(model: str) -> bool:
     return model == EMBEDDED and not Path(model).exists()
 
 
+def located(model: str | Path) -> Path:
+    """The path of a model or file; of a folder with a GGUF file and no checkpoint, that file.
+
+    Raises:
+        OSError: the folder has several.
+    """
+    path = Path(model)
+    if not path.is_dir() or (path / "config.json").exists():
+        return path
+    from ..gguf.reader import models_in
+
+    found = models_in(path)
+    if len(found) > 1:
+        raise OSError(f"{path} has {len(found)} GGUF files, name one of them: {', '.join(file.name for file in found)}")
+    return found[0] if found else path
+
+
 def open_model(model: str, dtype: str = "auto") -> tuple[Any, Any]:
     """Model and tokenizer: the embedded one, a GGUF file, or what transformers finds under that name."""
     from .. import data, hf
@@ -291,16 +316,17 @@ def open_model(model: str, dtype: str = "auto") -> tuple[Any, Any]:
     quiet()
     if is_embedded(model):
         return data.load_tiny_llama()
-    if model.endswith(".gguf"):
+    if (path := located(model)).suffix == ".gguf":
         from .. import gguf
 
-        return gguf.load_gguf(model), gguf.load_tokenizer(model)
+        return gguf.load_gguf(path), gguf.load_tokenizer(path)
     try:
         return hf.load_causal_lm(model, dtype)
-    except OSError as error:
-        if Path(model).exists():
-            raise
-        raise OSError(f"{model!r} is no folder or file here, and the hub does not give it: {error}") from error
+    except IQTorchError:
+        raise
+    except (OSError, ValueError) as error:  # which transformers raises for models that it does not know
+        what = "cannot be loaded" if path.exists() else "is no folder or file here, and the hub does not give it"
+        raise OSError(f"{model!r} {what}: {error}") from error
 
 
 def files_of(model: str) -> Path:
@@ -308,7 +334,7 @@ def files_of(model: str) -> Path:
     from .. import data, hf
 
     quiet()
-    path = data.TINY_LLAMA if is_embedded(model) else Path(model)
+    path = data.TINY_LLAMA if is_embedded(model) else located(model)
     if path.exists() or path.is_absolute() or model.count("/") != 1 or model.startswith(".") or path.suffix == ".gguf":
         return path
     hf.transformers()

@@ -209,6 +209,15 @@ class GGUFFile:
                 self._parts[info.part].map.madvise(mmap.MADV_DONTNEED, start, length)
 
 
+def models_in(folder: Path) -> list[Path]:
+    """The GGUF files in a folder; of a split file its first part, or if that is missing another."""
+    found: dict[str, Path] = {}
+    for file in sorted(folder.glob("*.gguf")):
+        match = _SPLIT_NAME.match(file.name)
+        found.setdefault(match["stem"] if match else file.name, file)
+    return list(found.values())
+
+
 def _split_parts(first: _Part, formats: dict[int, Format]) -> list[_Part]:
     count = first.whole_number("split.count")
     match = _SPLIT_NAME.match(first.path.name)
