@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, TypeVar, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,11 +13,36 @@ from .formats import Format
 from .quantize import quantize
 from .tensor import IQTensor
 
+L = TypeVar("L", bound="_Packed")
+
 
 class _Packed(nn.Module):
-    """What the packed layers share: the weight and its line in `print(model)`."""
+    """What the packed layers share: the weight, how it is made, and its line in `print(model)`."""
 
     weight: Tensor
+
+    @classmethod
+    def from_float(
+        cls: type[L],
+        layer: nn.Module,
+        format: Format | str,
+        importance: Tensor | None = None,
+        objective: Objective = "model",
+        *,
+        speed: Speed = "default",
+    ) -> L:
+        """A packed copy of a layer of `torch.nn` of the same name, with the same bias; arguments and errors as in `iqtorch.quantize`.
+
+        Raises:
+            UnsupportedOperationError: a convolution that is no linear layer of each position.
+        """
+        others = cls._settings(layer)
+        return cls(quantize(matrix_of(layer, cast(Tensor, layer.weight)), format, importance, objective, speed=speed), **others)
+
+    @classmethod
+    def _settings(cls, layer: Any) -> dict[str, Any]:
+        """The arguments besides the weight that make a layer like this one."""
+        raise NotImplementedError
 
     def extra_repr(self) -> str:
         fmt = f", format={self.weight.format.name!r}" if isinstance(self.weight, IQTensor) else ""
@@ -62,17 +87,8 @@ class Linear(_Packed, nn.Linear):
         self.register_parameter("bias", _bias(bias))
 
     @classmethod
-    def from_float(
-        cls,
-        layer: nn.Linear,
-        format: Format | str,
-        importance: Tensor | None = None,
-        objective: Objective = "model",
-        *,
-        speed: Speed = "default",
-    ) -> Linear:
-        """A packed copy of an `nn.Linear`, with the same bias; arguments and errors as in `iqtorch.quantize`."""
-        return cls(quantize(layer.weight, format, importance, objective, speed=speed), layer.bias)
+    def _settings(cls, layer: nn.Linear) -> dict[str, Any]:
+        return {"bias": layer.bias}
 
 
 class Embedding(_Packed, nn.Embedding):
@@ -89,17 +105,8 @@ class Embedding(_Packed, nn.Embedding):
         self.weight = packed_parameter(weight)
 
     @classmethod
-    def from_float(
-        cls,
-        layer: nn.Embedding,
-        format: Format | str,
-        importance: Tensor | None = None,
-        objective: Objective = "model",
-        *,
-        speed: Speed = "default",
-    ) -> Embedding:
-        """A packed copy of an `nn.Embedding`; arguments and errors as in `iqtorch.quantize`."""
-        return cls(quantize(layer.weight, format, importance, objective, speed=speed), layer.padding_idx)
+    def _settings(cls, layer: nn.Embedding) -> dict[str, Any]:
+        return {"padding_idx": layer.padding_idx}
 
 
 class Conv1d(_Packed, nn.Conv1d):
@@ -118,25 +125,12 @@ class Conv1d(_Packed, nn.Conv1d):
         self.register_parameter("bias", _bias(bias))
 
     @classmethod
-    def from_float(
-        cls,
-        layer: nn.Conv1d,
-        format: Format | str,
-        importance: Tensor | None = None,
-        objective: Objective = "model",
-        *,
-        speed: Speed = "default",
-    ) -> Conv1d:
-        """A packed copy of an `nn.Conv1d`, with the same bias; arguments and errors as in `iqtorch.quantize`.
-
-        Raises:
-            UnsupportedOperationError: a convolution that is no linear layer of each position.
-        """
+    def _settings(cls, layer: nn.Conv1d) -> dict[str, Any]:
         if not is_pointwise(layer):
             raise UnsupportedOperationError(
                 f"{layer} is no linear layer of each position: only kernel_size=1, padding=0, groups=1 is packed"
             )
-        return cls(quantize(matrix_of(layer, layer.weight), format, importance, objective, speed=speed), layer.bias, layer.stride[0])
+        return {"bias": layer.bias, "stride": layer.stride[0]}
 
     def forward(self, input: Tensor) -> Tensor:
         """`[.., in_channels, length]` -> `[.., out_channels, length / stride]`."""
