@@ -18,7 +18,7 @@ from triton.compiler import ASTSource
 
 from iqtorch.formats import get_format
 from iqtorch.kernels import matrix, repack, routed, scores, vector
-from iqtorch.kernels.choices import MMA, Device, compiler_options, gemm_tile, gemv_registers
+from iqtorch.kernels.choices import MMA, Device, compiler_options, gemm_tile, gemv_registers, rdna
 from iqtorch.kernels.layout import layout
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -26,7 +26,10 @@ INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,6})\*/\s+(.*?);")
 
 
 def compile_kernel(kernel: Any, constants: dict[str, Any], pointers: dict[str, str], arch: int | str, warps: int, **options: Any) -> Any:
-    """A kernel for `arch` (80, 90, 100 or a name such as `gfx942`); integers that a launch specialises on are multiples of 16."""
+    """A kernel for `arch` (80, 90, 100 or a name such as `gfx942`); integers that a launch specialises on are multiples of 16.
+
+    `warps` unless the options say `num_warps`.
+    """
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     signature, attributes = {}, {}
     for i, (name, parameter) in enumerate(zip(kernel.arg_names, kernel.params, strict=True)):
@@ -41,7 +44,7 @@ def compile_kernel(kernel: Any, constants: dict[str, Any], pointers: dict[str, s
 def device(arch: int | str, asm: bool) -> Device:
     """What `device_facts` says of such a card."""
     if isinstance(arch, str):
-        return Device(132, asm)
+        return Device(132, asm) if arch.startswith("gfx9") else rdna(132)
     return Device(132, asm, mma=MMA.get(arch // 10, 2) if asm else 3, ahead=asm and arch >= 90)
 
 
@@ -63,7 +66,7 @@ def gemv(
     }  # fmt: skip
     pointers = {"x": dtype, "data": "*u8", "book": "*i32", "lut": "*fp32", "y": dtype}
     constants["AHEAD"] = device(arch, asm).ahead
-    options = compiler_options(device(arch, asm), gemv_registers(device(arch, asm), s, 4, digits, tokens))
+    options = compiler_options(device(arch, asm), 4, gemv_registers(device(arch, asm), s, 4, digits, tokens))
     return compile_kernel(vector.gemv, constants, pointers, arch, 4, **options), rows * passes * s.run
 
 
@@ -77,7 +80,7 @@ def gemm(name: str, arch: int | str = 90, tokens: int = 16, asm: bool = True, gr
     if not grouped:
         constants["offsets"] = None
     pointers = {"xs": "*fp16", "steps": "*fp32", "data": "*u8", "book": "*i32", "lut": "*fp32", "y": "*bf16", "offsets": "*i32"}
-    options = compiler_options(facts) | {"num_stages": tile.stages}
+    options = compiler_options(facts, tile.warps) | {"num_stages": tile.stages}
     kernel = compile_kernel(matrix.gemm, constants, pointers, arch, tile.warps, **options)
     return kernel, tile.rows * 4 * s.run / (32 * tile.warps)
 
@@ -88,7 +91,7 @@ def experts(name: str, arch: int | str = 90, asm: bool = True) -> list[Any]:
     constants = {"S": s, "DIGITS": 1, "ROWS": 4, "RUNS": 32, "ASM": asm, "ACTIVATION": "silu"}
     constants["AHEAD"] = device(arch, asm).ahead
     pointers = {"x": "*bf16", "data": "*u8", "book": "*i32", "lut": "*fp32", "y": "*bf16", "ids": "*i64", "weights": "*bf16"}
-    options = compiler_options(device(arch, asm), gemv_registers(device(arch, asm), s, 1, 1))
+    options = compiler_options(device(arch, asm), 1, gemv_registers(device(arch, asm), s, 1, 1))
     return [compile_kernel(k, constants, pointers, arch, 1, **options) for k in (routed.gated, routed.weighted)]
 
 

@@ -24,8 +24,9 @@ class Device:
     Attributes:
         processors: number of them.
         asm: NVIDIA: inline PTX instead of its plain twins.
-        mma: how tensor cores take decoded weights: 3 (Hopper) from registers, for a warp group; 2 (Ampere, Ada, small Blackwells) from
-            registers, for each warp; 5 (large Blackwells) from tensor memory.
+        mma: how tensor cores take decoded weights: 3 (Hopper; AMD's CDNA) from registers, for a warp group; 2 (Ampere, Ada, small
+            Blackwells; AMD's RDNA) from registers, for each warp; 5 (large Blackwells) from tensor memory.
+        warps: the card's own in each of a tile: two on AMD cards with 32 threads per warp, as tiles are made for 64 there.
         ahead: NVIDIA from sm_90 on: a kernel starts while the one before it ends, and asks for its weights (see `asm.prefetch`).
         tuned: measured choices that replace fields of the closed-form ones, by `key`.
     """
@@ -35,6 +36,7 @@ class Device:
     tuned: Choices = dataclasses.field(default_factory=dict)
     mma: int = 3
     ahead: bool = False
+    warps: int = 1
 
     @property
     def fragments(self) -> bool:
@@ -45,6 +47,11 @@ class Device:
     def tile_tokens(self) -> int:
         """Most tokens of a tile: with more, Triton gives `mma` 2 two warps for the same rows, which decode them twice; AMD spills."""
         return 32 if self.mma == 2 else 128 if self.asm else 64
+
+    @property
+    def tile_rows(self) -> int:
+        """Most rows of a program of `gemv`: the plain twins need more registers, of which threads of RDNA have half as many."""
+        return 16 if self.asm else 8 if self.warps == 1 else 2
 
     @property
     def fused_tokens(self) -> int:
@@ -63,9 +70,17 @@ def device_facts(device: torch.device) -> Device:
     if device.type != "cuda":
         return Device(1, False)
     card = torch.cuda.get_device_properties(device)
-    nvidia = torch.version.hip is None and not INTERPRETED
-    mma = MMA.get(card.major, 2) if nvidia else 3
-    return Device(card.multi_processor_count, nvidia, load_tuned(card.name), mma, nvidia and card.major >= 9)
+    choices = load_tuned(card.name)
+    if torch.version.hip is None and not INTERPRETED:
+        return Device(card.multi_processor_count, True, choices, MMA.get(card.major, 2), ahead=card.major >= 9)
+    if card.warp_size == 64 or INTERPRETED:
+        return Device(card.multi_processor_count, False, choices)
+    return rdna(card.multi_processor_count, choices)
+
+
+def rdna(processors: int, tuned: Choices | None = None) -> Device:
+    """An AMD card with 32 threads per warp."""
+    return Device(processors, False, tuned or {}, mma=2, warps=2)
 
 
 def load_tuned(card: str) -> Choices:
@@ -100,30 +115,31 @@ class GemvTile:
 
 
 def gemv_tile(
-    rows: int, runs: int, programs: int, processors: int, s: Scheme, digits: int = 1, tokens: int = 1, asm: bool = True
+    rows: int, runs: int, programs: int, processors: int, s: Scheme, digits: int = 1, tokens: int = 1, most: int = 16
 ) -> GemvTile:
     """Tile of a vector product: `programs` of them run beside each other for other tokens.
 
     A warp's 32 threads take neighbouring runs of the same rows. Sixteen rows in two passes (half of that where more registers are
-    needed, fewer for several tokens) share one reading and rounding of the activations; fewer where processors would have less than
-    three programs, or seven warps.
+    needed, fewer for several tokens; `most`: `Device.tile_rows`) share one reading and rounding of the activations; fewer where processors
+    would have less than three programs, or seven warps.
     `programs` counts in powers of two, so that not every number of tokens compiles a kernel of its own.
     """
     warps = 4 if runs >= 128 else 2 if runs >= 64 else 1
-    narrow = not asm or s.family == "grid" or digits == 3 or (s.family == "trellis" and digits == 2)
-    most = (8 if narrow else 16) // tokens
+    # four passes of a grid's look-ups need fewer registers than two of twice as many rows
+    passes = 4 if most == 16 and s.family == "grid" and tokens == 1 else 2
+    narrow = s.family == "grid" or digits == 3 or (s.family == "trellis" and digits == 2)
+    most = max(min(most, 8 if narrow else 16) // tokens, 1)
     wanted = most
     while wanted > 1 and -(-rows // wanted) * power_of_two(programs) < max(3, 7 // warps) * processors:
         wanted //= 2
-    # four passes of a grid's look-ups need fewer registers than two of twice as many rows
-    passes = 4 if asm and s.family == "grid" and tokens == 1 else 2
     tile_rows = min(wanted, max(most // passes, 1))
     return GemvTile(tile_rows, wanted // tile_rows, min(power_of_two(runs), 32 * warps), warps)
 
 
-def compiler_options(facts: Device, registers: int = 255) -> dict[str, int]:
+def compiler_options(facts: Device, warps: int, registers: int = 255) -> dict[str, int]:
     """All registers, or ptxas spills a few to fit one more program on a processor; unless that is what `registers` asks for."""
-    return ({"maxnreg": registers} if facts.asm else {}) | ({"launch_pdl": True} if facts.ahead else {})
+    options = {"num_warps": warps * facts.warps}
+    return options | ({"maxnreg": registers} if facts.asm else {}) | ({"launch_pdl": True} if facts.ahead else {})
 
 
 def gemv_registers(facts: Device, s: Scheme, warps: int, digits: int, tokens: int = 1) -> int:

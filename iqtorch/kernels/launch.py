@@ -169,7 +169,7 @@ def _gemv(
         tokens, per_token = ids.numel(), ids.numel() // x.shape[0]
     group = min(power_of_two(tokens), GEMV_GROUP) if mode == "one" else 1
     digits = _digits(x.dtype, precision)
-    tile = gemv_tile(rows, runs, -(-tokens // group), facts.processors, s, digits, group, facts.asm)
+    tile = gemv_tile(rows, runs, -(-tokens // group), facts.processors, s, digits, group, facts.tile_rows)
     if mode == "one":
         tile = tuned(tile, facts, "gemv", plan.fmt.name, rows, x.shape[1], group, digits)
     book, lut = plan.tables(x.device)
@@ -178,8 +178,8 @@ def _gemv(
     vector.gemv[items_grid(triton.cdiv(rows, tile.rows * tile.passes), triton.cdiv(tokens, group))](
         x, data, book, lut, bias, ids, out, tokens, rows, runs, x.stride(0), data.shape[-1], experts, per_token,
         S=s, MODE=mode, DIGITS=digits, TOKENS=group, ROWS=tile.rows, PASSES=tile.passes, RUNS=tile.runs,
-        EP=power_of_two(experts), ASM=facts.asm, AHEAD=facts.ahead, num_warps=tile.warps,
-        **compiler_options(facts, gemv_registers(facts, s, tile.warps, digits, group)),
+        EP=power_of_two(experts), ASM=facts.asm, AHEAD=facts.ahead,
+        **compiler_options(facts, tile.warps, gemv_registers(facts, s, tile.warps, digits, group)),
     )  # fmt: skip
     return out
 
@@ -202,7 +202,7 @@ def _gemm(x: Tensor, data: Tensor, plan: Layout, rows: int, bias: Tensor | None,
     warps = max(min(block // 512, 16), 1)
     matrix.stage[(tokens,)](
         x, xs, scale, tokens, k, x.stride(0), k_padded, RUN=s.run, BLOCK=block, ONCE=block >= k_padded, FRAGMENT=facts.fragments,
-        AHEAD=facts.ahead, num_warps=warps, **compiler_options(facts),
+        AHEAD=facts.ahead, **compiler_options(facts, warps),
     )  # fmt: skip
     out = (torch.zeros if offsets is not None else torch.empty)((tokens, rows), dtype=x.dtype, device=x.device)
     parts = out if split == 1 else torch.empty((split, tokens, rows), dtype=torch.float32, device=x.device)
@@ -212,14 +212,12 @@ def _gemm(x: Tensor, data: Tensor, plan: Layout, rows: int, bias: Tensor | None,
     matrix.gemm[(triton.cdiv(rows, tile.rows), token_tiles, split)](
         xs, scale, data, book, lut, bias if split == 1 else None, offsets, parts, tokens, rows, runs, k_padded, data.shape[-1], experts,
         split, S=s, GROUPED=offsets is not None, BN=tile.rows, BM=tile.tokens, EP=power_of_two(experts),
-        FRAGMENT=facts.fragments, ASM=facts.asm,
-        AHEAD=facts.ahead, num_warps=tile.warps, num_stages=tile.stages, **compiler_options(facts),
+        FRAGMENT=facts.fragments, ASM=facts.asm, AHEAD=facts.ahead, num_stages=tile.stages, **compiler_options(facts, tile.warps),
     )  # fmt: skip
     if split > 1:
         count = tokens * rows
         matrix.combine[(triton.cdiv(count, 512),)](
-            parts, bias, out, count, rows, split, BLOCK=512, AHEAD=facts.ahead, num_warps=4,
-            **compiler_options(facts),
+            parts, bias, out, count, rows, split, BLOCK=512, AHEAD=facts.ahead, **compiler_options(facts, 4),
         )  # fmt: skip
     return out
 

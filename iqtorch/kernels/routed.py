@@ -179,14 +179,13 @@ def routed_gated(x: Tensor, data: Tensor, ids: Tensor, format: int, rows: int, a
     runs, pairs = k // s.run, ids.numel()
     if pairs:
         digits = launch._digits(flat.dtype, precision)
-        tile = gemv_tile(rows, runs, pairs, facts.processors, s, digits, 1, facts.asm)
+        tile = gemv_tile(rows, runs, pairs, facts.processors, s, digits, 1, facts.tile_rows)
         tile_rows = max(tile.rows * tile.passes // 2, 1)  # of the gate, and as many of up
         with launch._on(x.device):
             gated[launch.items_grid(triton.cdiv(rows // 2, tile_rows), pairs)](
                 flat, data, *plan.tables(x.device), ids.contiguous(), out, pairs, rows // 2, runs, flat.stride(0),
                 data.shape[-1], data.shape[0], ids.shape[1], S=s, ACTIVATION=activation, DIGITS=digits, ROWS=tile_rows, RUNS=tile.runs,
-                ASM=facts.asm, AHEAD=facts.ahead, num_warps=tile.warps,
-                **compiler_options(facts, gemv_registers(facts, s, tile.warps, digits)),
+                ASM=facts.asm, AHEAD=facts.ahead, **compiler_options(facts, tile.warps, gemv_registers(facts, s, tile.warps, digits)),
             )  # fmt: skip
     return out.to(x.dtype)
 
@@ -201,13 +200,13 @@ def routed_weighted(x: Tensor, data: Tensor, ids: Tensor, weights: Tensor, forma
     runs, (tokens, slots) = k // s.run, ids.shape
     if ids.numel():
         digits = launch._digits(flat.dtype, precision)
-        tile = gemv_tile(rows, runs * slots, tokens, facts.processors, s, digits, 1, facts.asm)
+        tile = gemv_tile(rows, runs * slots, tokens, facts.processors, s, digits, 1, facts.tile_rows)
         tile_rows = max(tile.rows, tile.rows * tile.passes // 2)
         with launch._on(x.device):
             weighted[launch.items_grid(triton.cdiv(rows, tile_rows), tokens)](
                 flat.contiguous(), data, *plan.tables(x.device), ids.contiguous(), weights.contiguous(), out, ids.numel(), rows, runs,
                 data.shape[-1], data.shape[0], slots, S=s, DIGITS=digits, ROWS=tile_rows, RUNS=tile.runs, ASM=facts.asm,
-                AHEAD=facts.ahead, num_warps=tile.warps, **compiler_options(facts, gemv_registers(facts, s, tile.warps, digits)),
+                AHEAD=facts.ahead, **compiler_options(facts, tile.warps, gemv_registers(facts, s, tile.warps, digits)),
             )  # fmt: skip
     else:
         out.zero_()
