@@ -308,10 +308,15 @@ def test_grids_are_none_that_cuda_refuses(recorded: dict[str, Recorder]) -> None
     launch.linear(x[:4], wide, kind, rows, None, 0)
     launch.routed_linear(x, data, ids, kind, 2, 1)
     launch.grouped_linear(x, data, torch.empty(3, dtype=torch.int32, device="meta"), kind, 2, 1)
+    many = torch.empty(1 << 24, 256, dtype=torch.bfloat16, device="meta")
+    launch.grouped_linear(many, data, torch.empty(3, dtype=torch.int32, device="meta"), kind, 2, 1)
     routed.routed_gated(x, data, ids, kind, 2, "silu", 1)
     routed.routed_weighted(x[:, None], data, ids, torch.empty(tokens, 1, device="meta"), kind, 2, 1)
     grids = [(name, (*grid, 1, 1)) for name, recorder in recorded.items() for grid in recorder.grids]
-    assert {name for name, _ in grids} == {"dequantize", "gemv", "gated", "weighted"}
+    assert {name for name, _ in grids} == {"dequantize", "gemv", "gated", "weighted", "stage", "gemm"}
     for name, (first, second, third, *_) in grids:
         assert first < 1 << 31 and second <= 65535 and third <= 65535, (name, first, second, third)
-        assert name == "dequantize" or second * third in (2, tokens, tokens + 1), (name, second, third)
+        if name == "gemm":
+            assert second * third >= (1 << 24) // 128 + 3
+        elif name in ("gemv", "gated", "weighted"):
+            assert second * third in (2, tokens, tokens + 1), (name, second, third)

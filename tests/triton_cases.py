@@ -213,6 +213,7 @@ def test_experts(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch)
     ends = torch.tensor([2, 2, 9], dtype=torch.int32)
     x = activations(11, k, dtype)
     sizes = [magnitude(fmt, b) for b in experts]
+    monkeypatch.setattr(launch, "MOST_PROGRAMS", 3)  # grids of several layers
     for limit in (64, 0):  # vector kernel, then matrix kernel
         monkeypatch.setattr(launch, "GEMV_TOKENS", limit)
         y = kernels.grouped_linear(x, packed, ends, fmt, rows, 1)

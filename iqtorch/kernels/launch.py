@@ -209,7 +209,8 @@ def _gemm(x: Tensor, data: Tensor, plan: Layout, rows: int, bias: Tensor | None,
     # Without the ends on the host: every expert may end with one tile that is not full.
     token_tiles = triton.cdiv(tokens, tile.tokens) + (experts if offsets is not None else 0)
     book, lut = plan.tables(x.device)
-    matrix.gemm[(triton.cdiv(rows, tile.rows), token_tiles, split)](
+    row_tiles = triton.cdiv(rows, tile.rows)
+    matrix.gemm[(row_tiles, token_tiles, split) if offsets is None else items_grid(row_tiles, token_tiles)](
         xs, scale, data, book, lut, bias if split == 1 else None, offsets, parts, tokens, rows, runs, k_padded, data.shape[-1], experts,
         split, S=s, GROUPED=offsets is not None, BN=tile.rows, BM=tile.tokens, EP=power_of_two(experts),
         FRAGMENT=facts.fragments, ASM=facts.asm, AHEAD=facts.ahead, num_stages=tile.stages, **compiler_options(facts, tile.warps),

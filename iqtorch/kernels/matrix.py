@@ -19,6 +19,7 @@ from .asm import float_offset, floats, follow, half_offset, halves, two_rounded
 from .decode import pairs_halves, prepare, quads
 from .planes import each, load_planes, prefetch_rows
 from .scales import power_of_two, prepare_scales, row_exponent, row_scale, scales
+from .vector import item_number
 
 # -- more tokens ---------------------------------------------------------------------------------------------
 
@@ -152,16 +153,17 @@ def gemm(
 ):
     """y[m, n] = sum_k xs[m, k] steps[m] w[n, k] + bias[n]; with split > 1, part `s` of the sum over k goes to y[s, m, n].
 
-    GROUPED: rows of x are sorted by expert, `offsets` are their cumulative ends; each program works for one expert.
+    GROUPED: rows of x are sorted by expert, `offsets` are their cumulative ends; each program works for one expert, and nothing is split.
     """
     n0 = tl.program_id(0) * BN
     if AHEAD:
         if not GROUPED and tl.program_id(1) + tl.program_id(2) == 0:
             prefetch_rows(data, n0, BN, rows, runs, S)
         follow()
-    m_tile = tl.program_id(1)
+    m_tile, s = tl.program_id(1), tl.program_id(2)
     begin, end = tokens * 0, tokens
     if GROUPED:
+        m_tile, s = item_number(), 0
         # Tiles of all experts in a row: find the expert whose tiles include this one.
         e = tl.arange(0, EP)
         ends = tl.load(offsets + e, mask=e < experts, other=0)
@@ -182,7 +184,7 @@ def gemm(
         exponent = row_exponent(data, row, rows, runs, S, ASM)
     steps_k = (runs + 3) // 4
     part = (steps_k + split - 1) // split
-    first = tl.program_id(2) * part
+    first = s * part
     acc = tl.zeros((BN, BM), tl.float32)
     held = prepare(book, S, ASM)
     lut = prepare_scales(lut, S, ASM)
@@ -206,7 +208,7 @@ def gemm(
     out = acc * up
     if bias is not None:
         out += tl.load(bias + n, mask=n < rows, other=0.0).to(tl.float32)[:, None]
-    at = (tl.program_id(2).to(tl.int64) * tokens + m.to(tl.int64))[None, :] * rows + n[:, None]
+    at = (tl.cast(s, tl.int64) * tokens + m.to(tl.int64))[None, :] * rows + n[:, None]
     tl.store(y + at, out.to(y.dtype.element_ty), mask=(n < rows)[:, None] & (m < end)[None, :])
 
 

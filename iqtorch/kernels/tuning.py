@@ -25,7 +25,7 @@ from ..errors import IQTorchError, KernelUnavailableError
 VERSION = 1
 #: Values that a choice may have; a file with others is refused.
 ALLOWED: dict[str, dict[str, tuple[int, ...]]] = {
-    "gemv": {"rows": (1, 2, 4, 8, 16), "passes": (1, 2), "runs": (1, 2, 4, 8, 16, 32, 64, 128, 256), "warps": (1, 2, 4, 8)},
+    "gemv": {"rows": (1, 2, 4, 8, 16), "passes": (1, 2, 4), "runs": (1, 2, 4, 8, 16, 32, 64, 128, 256), "warps": (1, 2, 4, 8)},
     "gemm": {"split": tuple(range(1, 65)), "stages": (1, 2, 3, 4, 5)},
     "large": {"above": (0, 4, 128, 256, 512, 1024, 2048, 4096)},
 }
@@ -89,8 +89,9 @@ def write(path: Path, card: str, choices: Choices) -> None:
 def candidates(kernel: str) -> Iterator[dict[str, int]]:
     """What `tune` tries."""
     if kernel == "gemv":
-        for rows, passes, warps in itertools.product((2, 4, 8), (1, 2), (1, 2, 4, 8)):
-            yield {"rows": rows, "passes": passes, "runs": 32 * warps, "warps": warps}
+        for rows, passes, warps in itertools.product((2, 4, 8), (1, 2, 4), (1, 2, 4, 8)):
+            if rows * passes <= 16:
+                yield {"rows": rows, "passes": passes, "runs": 32 * warps, "warps": warps}
     else:
         for split, stages in itertools.product((1, 2, 3, 4, 6, 8), (2, 3, 4)):
             yield {"split": split, "stages": stages}
