@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .tensor import IQTensor
-from .tensor_ops import grouped_linear
+from .tensor_ops import grouped_linear, needs_derivative
 
 #: Parameters in the place of `gate_up_proj` where the formats of the two differ.
 SPLIT = ("gate_proj", "up_proj")
@@ -107,7 +107,7 @@ def _fused(module: Any, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor | Non
     activation = _activation(getattr(module, "act_fn", None))  # experts with a gate of their own may have none
     if not plain or own_gate or activation is None or ids.numel() > FUSED_PAIRS or x.dtype not in ops.KERNEL_DTYPES:
         return None
-    if torch.is_grad_enabled() and (x.requires_grad or weights.requires_grad):
+    if needs_derivative(x) or needs_derivative(weights):
         return None
     from . import kernels
 

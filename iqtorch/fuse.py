@@ -10,13 +10,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from . import ops
 from .linear import Linear
 from .tensor import IQTensor
-from .tensor_ops import autocasts
+from .tensor_ops import autocasts, needs_derivative
 
 #: Names under which models keep linear layers that read the same activations.
 SIBLINGS: tuple[tuple[str, ...], ...] = (
@@ -61,14 +60,14 @@ class Group:
         """Whether the members' weights, as they are now, can be multiplied in one call."""
         if x.dtype not in ops.KERNEL_DTYPES or type(x) is IQTensor or autocasts(x):
             return False
-        grad, backend = torch.is_grad_enabled(), getattr(self.members[0].weight, "backend", None)
-        if grad and x.requires_grad:
+        if needs_derivative(x):
             return False
+        backend = getattr(self.members[0].weight, "backend", None)
         for member in self.members:
             w, bias = member.weight, member.bias
             if not isinstance(w, IQTensor) or w.transposed or w.leading or w.backend != backend or not x.shape or x.shape[-1] != w.k:
                 return False
-            if grad and bias is not None and bias.requires_grad:
+            if bias is not None and needs_derivative(bias):
                 return False
         return True
 

@@ -42,6 +42,9 @@ class Backend(Protocol):
     def unpack(self, data: Tensor, fmt: Format, rows: int, k: int) -> Tensor:
         """Packed -> canonical bytes, bit for bit."""
 
+    def unpack_rows(self, data: Tensor, fmt: Format, rows: int, k: int, start: int, stop: int) -> Tensor:
+        """Canonical bytes `[..., stop - start, row_bytes]` of some rows, in memory of their own."""
+
     def copy(self, data: Tensor) -> Tensor:
         """Packed bytes again, in memory of their own, on the same device."""
 

@@ -111,13 +111,20 @@ def _slice(func: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
     dim = stored_dim(dim, w.dim(), w.transposed)
     if dim == w.dim() - 1 or step != 1:
         return fallback(func, args, kwargs)
-    whole = w.to_blocks()
-    blocks = aten.slice(whole, dim, start, end)
     if w.backend == "torch":
-        return _as_stored(w, blocks)  # a view, which may be written to
-    if blocks.shape != whole.shape:
-        blocks = blocks.clone()  # does not keep the others in memory
-    if not blocks.shape[dim]:
+        return _as_stored(w, aten.slice(w.to_blocks(), dim, start, end))  # a view, which may be written to
+    size = w.rows if dim == w.dim() - 2 else w.leading[0]
+    first, last, _ = slice(start, end).indices(size)
+    last = max(first, last)
+    whole = w._deferred()
+    if whole is not None:
+        blocks = whole.narrow(dim, first, last - first)
+        blocks = blocks if last - first == size else blocks.clone()  # does not keep the others in memory
+    elif dim == w.dim() - 2:
+        blocks = ops.get_backend(w.backend).unpack_rows(w.packed, w.format, w.rows, w.k, first, last)
+    else:
+        blocks = ops.get_backend(w.backend).unpack(w.packed[first:last], w.format, w.rows, w.k)
+    if first == last:
         return _as_stored(w, blocks)  # kernels want rows
     part = IQTensor.from_blocks(blocks, w.format, w.dtype, transposed=w.transposed, defer=True)
     vars(part)[COPIED] = True

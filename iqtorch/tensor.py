@@ -252,6 +252,11 @@ class IQTensor(torch.Tensor):
     def _move(self, device: torch.device | None, dtype: torch.dtype | None, non_blocking: bool) -> IQTensor:
         if device is None or device == self.device:
             return self._with(ops.get_backend(self.backend).copy(self.packed), dtype)
+        if self.device.type == "meta":
+            raise UnsupportedOperationError(
+                "a packed weight on the meta device has no bytes to copy: module.to_empty(device=...) and load_state_dict, or "
+                "load_state_dict(..., assign=True)"
+            )
         if device.type in (self.device.type, "meta"):
             return self._with(self.packed.to(device=device, non_blocking=non_blocking, copy=True), dtype)
         return IQTensor._place(self.to_blocks().to(device, non_blocking=non_blocking), self.format, dtype or self.dtype, self.transposed)

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
 from . import ops
@@ -75,10 +76,14 @@ class _Linear(torch.autograd.Function):
     """`x -> x W^T` for a packed W; `_LinearTransposed` is its derivative, and the reverse."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, packed: Tensor, fmt: Format, backend: str, rows: int, k: int) -> Tensor:
-        ctx.save_for_backward(packed)
-        ctx.meta = (fmt, backend, rows, k)
+    def compute(x: Tensor, packed: Tensor, fmt: Format, backend: str, rows: int, k: int) -> Tensor:
         return ops.get_backend(backend).linear(x, packed, fmt, rows, None, ops.FLOAT)
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        _, packed, *ctx.meta = args
+        ctx.save_for_backward(packed)
+        return _Linear.compute(*args)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -89,20 +94,68 @@ class _LinearTransposed(torch.autograd.Function):
     """`g -> g W`."""
 
     @staticmethod
-    def forward(ctx: Any, g: Tensor, packed: Tensor, fmt: Format, backend: str, rows: int, k: int) -> Tensor:
-        ctx.save_for_backward(packed)
-        ctx.meta = (fmt, backend, rows, k)
+    def compute(g: Tensor, packed: Tensor, fmt: Format, backend: str, rows: int, k: int) -> Tensor:
         return ops.get_backend(backend).linear_transposed(g, packed, fmt, k)
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        _, packed, *ctx.meta = args
+        ctx.save_for_backward(packed)
+        return _LinearTransposed.compute(*args)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return (_Linear.apply(grads[0], *ctx.saved_tensors, *ctx.meta), None, None, None, None, None)
 
 
+class _Transformed(torch.autograd.Function):
+    """Both of them for torch.func, which asks for another form; to go through it takes 30 microseconds, so that nobody else does.
+
+    Arguments: whether it is `_LinearTransposed`, then theirs.
+    """
+
+    @staticmethod
+    def forward(transposed: bool, *args: Any) -> Tensor:
+        return (_LinearTransposed if transposed else _Linear).compute(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.transposed, _, packed, *ctx.meta = inputs
+        ctx.save_for_backward(packed)
+        ctx.save_for_forward(packed)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad = _Transformed.apply(not ctx.transposed, grads[0], *ctx.saved_tensors, *ctx.meta)
+        return (None, grad, None, None, None, None, None)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        return _Transformed.apply(ctx.transposed, tangents[1], *ctx.saved_tensors, *ctx.meta)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], transposed: bool, x: Tensor, *matrix: Any) -> tuple[Tensor, int]:
+        batch = in_dims[1]
+        assert batch is not None, "there is nothing else to be batched"
+        return _Transformed.apply(transposed, x.movedim(batch, 0), *matrix), 0
+
+
+def _differentiable(transposed: bool, *args: Any) -> Tensor:
+    """A product that autograd or torch.func can differentiate."""
+    if forward_ad._current_level >= 0 or (not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()):
+        return _Transformed.apply(transposed, *args)
+    return (_LinearTransposed if transposed else _Linear).apply(*args)
+
+
 def _plain(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """`func` without our __torch_function__ handlers (it still reaches __torch_dispatch__)."""
     with torch._C.DisableTorchFunctionSubclass():
         return func(*args, **kwargs)
+
+
+def needs_derivative(x: Tensor) -> bool:
+    """Whether what is computed from `x` has to be differentiable: backward, or forward (dual tensors, which do not say that they are)."""
+    return (x.requires_grad and torch.is_grad_enabled()) or forward_ad._current_level >= 0
 
 
 def autocasts(x: Tensor) -> bool:
@@ -131,9 +184,8 @@ def _product(x: Tensor, w: IQTensor, bias: Tensor | None, transposed: bool, auto
         dense = w._stored_dense(x.dtype)
         return F.linear(x, dense.T if transposed else dense, bias)
     backend = ops.get_backend(w.backend)
-    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-        function = _LinearTransposed if transposed else _Linear
-        y = function.apply(x, w.packed, w.format, w.backend, w.rows, w.k)
+    if needs_derivative(x) or (bias is not None and needs_derivative(bias)):
+        y = _differentiable(transposed, x, w.packed, w.format, w.backend, w.rows, w.k)
         return y if bias is None else y + bias.to(y.dtype)
     if transposed:
         y = backend.linear_transposed(x, w.packed, w.format, outer)
@@ -236,7 +288,7 @@ def grouped_linear(x: Tensor, w: IQTensor, offsets: Tensor) -> Tensor:
     if autocasts(x):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     offsets = offsets.to(torch.int32)
-    if torch.is_grad_enabled() and x.requires_grad:
+    if needs_derivative(x):
         return _GroupedLinear.apply(x, w.packed, offsets, w.format, w.backend, w.rows, w.k)
     return ops.get_backend(w.backend).grouped_linear(x, w.packed, offsets, w.format, w.rows, ops.activation_precision())
 
@@ -348,6 +400,10 @@ def _getitem(self: IQTensor, index: Any) -> Tensor:
         scalar = not isinstance(index, Tensor) or (index.dim() == 0 and index.dtype not in (torch.bool, torch.uint8))
         if scalar and not isinstance(index, bool):
             return _select(None, (self, 0, int(index)), {})
+    if self.dim() == 2 and not self.transposed and type(index) is int:
+        if not -self.rows <= index < self.rows:
+            raise IndexError(f"row {index} is out of range: the weight has {self.rows}")
+        return _embedding(torch.tensor(index % self.rows, device=self.device), self)
     if self.dim() == 2 and not self.transposed and isinstance(index, Tensor) and index.dtype in (torch.int32, torch.int64):
         return _embedding(torch.where(index < 0, index + self.rows, index), self)
     return _plain(torch.Tensor.__getitem__, self, index)
@@ -361,6 +417,14 @@ def _select(func: Any, args: Any, kwargs: Any) -> Tensor:
     if not -w.shape[0] <= index < w.shape[0]:
         raise IndexError(f"expert {index} is out of range: the tensor holds {w.shape[0]}")
     return IQTensor(w.packed.select(0, index), w.format, w.backend, w.shape[1:], w.dtype, w.transposed)
+
+
+@dispatch_handler(aten.unbind.int)
+def _unbind(func: Any, args: Any, kwargs: Any) -> Any:
+    w, dim = (*args, 0)[:2]
+    if w.dim() != 3 or dim % w.dim() != 0:
+        return fallback(func, args, kwargs)
+    return [_select(None, (w, 0, expert), {}) for expert in range(w.shape[0])]
 
 
 @dispatch_handler(aten.t.default)
@@ -544,5 +608,6 @@ def _storage(self: Tensor) -> NoReturn:
     """safetensors ends here when it looks for the memory of a tensor, and takes a NotImplementedError for a null pointer."""
     raise WeightError(
         "a packed weight (IQTensor) has no storage of floating values: save with model.save_pretrained or torch.save, or save its bytes, "
-        "w.to_blocks() (PEFT with an adapter on an embedding: save_pretrained(..., save_embedding_layers=False))"
+        "w.to_blocks() (PEFT with an adapter on an embedding: save_pretrained(..., save_embedding_layers=False); accelerate's save_state: "
+        "safe_serialization=False)"
     )

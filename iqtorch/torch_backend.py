@@ -148,6 +148,11 @@ def unpack(data: Tensor, fmt: Format, rows: int, k: int) -> Tensor:
     return data
 
 
+def unpack_rows(data: Tensor, fmt: Format, rows: int, k: int, start: int, stop: int) -> Tensor:
+    """Canonical bytes of some rows, in memory of their own."""
+    return data[..., start:stop, :].clone()
+
+
 def copy(data: Tensor) -> Tensor:
     """Packed bytes again, in memory of their own."""
     return data.clone()

@@ -10,6 +10,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+import iqtorch
+
 # Without it cuBLAS refuses to work under deterministic algorithms, which the poison below needs; read when CUDA starts.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 GOLDEN = Path(__file__).parent / "golden"
@@ -27,3 +29,11 @@ def poisoned_memory() -> object:
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def float_precision() -> object:
+    """No rounding of activations."""
+    iqtorch.set_activation_precision("float")
+    yield
+    iqtorch.set_activation_precision("int8")

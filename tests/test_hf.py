@@ -211,6 +211,8 @@ def test_bad_configs_are_named() -> None:
         IQConfig("iq2_lk")
     with pytest.raises(RecipeError, match="needs a format"):
         IQConfig()
+    with pytest.raises(RecipeError, match="no regular expression"):
+        IQConfig("iq2_kl", skip=["("])
     with pytest.raises(RecipeError, match="not both"):
         IQConfig("iq2_kl", recipe=Recipe.pure("iq2_kl"))
     with pytest.raises(ValueError, match="objective"):

@@ -78,6 +78,8 @@ def test_disk_offload_keeps_packed_bytes_in_their_file(kind: str, changes: dict,
         assert torch.equal(logits(loaded), logits(model))
         assert [name for name, p in loaded.named_parameters(remove_duplicate=False) if p.is_meta] == offloaded
     assert torch.equal(tokens(loaded), tokens(model))
+    with pytest.raises(UnsupportedOperationError, match="'disk'"):
+        loaded.dequantize()
     loaded.save_pretrained(tmp_path / "again")
     assert same_files(tmp_path, tmp_path / "again")
 
@@ -99,3 +101,5 @@ def test_rules_place_modules(kind: str, rule: str) -> None:
     assert len(hooked) == (2 if kind == "qwen3_moe" else 3) and torch.equal(logits(model), want)
     with pytest.raises(RecipeError, match="places no module"):
         iqtorch.place(model, {"nothing": "cpu"})
+    with pytest.raises(RecipeError, match="no regular expression"):
+        iqtorch.place(model, {"(": "cpu"})

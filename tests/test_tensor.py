@@ -47,13 +47,6 @@ def same(got: Tensor, want: Tensor, tolerance: float = 1e-4) -> None:
     assert (got.double() - want.double()).square().mean().sqrt() / scale <= tolerance
 
 
-@pytest.fixture
-def float_precision() -> object:
-    iqtorch.set_activation_precision("float")
-    yield
-    iqtorch.set_activation_precision("int8")
-
-
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(512,), (0, 512), (1, 512), (3, 512), (2, 3, 512), (2, 1, 3, 512)])

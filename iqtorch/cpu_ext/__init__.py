@@ -18,7 +18,7 @@ from ..errors import BlockSizeError, KernelUnavailableError
 from ..formats import Format, get_format, list_formats
 from ..ops import DTYPE_CODE, KERNEL_DTYPES, refuse_elsewhere
 from . import kernel_file, memory
-from .layout import layout
+from .layout import ROWS, layout
 
 name = "cpu"
 
@@ -173,6 +173,23 @@ def unpack(data: Tensor, fmt: Format, rows: int, k: int) -> Tensor:
     for source, target in zip(data.reshape(-1, data.shape[-1]), out.view(-1, *out.shape[-2:])):
         torch.ops.iqtorch_cpu.unpack(source.contiguous(), target, fmt.ggml_type)
     return out
+
+
+def unpack_rows(data: Tensor, fmt: Format, rows: int, k: int, start: int, stop: int) -> Tensor:
+    """Canonical bytes of some rows, in memory of their own: of the groups of rows around them, the others are not touched."""
+    made, full = layout(fmt), rows - rows % ROWS
+    first, last = min(start // ROWS * ROWS, full), min(-(-stop // ROWS) * ROWS, full)
+    header, tiles, size = fmt.row_header_bytes, made.header_bytes(rows), made.tile_bytes * (k // fmt.block_size) // ROWS
+    parts = []
+    if first < last:
+        group = data.new_zeros((*data.shape[:-1], made.packed_bytes(last - first, k)))
+        group[..., : header * (last - first)] = data[..., header * first : header * last]
+        group[..., made.header_bytes(last - first) :] = data[..., tiles + size * first : tiles + size * last]
+        parts.append(unpack(group, fmt, last - first, k)[..., start - first : stop - first, :])
+    if stop > full:  # rows that make no group are kept as they are
+        rest = data[..., tiles + size * full :].unflatten(-1, (rows - full, -1))
+        parts.append(rest[..., max(start - full, 0) : stop - full, :])
+    return torch.cat(parts, -2) if parts else data.new_empty((*data.shape[:-1], 0, fmt.row_bytes(k)))
 
 
 def linear(x: Tensor, data: Tensor, fmt: Format, rows: int, bias: Tensor | None, precision: int) -> Tensor:

@@ -172,6 +172,7 @@ class IQConfig(QuantizationConfigMixin):
         self.recipe = Recipe.of(recipe or {}) if format is None else Recipe.default(format).with_rules(recipe or {})  # type: ignore[arg-type]
         self.importance = importance
         self.skip = (skip,) if isinstance(skip, str) else tuple(skip)
+        Recipe(None, tuple((pattern, None) for pattern in self.skip))  # refuses what is no regular expression
         self.objective, self.speed, self.rounding, self.calibration = objective, speed, rounding, calibration
         self.tensors: dict[str, StoredTensor] = {}
         for name, entry in (tensors or {}).items():

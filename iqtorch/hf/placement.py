@@ -31,10 +31,15 @@ def place(model: M, rules: Mapping[str, str | torch.device], default: str | torc
         The same model.
 
     Raises:
-        RecipeError: a rule that matches no module.
+        RecipeError: a rule that matches no module, or is no regular expression.
     """
     from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 
+    for pattern in rules:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise RecipeError(f"rule {pattern!r} is no regular expression: {error}") from None
     placed: dict[str, str | torch.device] = {}
     rest = []
     for name, module in model.named_modules():

@@ -355,6 +355,8 @@ class IQQuantizer(HfQuantizer):
         plain: dict[int, nn.Parameter] = {}
         if any(hasattr(p, "_local_tensor") or hasattr(module, SHARDS) for module in model.modules() for p in module._parameters.values()):
             raise UnsupportedOperationError("a model that is split over processes cannot be dequantized: load it in one process")
+        if any(isinstance(p, IQTensor) and p.is_meta for p in model.parameters()):
+            raise UnsupportedOperationError("a model with weights on disk cannot be dequantized: load it without 'disk' in its device_map")
         for module in model.modules():
             for name, parameter in module._parameters.items():
                 if isinstance(parameter, IQTensor):

@@ -95,6 +95,11 @@ def unpack(data: Tensor, fmt: Format, rows: int, k: int) -> Tensor:
     return layout(fmt).unpack(data, rows, k)
 
 
+def unpack_rows(data: Tensor, fmt: Format, rows: int, k: int, start: int, stop: int) -> Tensor:
+    """Canonical bytes of some rows, in memory of their own; all are unpacked for a moment."""
+    return unpack(data, fmt, rows, k)[..., start:stop, :].clone()
+
+
 def copy(data: Tensor) -> Tensor:
     """Packed bytes again, in memory of their own."""
     return data.clone()
