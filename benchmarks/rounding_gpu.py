@@ -122,6 +122,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     device = torch.device(options.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        parser.error("no CUDA or ROCm device is available to this PyTorch; --device cpu --models tiny runs without")
     begin = time.perf_counter()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else results_file.cpu_name()
     header = [
