@@ -86,7 +86,8 @@ def whole_call(name: str, fmt: str) -> dict[str, object]:
         iqtorch.quantize_model(model, recipe, progress=False, **how)  # type: ignore[arg-type]
         return time.process_time() - start
 
-    call(importance=importance)  # makes tables, and touches memory
+    call(importance=importance)  # both make tables, and touch memory
+    call(calibration=[batches[0][:1]], rounding="ldlq")
     nearest = call(importance=importance)
     plain, _Statistics.round = _Statistics.round, timed  # type: ignore[method-assign,assignment]
     try:

@@ -17,6 +17,8 @@ def on_host(function: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        if torch.get_default_device().type == "cpu":  # within the context each call takes 2 microseconds more
+            return function(*args, **kwargs)
         with torch.device("cpu"):
             return function(*args, **kwargs)
 

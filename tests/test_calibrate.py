@@ -100,12 +100,47 @@ def test_factor_with_unit_diagonal_blocks() -> None:
     ):
         x = torch.randn(k + 200, k, generator=g, dtype=torch.float64)
         form = x.T @ x / len(x)
-        unit, blocks = unit_factor(form.clone(), step)
+        unit, blocks, inverses = unit_factor(form.clone(), step)
         middle = torch.block_diag(*blocks)[:k, :k]
         torch.testing.assert_close(unit @ middle @ unit.T, form)
         assert torch.equal(unit.tril(-1), torch.zeros_like(unit))
         for i in range(0, k, step):
             torch.testing.assert_close(unit[i : i + step, i : i + step], torch.eye(min(step, k - i), dtype=torch.float64))
+        own = [unit[i : i + len(inverses[0]), i : i + len(inverses[0])] for i in range(0, k, len(inverses[0]))]
+        for a, b in zip(own, inverses, strict=True):
+            torch.testing.assert_close(a @ b, torch.eye(len(a), dtype=torch.float64))
+
+
+@pytest.mark.parametrize("step", [1, 2, 4, 8])
+@pytest.mark.parametrize("k", [16, 272, 3 * BLOCK, 1024 + 32])
+def test_compiled_factor(k: int, step: int) -> None:
+    """As near to a float64 factor as float32 allows, from the upper part alone; larger matrices in parts; the same by every vector ISA."""
+    if not compiled.available(torch.device("cpu")):
+        pytest.skip("no compiled module")
+    x = correlated(k, 2 * k)
+    form = damped(x.T @ x / len(x), torch.arange(k), 0.01)
+    exact_unit, exact_blocks, exact_inverses = unit_factor(form.double(), step)
+    found = {}
+    try:
+        for isa in (i for i, state in cpu_ext.capabilities().items() if state == "available"):
+            cpu_ext.select_isa(isa)
+            unit, blocks, inverses = found[isa] = unit_factor(form.triu() + torch.full((k, k), 1e9).tril(-1) * (k <= 1024), step)
+            assert float((unit - exact_unit).norm() / exact_unit.norm()) < 1e-5
+            assert float((blocks - exact_blocks).norm() / exact_blocks.norm()) < 1e-5
+            for a, b in zip(inverses, exact_inverses, strict=True):
+                assert float((a - b).norm() / b.norm()) < 1e-5
+    finally:
+        cpu_ext.select_isa(None)
+    vectors = [unit for isa, (unit, _, _) in found.items() if isa != "scalar"]
+    assert all(torch.equal(unit, vectors[0]) for unit in vectors)
+
+
+def test_compiled_factor_refuses() -> None:
+    if not compiled.available(torch.device("cpu")):
+        pytest.skip("no compiled module")
+    for bad in (-torch.eye(32), torch.full((32, 32), float("nan"))):
+        with pytest.raises((RuntimeError, ValueError), match="not positive definite"):
+            unit_factor(bad, 1)
 
 
 @pytest.mark.parametrize("rows", [24, 1000])
@@ -120,7 +155,7 @@ def test_weight_that_makes_up_for_the_layers_before(name: str, rows: int) -> Non
     weight = torch.randn(rows, k, generator=torch.Generator().manual_seed(1))
     exact = weight.double() @ drift.double().T @ torch.linalg.inv(damped(moments, torch.arange(k), 0.1).double())
     exact = (exact[:, metric.order] @ metric.unit.double()).T
-    found = metric.pull(weight)
+    found = metric.pull(weight.T[metric.order])
     assert found is not None
     assert float((found - exact).norm() / exact.norm()) < 0.01
     # and it lowers the error that it is for

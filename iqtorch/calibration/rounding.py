@@ -10,7 +10,7 @@ from torch import Tensor
 from ..encode import encode
 from ..encode.encoder import Objective, Speed
 from ..encode.feedback import encode_with_feedback, feedback_effort
-from ..encode.metric import Metric, RowFeedback
+from ..encode.metric import Metric, RowFeedback, product
 from ..formats import Format, get_format
 from ..tensor import IQTensor
 from .moments import Moments
@@ -110,10 +110,11 @@ def best_of(
         return [float((own * (own if seen is None else seen @ own)).sum()) for own in error.split(parts)]
 
     nearest = encode(some, fmt, importance, objective, speed)
-    decoded = _decoded(fmt, nearest)
-    # without activations both are zero, and feedback is trusted
-    off, of_activations = sizes((some - decoded) @ y.T), sizes(some @ (y - _to_8_bits(y)).T)
-    fed = [i for i in range(len(weights)) if not off[i] < of_activations[i]]
+    off = product(some - _decoded(fmt, nearest), y.T)
+    of_activations, of_inputs = product(some, torch.cat([y - _to_8_bits(y), x - y]).T).tensor_split(2, dim=1)
+    # without activations all are zero, and feedback is trusted
+    precise = [a < b for a, b in zip(sizes(off), sizes(of_activations), strict=True)]
+    fed = [i for i in range(len(weights)) if not precise[i]]
     found: dict[int, tuple[Tensor, str]] = {}
     if fed:
         rows = None if curvature is None else RowFeedback(curvature.to(y.device), OUTPUT_DAMPING)
@@ -121,10 +122,9 @@ def best_of(
         blocks = encode_with_feedback(_joined([weights[i] for i in fed]), fmt, metric(), objective, effort, rows)
         found = {i: (own, FEEDBACK) for i, own in zip(fed, blocks.split([len(weights[i]) for i in fed]), strict=True)}
         after = [found[i][0][judged[i]] if i in found else own for i, own in enumerate(nearest.split(parts))]
-        target = some @ x.T
-        off, off_after = sizes(target - decoded @ y.T), sizes(target - _decoded(fmt, torch.cat(after)) @ y.T)
+        before, now = sizes(of_inputs + off), sizes(of_inputs + product(some - _decoded(fmt, torch.cat(after)), y.T))
     for i, weight in enumerate(weights):
-        if i not in found or not off_after[i] <= off[i]:
+        if i not in found or not now[i] <= before[i]:
             found[i] = encode(weight, fmt, importance, objective, speed), NEAREST if i in found else PRECISE
     return [found[i] for i in range(len(weights))]
 

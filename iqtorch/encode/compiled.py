@@ -406,6 +406,19 @@ def feedback(
         code.copy_(book.code[own if kinds > 1 else 0, code.long()])
 
 
+def can_factor(columns: int, step: int) -> bool:
+    """Whether `unit_factor` serves (csrc/factor.inl: sixteen columns at a time, and no further blocks for the caches)."""
+    return columns % TILE == 0 and columns <= 1024 and step <= 8 and TILE % step == 0
+
+
+def unit_factor(form: Tensor, step: int, block: int) -> tuple[Tensor, list[Tensor]]:
+    """`metric.unit_factor`, compiled, for float32 with contiguous rows: the upper part becomes L. Returns D and the inverses."""
+    k = len(form)
+    blocks, inverse = form.new_empty((k // step, step, step)), form.new_empty((k, block))
+    torch.ops.iqtorch_cpu.unit_factor(form, step, blocks, inverse)
+    return blocks, [own[:, : len(own)] for own in inverse.split(block)]
+
+
 @on_host
 def squares(fmt: Format, form: Tensor) -> Tensor:
     """float32 `[steps, kinds * entries]`: each entry's quadratic form `[steps, vec, vec]`; with separate signs, the diagonal's part.

@@ -29,7 +29,7 @@ from ..formats.base import Format, Parts, bits_to_float
 from . import compiled
 from .choose import make_chooser
 from .encoder import LARGEST_FACTOR, Objective, Speed, encode_parts, pack
-from .metric import BLOCK, Metric, RowFeedback, product
+from .metric import BLOCK, Metric, RowFeedback, product, times_blocks
 from .nearest import CELL_SEARCH_ENTRIES
 from .search import ScaleGrid, StoredFloat, divide
 
@@ -101,18 +101,18 @@ def encode_with_feedback(
         step = ROWS["cpu" if weight.device.type == "cpu" else "gpu"]
         for i in range(0, len(weight), step):
             some = weight[i : i + step].float()
-            rounding = Rounding(some, fmt, metric, effort, metric.pull(some))
+            rounding = Rounding(some, fmt, metric, effort)
             rounding.run(objective)
             out[i : i + step] = rounding.blocks()
         return out
     weight = weight.float()[rows.order]
-    pull, start = metric.pull(weight), starting_scales(weight, fmt, metric, effort)
+    start = starting_scales(weight, fmt, metric, effort)
     left = weight.new_empty(weight.T.shape)  # L^T times the errors of the rows before
     for i in range(0, len(weight), rows.step):
         part = slice(i, i + rows.step)
         before = product(left[:, :i], rows.unit[:i, part])
         own = {name: values[part] for name, values in start.items()}
-        rounding = Rounding(weight[part], fmt, metric, effort, before if pull is None else before + pull[:, part], own)
+        rounding = Rounding(weight[part], fmt, metric, effort, before, own)
         rounding.run(objective)
         out[rows.order[part]] = rounding.blocks()
         left[:, part] = rounding.left() - before
@@ -177,7 +177,7 @@ class Scales:
             return
         away = torch.arange(-reach, reach + 1, device=unit.device)
         factors = 2.0 ** away[away.abs() <= 1] if stored.kind == "e8m0" else 1 + away * stride  # e8m0 has powers of two only
-        self.unit = torch.stack([stored.round(unit * f) for f in factors.tolist()])
+        self.unit = stored.round(unit * factors[:, None, None])
         self.value = grid.sorted.expand(len(factors)).contiguous()
         self.rank = torch.full_like(unit, len(factors) // 2, dtype=torch.int32)
         self.near = torch.arange(len(factors), device=unit.device, dtype=torch.int32)[:, None].expand(-1, len(factors)).contiguous()
@@ -205,7 +205,7 @@ class Rounding:
         Args:
             weight: float32 `[rows, K]`.
             fmt, metric, effort: as in `encode_with_feedback`.
-            pull: float32 `[K, rows]`: L^T times what is added to the weight.
+            pull: float32 `[K, rows]`: L^T times what is added to the weight, besides what serves the inputs that the layer is handed.
             start: `starting_scales` of the weight, if they are known.
         """
         self.fmt, self.metric, self.effort = fmt, metric, effort
@@ -219,11 +219,15 @@ class Rounding:
         self.unit_of = torch.zeros_like(self.group_order) if per_row else self.group_order // (fmt.block_size // self.n)
         self.units = self.unit_of.tolist()
         # As in `encode`: rows are scaled by powers of two to about 1.
-        self.exponent = torch.frexp(weight.abs().amax(1)).exponent.clamp(-120, 126).to(torch.int32)
+        self.exponent = torch.frexp(torch.maximum(weight.amax(1), -weight.amin(1))).exponent.clamp(-120, 126).to(torch.int32)
         self.stored = StoredFloat(fmt.d_kind, self.exponent)
-        self.x = (weight * self.stored.down[:, None]).T.contiguous()[order]
+        self.x = (weight * self.stored.down[:, None]).T.contiguous().index_select(0, order)
+        self.narrow = self.x.to(metric.narrow.dtype)
         #: What each column should become with the errors of those before it; of those that are rounded what they are off by: z.
         self.rest = self.x.clone()
+        served = metric.pull(self.narrow)
+        if served is not None:
+            self.rest += served
         if pull is not None:
             self.rest.addcmul_(pull, self.stored.down)
         self.kinds = fmt.codebook.variants if fmt.variant_size == self.n else 1
@@ -234,6 +238,8 @@ class Rounding:
             self.minima = self._scales(parts, "dmin", "min", scale_grid(fmt.min_values, fmt.runtime_scale, device), effort.min_reach)
         groups = (len(self.group_order), rows)
         self.kind = self._grouped(parts["variant"]).contiguous() if self.kinds > 1 else self.x.new_zeros(groups, dtype=torch.int32)
+        #: `wanted`, and the factors by which scales were raised
+        self.raised: tuple[Tensor, Tensor] | None = None
         self.value = torch.empty_like(self.x)
         self.code = torch.empty((k // fmt.vec, rows), dtype=torch.int32, device=device)
 
@@ -251,7 +257,9 @@ class Rounding:
     # -- the passes ----------------------------------------------------------------------------------------
 
     def run(self, objective: Objective) -> None:
-        wanted = self.sweep(objective == "model")
+        # powers of two cannot be raised by a little
+        wanted = self.wanted() if objective == "model" and self.stored.kind != "e8m0" else None
+        self.sweep()
         for scales in self._both():
             scales.settle(self.unit_of)
         if wanted is not None:
@@ -260,32 +268,30 @@ class Rounding:
     def _both(self) -> list[Scales]:
         return [self.scales] if self.minima is None else [self.scales, self.minima]
 
-    def sweep(self, want: bool = False) -> Tensor | None:
-        """Rounds all columns; returns L^T times what the weight should be, `[K, rows]`, if that is wanted."""
-        metric, x, rest, rows = self.metric, self.x, self.rest, self.rows
+    def wanted(self) -> Tensor:
+        """float32 `[K, rows]`: L^T times what the weight should be."""
+        found = torch.empty_like(self.rest)
+        for start in range(0, self.columns, BLOCK):
+            own = slice(start, start + BLOCK)
+            found[own] = product(self.metric.narrow[: own.stop, own].T, self.narrow[: own.stop])
+        return found.add_(self.rest)
+
+    def sweep(self) -> None:
+        """Rounds all columns."""
+        metric, rest = self.metric, self.rest
         round_block = self._round_block
-        if compiled.available(x.device):
+        if compiled.available(rest.device):
             round_block = self._round_block_compiled
-        elif _has_kernel(self.fmt, x.device):
+        elif _has_kernel(self.fmt, rest.device):
             round_block = self._round_block_by_kernel
-        wanted = rest.clone() if want else None
-        #: the errors of the columns before, and the columns themselves: both are multiplied by L
-        both = x.new_empty((self.columns, 2 * rows if want else rows), dtype=metric.narrow.dtype)
-        if wanted is not None:
-            both[:, rows:] = x
+        errors = torch.empty_like(self.narrow)
         for start in range(0, self.columns, BLOCK):
             own, before = slice(start, start + BLOCK), slice(0, start)
             if start:
-                passed_on = product(metric.narrow[before, own].T, both[before])
-                rest[own] += passed_on[:, :rows]
-            if wanted is not None:
-                wanted[own] += product(metric.unit[own, own].triu(1).T, x[own])
-                if start:
-                    wanted[own] += passed_on[:, rows:]
+                rest[own] += product(metric.narrow[before, own].T, errors[before])
             error = torch.empty_like(rest[own])
             round_block(start, start + len(error), error)
-            both[own, :rows] = error
-        return wanted
+            errors[own] = error
 
     def _round_block_compiled(self, start: int, stop: int, error: Tensor) -> None:
         form = self.metric.form[start // self.fmt.vec : stop // self.fmt.vec]
@@ -381,26 +387,27 @@ class Rounding:
     def unshrink(self, wanted: Tensor) -> None:
         """As in `encode`: one factor per row, so that outputs are not too small on average; measured by the moments. With u = L^T w as
         `wanted`, and z = L^T e from the sweep, w H w = u D u and w H e = u D z."""
-        seen = (self.metric.form @ wanted.unflatten(0, (-1, self.fmt.vec))).flatten(0, 1)
-        kept = 1 - divide((seen * self.rest).sum(0), (seen * wanted).sum(0))
+        seen = times_blocks(self.metric.form, wanted)
+        kept = 1 - divide((seen * self.rest).sum(0), seen.mul_(wanted).sum(0))
         factor = torch.where(kept > 1 / LARGEST_FACTOR, 1 / kept, 1.0).clamp(min=1.0)
         for scales in self._both():
             scales.unit = self.stored.round(scales.unit * factor)
-        self.rest = torch.lerp(wanted, self.rest, factor)
+        self.raised = wanted, factor
 
     def left(self) -> Tensor:
         """float32 `[K, rows]`: L^T times the errors."""
-        return self.rest * self.stored.up
+        rest = self.rest if self.raised is None else torch.lerp(self.raised[0], self.rest, self.raised[1])
+        return rest * self.stored.up
 
     def blocks(self) -> Tensor:
         fmt, rows = self.fmt, self.rows
-        back = self.metric.order.argsort()
-        groups = self.group_order.argsort()
-        steps = (self.metric.order[:: fmt.vec] // fmt.vec).argsort()
+        groups = self.metric.places(self.n)
         parts: Parts = {}
         for scales, name in zip(self._both(), ("d", "dmin"), strict=False):
             parts[name] = self.stored.bits(scales.unit[0]).T
-        code = self.code[steps].T
+        small = fmt.vec == 1 and compiled.available(self.code.device)  # what the compiled `pack` takes, and is moved sooner
+        code = self.code.to(torch.uint8) if small else self.code
+        code = code.index_select(0, self.metric.places(fmt.vec)).T
         variant = self.kind[groups].T
         if "variant" in fmt.fields and fmt.variant_size == fmt.vec:
             variant, code = code // fmt.codebook.entries, code % fmt.codebook.entries
@@ -409,6 +416,6 @@ class Rounding:
         for scales, name in zip(self._both(), ("scale", "min"), strict=False):
             found[name] = scales.grid.stored[scales.rank[groups].T]
         if "sign" in fmt.fields:
-            found["sign"] = fmt.fold_signs(torch.signbit(self.value[back].T))
+            found["sign"] = fmt.fold_signs(torch.signbit(self.value.index_select(0, self.metric.places(1)).T))
         parts.update({name: t.contiguous() for name, t in found.items() if name in fmt.fields})
         return pack({name: parts[name].reshape(rows, -1) for name in parts}, fmt)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..formats.base import Format
+from . import compiled
 
 T = TypeVar("T")
 
@@ -39,27 +40,49 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return torch.mm(a.to(dtype), b.to(dtype)).float()
 
 
-def unit_factor(form: Tensor, step: int) -> tuple[Tensor, Tensor]:
-    """`L` `[K, K]`, upper triangular with unit diagonal blocks of `step` columns, and `D` `[K / step, step, step]`, such that
-    form = L D L^T. L takes the place of `form`. (The last block may be smaller, and is padded in D.)
+def _exact_product(a: Tensor, b: Tensor) -> Tensor:
+    """`a @ b.T` in full precision: by oneDNN if it is there, where MKL uses half of the width of vectors on CPUs that are not Intel's."""
+    if (
+        a.dtype == torch.float32
+        and a.device.type == "cpu"
+        and torch.backends.mkldnn.is_available()
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    ):
+        found: Tensor = torch.ops.mkldnn._linear_pointwise(a.contiguous(), b.contiguous(), None, "none", [], "")
+        return found
+    return a @ b.T
 
-    About 256 columns at a time, from the last to the first, each in one product with the columns before it.
+
+def unit_factor(form: Tensor, step: int) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """`L` `[K, K]`, upper triangular with unit diagonal blocks of `step` columns, and `D` `[K / step, step, step]`, such that
+    form = L D L^T; and the inverses of L's diagonal blocks of about 256 columns. L takes the place of `form`. (The last block may be
+    smaller, and is padded in D.)
+
+    One such block at a time, from the last to the first, each in one product with the columns before it.
     """
     k, block = len(form), step * max(1, BLOCK // step)
-    blocks = []
+    fast = form.dtype == torch.float32 and compiled.available(form.device)
+    if fast and compiled.can_factor(k, step):
+        blocks, inverses = compiled.unit_factor(form, step, block)
+        return form.triu_(), blocks, inverses
+    parts, inverses = [], []
     for start in reversed(range(0, k, block)):
         own = slice(start, min(start + block, k))
-        unit, own_blocks = _dense_unit_factor(form[own, own], step)
-        form[own, own] = unit
-        blocks.append(own_blocks)
+        if fast and compiled.can_factor(own.stop - start, step):
+            own_blocks, (inverse,) = compiled.unit_factor(form[own, own], step, block)
+        else:
+            form[own, own], own_blocks = _dense_unit_factor(form[own, own], step)
+            inverse = inverse_unit(form[own, own])
+        parts.append(own_blocks)
+        inverses.append(inverse)
         if not start:
             break
-        scaled = form[:start, own] @ inverse_unit(unit).T  # columns of L D
-        columns = form[:start, own].copy_(_over_blocks(scaled, torch.linalg.inv(own_blocks)))
+        scaled = _exact_product(form[:start, own], inverse)  # columns of L D
+        columns = form[:start, own].copy_(_over_blocks(scaled, inverse_blocks(own_blocks)))
         for left in range(0, start, block):  # the upper part is enough
             right = left + block
-            form[:right, left:right].addmm_(scaled[:right], columns[left:right].T, alpha=-1)
-    return form.triu_(), torch.cat(blocks[::-1])
+            form[:right, left:right] -= _exact_product(scaled[:right], columns[left:right])
+    return form.triu_(), torch.cat(parts[::-1]), inverses[::-1]
 
 
 def inverse_unit(unit: Tensor) -> Tensor:
@@ -74,6 +97,17 @@ def inverse_unit(unit: Tensor) -> Tensor:
     return found
 
 
+def inverse_blocks(blocks: Tensor) -> Tensor:
+    """Of matrices `[n, step, step]`."""
+    return 1 / blocks if blocks.shape[1] == 1 else torch.linalg.inv(blocks)
+
+
+def times_blocks(blocks: Tensor, right: Tensor) -> Tensor:
+    """The block diagonal of `[K / step, step, step]` times `[K, R]`."""
+    step = blocks.shape[1]
+    return blocks[:, :, 0] * right if step == 1 else (blocks @ right.unflatten(0, (-1, step))).flatten(0, 1)
+
+
 def _over_blocks(columns: Tensor, inverse: Tensor) -> Tensor:
     """`[R, K]` times the block diagonal of `inverse` `[K / step, step, step]`."""
     k, step = columns.shape[1], inverse.shape[1]
@@ -84,23 +118,29 @@ def _over_blocks(columns: Tensor, inverse: Tensor) -> Tensor:
 
 
 def _dense_unit_factor(form: Tensor, step: int) -> tuple[Tensor, Tensor]:
-    """`unit_factor` by one Cholesky factorisation."""
+    """L and D by one Cholesky factorisation."""
     factor = torch.linalg.cholesky(form.flip(0, 1)).flip(0, 1)
     k, missing = len(form), -len(form) % step
     if missing:
         factor = torch.block_diag(factor, torch.eye(missing, dtype=form.dtype, device=form.device))
     index = torch.arange(len(factor) // step, device=form.device)
     blocks = factor.unflatten(0, (-1, step)).unflatten(2, (-1, step))[index, :, index]
-    unit = _over_blocks(factor, torch.linalg.inv(blocks))
+    unit = _over_blocks(factor, inverse_blocks(blocks))
     return unit[:k, :k], blocks @ blocks.mT
 
 
-def damped(form: Tensor, order: Tensor, damping: float) -> Tensor:
-    """float32 copy, rows and columns in the order given, with `damping` times the mean of the diagonal (1 if that is zero) added to the
-    diagonal. No eigenvalue exceeds K times that mean, so float32 keeps the damped form positive definite, and can factor it."""
+def reordered(form: Tensor, order: Tensor) -> Tensor:
+    """float32 copy, rows and columns in the order given."""
     found = torch.empty_like(form, dtype=torch.float32)
     for i in range(0, len(form), BLOCK):  # in parts that stay in the cache
-        torch.index_select(form[order[i : i + BLOCK]].float(), 1, order, out=found[i : i + BLOCK])
+        torch.index_select(form.index_select(0, order[i : i + BLOCK]).float(), 1, order, out=found[i : i + BLOCK])
+    return found
+
+
+def damped(form: Tensor, order: Tensor, damping: float) -> Tensor:
+    """`reordered`, with `damping` times the mean of the diagonal (1 if that is zero) added to the diagonal. No eigenvalue exceeds K
+    times that mean, so float32 keeps the damped form positive definite, and can factor it."""
+    found = reordered(form, order)
     mean = found.diagonal().mean()
     found.diagonal().add_(damping * torch.where(mean > 0, mean, 1.0))
     return found
@@ -122,10 +162,12 @@ class Metric:
         self.importance = moments.diagonal().float().contiguous()
         self.order = rounding_order(moments.diagonal(), fmt)
         #: L `[K, K]`, upper triangular, and D `[K / vec, vec, vec]`, of the damped moments
-        self.unit, self.form = unit_factor(damped(moments, self.order, damping), fmt.vec)
-        #: L as `product` takes it
-        self.narrow = self.unit.to(factor_dtype(moments.device))
-        self.drift, self.rows = drift, rows
+        self.unit, self.form, self.inverse = unit_factor(damped(moments, self.order, damping), fmt.vec)
+        #: L - 1 as `product` takes it
+        self.narrow = self.unit.to(factor_dtype(moments.device), copy=True)
+        self.narrow.diagonal().zero_()
+        self.drift = drift if drift is not None and bool(drift.any()) else None
+        self.rows = rows
         self._cache: dict[str, Any] = {}
 
     def cached(self, key: str, make: Callable[[], T]) -> T:
@@ -135,30 +177,33 @@ class Metric:
         found: T = self._cache[key]
         return found
 
+    def places(self, size: int) -> Tensor:
+        """int64 `[K / size]`: where the units of `size` columns that are rounded one after the other are, in the order of the columns."""
+        return self.cached(f"places {size}", lambda: (self.order[::size] // size).argsort())
+
     def pull(self, weight: Tensor) -> Tensor | None:
-        """float32 `[K, R]`: (W' - W) L, transposed, with W' = W (I + C H^-1): the weight that serves inputs y as W served x. None
-        without drift.
+        """float32 `[K, R]`: L^T times (W' - W)^T, with W' = W (I + C H^-1): the weight that serves inputs y as W served x. None without
+        drift. `weight` is `[K, R]`, in rounding order.
 
         C H^-1 L is C L^-T D^-1: one half of a solve with H.
         """
         if self.drift is None:
             return None
-        dtype, drift = self.narrow.dtype, self.drift
+        drift, dtype = self.drift, self.narrow.dtype
         if self.rows >= len(drift):
-            return product(self.cached("pull", lambda: self._half_solved(drift[self.order]).to(dtype)), weight.T)
-        return self._half_solved(product(self.cached("drift", lambda: drift.to(dtype)[self.order]), weight.T))
+            return product(self.cached("pull", lambda: self._half_solved(reordered(drift, self.order)).to(dtype)), weight)
+        return self._half_solved(product(self.cached("drift", lambda: reordered(drift, self.order).to(dtype)), weight))
 
     def _half_solved(self, right: Tensor) -> Tensor:
         """D^-1 L^-1 times `right` `[K, R]`, which is overwritten."""
         solved = torch.empty_like(right, dtype=self.narrow.dtype)
-        for start in reversed(range(0, len(right), BLOCK)):
-            own, after = slice(start, start + BLOCK), slice(start + BLOCK, None)
-            if start + BLOCK < len(right):
-                right[own] -= product(self.narrow[own, after], solved[after])
-            right[own] = product(inverse_unit(self.unit[own, own]), right[own])
-            solved[own] = right[own]
-        step = self.form.shape[1]
-        return right / self.form[:, :, 0] if step == 1 else (torch.linalg.inv(self.form) @ right.unflatten(0, (-1, step))).flatten(0, 1)
+        for i, inverse in reversed(list(enumerate(self.inverse))):
+            start, stop = i * BLOCK, i * BLOCK + len(inverse)
+            if stop < len(right):
+                right[start:stop] -= product(self.narrow[start:stop, stop:], solved[stop:])
+            right[start:stop] = product(inverse, right[start:stop])
+            solved[start:stop] = right[start:stop]
+        return times_blocks(inverse_blocks(self.form), right)
 
 
 class RowFeedback:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..formats.base import Format, bits_to_float, float_to_bits
+from ..formats.base import Format, float_to_bits, rounded
 from .nearest import IntegerLookup, Nearest
 
 INF = float("inf")
@@ -114,7 +114,7 @@ class StoredFloat:
         return float_to_bits(value * self.up, self.kind)
 
     def round(self, value: Tensor) -> Tensor:
-        return bits_to_float(self.bits(value), self.kind) * self.down
+        return rounded(value * self.up, self.kind) * self.down
 
 
 def divide(a: Tensor, b: Tensor) -> Tensor:

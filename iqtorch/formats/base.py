@@ -452,8 +452,15 @@ def bits_to_float(pattern: Tensor, kind: str) -> Tensor:
         return torch.where(pattern > 32767, pattern - 65536, pattern).to(torch.int16).view(torch.float16).float()
     if kind == "f32":
         return pattern.to(torch.int32).contiguous().view(torch.float32)
-    small = torch.full_like(pattern, 0x00200000) << pattern.clamp(max=1)
-    return torch.where(pattern < 2, small, (pattern - 1).clamp(min=0) << 23).contiguous().view(torch.float32)
+    small = (pattern.clamp(max=1) + 1) * 0x00200000  # no shifts by tensors: they are not vectorized
+    return torch.where(pattern < 2, small, (pattern - 1).clamp(min=0) * (1 << 23)).contiguous().view(torch.float32)
+
+
+def rounded(value: Tensor, kind: str) -> Tensor:
+    """float32 -> float32, as `bits_to_float` gives what `float_to_bits` stored."""
+    if kind == "f16":
+        return value.clamp(-65504.0, 65504.0).half().float()
+    return value if kind == "f32" else bits_to_float(float_to_bits(value, kind), kind)
 
 
 def float_to_bits(value: Tensor, kind: str) -> Tensor:

@@ -1,4 +1,4 @@
-// Rounding of some groups of columns with error feedback: what a call works on, and its entry points per instruction set.
+// Rounding of some groups of columns with error feedback, and the factor it needs: what a call works on, and the entry points per instruction set.
 // Plain data only (see format.h). The method is in iqtorch/encode/feedback.py; everything is prepared in compiled.py.
 #pragma once
 #include <cstddef>
@@ -49,5 +49,21 @@ inline size_t feedback_scratch(const FeedbackData& b) { return (size_t)b.columns
 void feedback_scalar(const FeedbackData&, void* scratch, int64_t tile0, int64_t tile1);
 void feedback_avx2(const FeedbackData&, void* scratch, int64_t tile0, int64_t tile1);
 void feedback_avx512(const FeedbackData&, void* scratch, int64_t tile0, int64_t tile1);
+
+// A positive definite matrix [columns, columns], rows `stride` apart, of which the upper part is read and replaced by the factor U of U D U^T
+// (the rest is left undefined); D in blocks of `step` columns, and the inverses of the blocks of `block` columns on the diagonal of U, the
+// last of which may be smaller.
+struct FactorData {
+  int64_t columns, step, block, stride;
+  float *form, *blocks, *inverse;  // blocks: [columns / step, step, step]; inverse: [columns, block]
+};
+
+// Floats of scratch for one call, 64-byte aligned.
+inline size_t factor_scratch(const FactorData& f) { return (size_t)f.columns * (f.columns + kFeedbackRows); }
+
+// False: the matrix is not positive definite.
+bool factor_scalar(const FactorData&, float* scratch);
+bool factor_avx2(const FactorData&, float* scratch);
+bool factor_avx512(const FactorData&, float* scratch);
 
 }  // namespace iqtorch

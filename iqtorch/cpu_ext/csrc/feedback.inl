@@ -32,6 +32,7 @@ template <class V, class T> IQ_FN void store_lanes(T* p, V v, int64_t lanes) {
   store(t, v), __builtin_memcpy(p, t, lanes * sizeof(T));
 }
 
+#include "factor.inl"
 #include "feedback_singles.inl"
 #include "feedback_vectors.inl"
 
@@ -89,4 +90,5 @@ static void round_rows(const FeedbackData& b, void* scratch, int64_t tile0, int6
 #define IQTORCH_FEEDBACK(isa)                                                                            \
   void feedback_##isa(const FeedbackData& b, void* scratch, int64_t tile0, int64_t tile1) {              \
     isa::rounding::round_rows(b, scratch, tile0, tile1);                                                 \
-  }
+  }                                                                                                      \
+  bool factor_##isa(const FactorData& f, float* scratch) { return isa::rounding::factor::run(f, scratch); }

@@ -1,4 +1,5 @@
-// `iqtorch_cpu::feedback`: rounding of some groups of columns with error feedback (see feedback.h; called from encode/compiled.py).
+// `iqtorch_cpu::feedback`: rounding of some groups of columns with error feedback, and `iqtorch_cpu::unit_factor`, the factor of their metric
+// (see feedback.h; called from encode/compiled.py).
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -18,17 +19,20 @@ using namespace iqtorch;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-using Run = void (*)(const FeedbackData&, void*, int64_t, int64_t);
+struct Entries {
+  void (*feedback)(const FeedbackData&, void*, int64_t, int64_t);
+  bool (*factor)(const FactorData&, float*);
+};
 
-Run feedback_of(const char* isa) {
+Entries entries_of(const char* isa) {
 #ifdef IQTORCH_HAVE_AVX512
-  if (vectors_of(isa) == Vectors::kAvx512) return feedback_avx512;
+  if (vectors_of(isa) == Vectors::kAvx512) return {feedback_avx512, factor_avx512};
 #endif
 #ifdef IQTORCH_HAVE_AVX2
-  if (vectors_of(isa) == Vectors::kAvx2) return feedback_avx2;
+  if (vectors_of(isa) == Vectors::kAvx2) return {feedback_avx2, factor_avx2};
 #endif
   (void)isa;
-  return feedback_scalar;
+  return {feedback_scalar, factor_scalar};
 }
 
 void check(const Tensor& t, ScalarType type, int64_t elements, const char* name) {
@@ -84,6 +88,12 @@ struct Free {
   void operator()(void* p) const { std::free(p); }
 };
 
+std::unique_ptr<void, Free> allocated(size_t bytes) {
+  std::unique_ptr<void, Free> scratch(std::aligned_alloc(64, bytes));
+  IQ_CHECK_AS(std::runtime_error, scratch, "out of memory: ", bytes, " bytes of scratch for rounding");
+  return scratch;
+}
+
 void feedback(const Tensor& w, const Tensor& lower, const Tensor& form, const Tensor& square, const Tensor& book,
               const Tensor& tiles, const Tensor& bytes, const Tensor& cuts,
               const Tensor& scale_unit, const Tensor& scale_value, const Tensor& scale_near, Tensor scale_rank, const Tensor& min_unit,
@@ -120,14 +130,26 @@ void feedback(const Tensor& w, const Tensor& lower, const Tensor& form, const Te
   b.word = ints(word, parity ? b.columns : 0, "word");
   b.kind = ints(kind, groups, "kind"), b.code = ints(code, steps * b.rows, "code");
   b.value = floats(value, all, "value"), b.error = floats(error, all, "error");
-  const Run run = feedback_of(kernels().name);
+  const auto run = entries_of(kernels().name).feedback;
   const size_t scratch_bytes = feedback_scratch(b);
   const auto part = [&](int64_t first, int64_t last) {
-    std::unique_ptr<void, Free> scratch(std::aligned_alloc(64, scratch_bytes));
-    IQ_CHECK_AS(std::runtime_error, scratch, "out of memory: ", scratch_bytes, " bytes of scratch for rounding");
-    run(b, scratch.get(), first, last);
+    run(b, allocated(scratch_bytes).get(), first, last);
   };
   torch::stable::parallel_for(0, (b.rows + kFeedbackRows - 1) / kFeedbackRows, 1, part);
+}
+
+void unit_factor(Tensor form, int64_t step, Tensor blocks, Tensor inverse) {
+  FactorData f{};
+  IQ_CHECK(form.dim() == 2 && inverse.dim() == 2, "unit_factor: the matrix and the inverses must have two dimensions");
+  f.columns = form.size(0), f.step = step, f.block = inverse.size(1);
+  IQ_CHECK(f.columns > 0 && f.columns % kFeedbackRows == 0 && f.block > 0 && f.block % kFeedbackRows == 0 && step > 0 && step <= 8 && kFeedbackRows % step == 0,
+                  "unit_factor: no factor of ", f.columns, " columns in steps of ", step, "; see feedback.h");
+  IQ_CHECK(form.size(1) == f.columns && form.stride(1) == 1 && form.scalar_type() == ScalarType::Float,
+                  "unit_factor: the matrix must be square, of float32, its rows contiguous");
+  f.stride = form.stride(0), f.form = form.mutable_data_ptr<float>();
+  f.blocks = floats(blocks, f.columns * step, "blocks"), f.inverse = floats(inverse, f.columns * f.block, "inverse");
+  const auto scratch = allocated(factor_scratch(f) * sizeof(float));
+  IQ_CHECK(entries_of(kernels().name).factor(f, (float*)scratch.get()), "unit_factor: the matrix is not positive definite");
 }
 
 }  // namespace
@@ -138,6 +160,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(iqtorch_cpu, m) {
       "Tensor scale_near, Tensor(a!) scale_rank, Tensor min_unit, Tensor min_value, Tensor min_near, Tensor(b!) min_rank, "
       "Tensor tree, Tensor shift, Tensor value_code, Tensor cell_value, Tensor other, Tensor odd, Tensor word, Tensor(c!) x, Tensor(d!) kind, Tensor(e!) code, "
       "Tensor(f!) value, Tensor(g!) error, int[] numbers, float[] bounds) -> ()");
+  m.def("unit_factor(Tensor(a!) form, int step, Tensor(b!) blocks, Tensor(c!) inverse) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(iqtorch_cpu, CPU, m) { m.impl("feedback", TORCH_BOX(&feedback)); }
+STABLE_TORCH_LIBRARY_IMPL(iqtorch_cpu, CPU, m) { m.impl("feedback", TORCH_BOX(&feedback)), m.impl("unit_factor", TORCH_BOX(&unit_factor)); }

@@ -100,19 +100,23 @@ template <class Near, bool PARITY> struct Singles {
     float error[kMaxGroup * kTogether * L];
     Candidate best = candidate(0, own, lanes, rank0, low0);  // whatever its cost: a NaN is never lower
     F least = set(__builtin_inff());
-    for (int64_t i = 0; i < count; i += kTogether) {
-      Candidate c[kTogether];
-      F cost[kTogether];
-      for (int k = 0; k < kTogether; ++k) c[k] = candidate(i + k < count ? i + k : count - 1, own, lanes, rank0, low0);
-      walk<kTogether, false>(g, c, cost, error);
-      for (int k = 0; k < kTogether; ++k) {
+    const auto try_some = [&](auto together, int64_t i) {
+      constexpr int C = decltype(together)::value;
+      Candidate c[C];
+      F cost[C];
+      for (int k = 0; k < C; ++k) c[k] = candidate(i + k < count ? i + k : count - 1, own, lanes, rank0, low0);
+      walk<C, false>(g, c, cost, error);
+      for (int k = 0; k < C; ++k) {
         const M lower = less(cost[k], least);
         least = select(lower, cost[k], least);
         best.s = select(lower, c[k].s, best.s), best.low = select(lower, c[k].low, best.low);
         best.shift = select(lower, c[k].shift, best.shift), best.rank = select(lower, c[k].rank, best.rank);
         best.low_rank = select(lower, c[k].low_rank, best.low_rank), best.kind = select(lower, c[k].kind, best.kind);
       }
-    }
+    };
+    int64_t i = 0;
+    if (count % kTogether == 3) try_some(std::integral_constant<int, 3>{}, 0), i = 3;
+    for (; i < count; i += kTogether) try_some(std::integral_constant<int, kTogether>{}, i);
     walk<1, true>(g, &best, &least, kept);
     store_lanes(b.scale.rank + own, best.rank, lanes), store_lanes(b.kind + own, best.kind, lanes);
     if (b.minimum.unit) store_lanes(b.minimum.rank + own, best.low_rank, lanes);
