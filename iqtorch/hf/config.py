@@ -74,7 +74,10 @@ class StoredTensor:
             dtype = getattr(torch, entry["dtype"]) if "dtype" in entry else None
             if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
                 raise CheckpointError(f"the dtype of {name!r} must be floating, got {entry['dtype']!r}; the checkpoint is damaged")
-            return cls(get_format(entry["format"]).name, shape, bool(entry.get("transposed", False)), dtype)
+            fmt = get_format(entry["format"])
+            if fmt.plain:
+                raise CheckpointError(f"{name!r} cannot be stored in {fmt.name}: checkpoints hold {fmt.plain}; the checkpoint is damaged")
+            return cls(fmt.name, shape, bool(entry.get("transposed", False)), dtype)
         except UnknownFormatError as error:
             raise CheckpointError(f"{name!r}: {error}; a newer iqtorch may know it") from None
         except (KeyError, TypeError, AttributeError) as error:
@@ -213,7 +216,11 @@ class IQConfig(QuantizationConfigMixin):
             return (config, kwargs) if return_unused_kwargs else config
         if version != VERSION:
             raise _unknown_version(version)
-        stored = entries.get("recipe") or {}
+        stored, tensors = entries.get("recipe") or {}, entries.get("tensors")
+        if not isinstance(stored, Mapping) or not isinstance(tensors, Mapping):
+            raise CheckpointError(
+                f"quantization_config needs a recipe and tensors by name, got {stored!r:.60} and {tensors!r:.60}; it is damaged"
+            )
         mix = MIXES.get(stored.get("mix", "reference"))  # a mix of the user's own cannot be stored; reading needs no recipe
         recipe = Recipe(stored.get("base"), tuple((pattern, name) for pattern, name in stored.get("rules", ())), mix) if mix else Recipe()
         config = cls(
@@ -222,7 +229,7 @@ class IQConfig(QuantizationConfigMixin):
             objective=entries.get("objective", "model"),
             speed=entries.get("speed", "default"),
             rounding=entries.get("rounding", "nearest"),
-            tensors=entries.get("tensors") or {},
+            tensors=tensors,
         )
         return (config, kwargs) if return_unused_kwargs else config
 
