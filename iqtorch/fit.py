@@ -11,7 +11,7 @@ from __future__ import annotations
 import heapq
 import logging
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from .encode import Objective
 from .errors import RecipeError
 from .formats import Format, get_format
 from .model import Site, check_coverage, find_sites, importance_table, lookup_importance
+from .progress import share_bars
 from .quantize import check_importance, quantize
 from .recipe import Recipe
 
@@ -86,6 +87,7 @@ def fit(
     rows: int = 64,
     calibration: Calibration | None = None,
     measure: bool = True,
+    progress: bool = True,
 ) -> Fit:
     """A recipe for a model, of at most `target_bpw` bits per packed weight.
 
@@ -106,6 +108,7 @@ def fit(
         calibration: if the model is to be rounded with error feedback: the weights that it covers are rounded so when their
             sensitivity is measured, and it takes the place of their importance.
         measure: measure what the recipe achieves, too: every weight is quantized once more, and a copy of all is held meanwhile.
+        progress: show a progress bar.
 
     Raises:
         RecipeError: no batches, or no tokenizer to make them with; not even the smallest formats reach the target.
@@ -117,12 +120,17 @@ def fit(
     kept = [re.compile(pattern) for pattern in skip]
     sites = [s for s in find_sites(model)[0] if s.matrix.shape[-1] % 32 == 0 and not any(pattern.search(s.name) for pattern in kept)]
     check_coverage(table, sites, sites)
+    fitting = {site.name: _fitting(candidates, site.matrix.shape[-1]) for site in sites}
+    count = sum(site.matrix.numel() for site in sites)
+    least = sum(min(_bits(f, site.matrix.shape) for f in fitting[site.name]) for site in sites)
+    if least > target_bpw * count:
+        raise RecipeError(f"the smallest formats take {least / count:.3f} bits per weight, the target is {target_bpw}; allow smaller ones")
     reference = _Reference(model, _own_text(model) if batches is None else list(batches))
     options: dict[str, list[_Option]] = {}
     sensitivity: dict[str, float] = {}
-    for site in sites:
+    for site in _shown(sites, progress):
         weights = check_importance(lookup_importance(table, site), site.matrix, site.name)
-        allowed = _fitting(candidates, site.matrix.shape[-1])
+        allowed = fitting[site.name]
         measured = _fitting([chosen], site.matrix.shape[-1])[0]
         probed, weights = _rounded(site, measured, weights, objective, calibration)
         sensitivity[site.name] = reference.divergence([(site, probed)])
@@ -130,13 +138,10 @@ def fit(
         ratio = sensitivity[site.name] / max(errors[measured], 1e-30)
         options[site.name] = _hull([_Option(f.name, _bits(f, site.matrix.shape), ratio * errors[f]) for f in allowed])
         logger.info("%s: KL %.3g in %s", site.name, sensitivity[site.name], measured.name)
-    count = sum(site.matrix.numel() for site in sites)
     found = _allocate(options, target_bpw * count)
     names = {name: option.format for name, option in found.items()}
     recipe = Recipe(None, tuple((f"^{re.escape(name)}$", fmt) for name, fmt in names.items()))
     bits = sum(option.bits for option in found.values())
-    if bits / count > target_bpw:
-        raise RecipeError(f"the smallest formats take {bits / count:.3f} bits per weight, the target is {target_bpw}; allow smaller ones")
     achieved = None
     if measure:
         achieved = reference.divergence(
@@ -146,6 +151,16 @@ def fit(
     result = Fit(recipe, bits / count, sum(option.cost for option in found.values()), achieved, names, sensitivity)
     logger.info("%s", result)
     return result
+
+
+def _shown(sites: Sequence[Site], show: bool) -> Iterator[Site]:
+    """The weights, under a progress bar; each takes a pass of the model."""
+    with share_bars("measuring", show) as bar:
+        task = bar.add_task("", total=len(sites))
+        for site in sites:
+            bar.update(task, description=site.name)
+            yield site
+            bar.advance(task)
 
 
 def _rounded(

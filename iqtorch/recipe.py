@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -235,12 +235,13 @@ class Recipe:
 
             recipe = iqtorch.Recipe.fit(model, "imatrix.dat", target_bpw=2.7)
 
-        The size, and the predicted and achieved divergence are printed on standard error if `progress`. `iqtorch.fit.fit` has
-        more choices, and returns all that it measured; arguments and errors as there.
+        If `progress`, a bar and at the end the size, the predicted and the achieved divergence are shown on standard error.
+        `iqtorch.fit.fit` has more choices, and returns all that it measured; arguments and errors as there.
         """
         from .fit import fit
 
-        found = fit(model, importance, target_bpw=target_bpw, batches=batches, calibration=calibration, measure=progress)
+        how: dict[str, Any] = {"batches": batches, "calibration": calibration, "measure": progress, "progress": progress}
+        found = fit(model, importance, target_bpw=target_bpw, **how)
         if progress:
             print(found, file=sys.stderr)
         return found.recipe

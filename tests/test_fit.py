@@ -34,6 +34,13 @@ class Tiny(nn.Module):
         return self.head(x + 3 * torch.tanh(self.strong(x)) + 0.01 * torch.tanh(self.weak(x)))
 
 
+class Broken(Tiny):
+    """A model that must not be run."""
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        raise AssertionError("the model was run")
+
+
 def batches() -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     return [torch.randint(0, 50, (4, 32), generator=generator) for _ in range(2)]
@@ -141,9 +148,18 @@ def test_calibration_is_used() -> None:
     assert iqtorch.Recipe.fit(base, target_bpw=6.0, batches=batches(), calibration=calibration) != iqtorch.Recipe.default("iq4_nl")
 
 
+def test_a_bar_shows_each_weight(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # to rich, standard error is a terminal
+    monkeypatch.setenv("COLUMNS", "160")
+    for show in (True, False):
+        fit(Tiny(), target_bpw=5.5, batches=batches(), formats=("q4_0", "q8_0"), measure=False, progress=show)
+        shown = capsys.readouterr().err
+        assert ("measuring" in shown and "weight" in shown) == show
+
+
 def test_refusals() -> None:
     with pytest.raises(RecipeError, match=r"smallest formats take 4\.500 .* target is 3"):
-        fit(Tiny(), target_bpw=3, batches=batches(), formats=FORMATS)
+        fit(Broken(), target_bpw=3, batches=batches(), formats=FORMATS)  # before the model runs
     with pytest.raises(RecipeError, match="needs batches"):
         fit(Tiny(), target_bpw=5, batches=[], formats=FORMATS)
     with pytest.raises(UnknownFormatError, match="q4_9"):

@@ -29,7 +29,9 @@ from iqtorch.gguf import (
 )
 from iqtorch.gguf.families import FAMILIES
 from iqtorch.gguf.family_table import _ROTATED
+from iqtorch.gguf.save import contents
 from iqtorch.gguf.tensors import Binding
+from iqtorch.gguf.writer import Typed
 
 transformers = pytest.importorskip("transformers")
 from gguf_models import MODELS, assert_same_weights, ids, logits, pack, rewrite, tiny  # noqa: E402 (imports transformers)
@@ -118,6 +120,27 @@ def test_every_format_survives(tmp_path: Path) -> None:
     for name, (fmt, blocks) in chosen.items():
         assert again[name].format is fmt
         assert torch.equal(again[name].to_blocks(), blocks), name
+
+
+def test_answers_end_where_programs_stop(tmp_path: Path) -> None:
+    """Files have room for one `eos_token_id`; what else ends a turn stands in other keys and in the texts of control tokens."""
+    model, tokenizer = iqtorch.data.load_tiny_llama()
+    metadata, tensors = contents(model, tokenizer)
+    kinds = metadata["tokenizer.ggml.token_type"].value
+
+    def ends(texts: dict[int, str], **keys: int) -> Any:
+        tokens = [texts.get(i, token) for i, token in enumerate(metadata["tokenizer.ggml.tokens"])]
+        control = [3 if i in texts else kind for i, kind in enumerate(kinds)]
+        changed = {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": Typed(control, 5)}
+        named = {f"tokenizer.ggml.{key}_token_id": value for key, value in keys.items()}
+        write_gguf(tmp_path / "a.gguf", metadata | changed | named, tensors)
+        return load_gguf(tmp_path / "a.gguf").generation_config.eos_token_id
+
+    assert ends({}) == 1
+    assert ends({9: "<end_of_turn>", 7: "<|im_end|>"}, eot=20, eom=30000) == [1, 7, 9, 20]
+    assert ends({7: "<|end|>"}) == [1, 7]
+    assert ends({7: "<|end|>", 8: "<|call|>", 9: "<|return|>"}) == [1, 8, 9]
+    assert ends({}, eot=1) == 1
 
 
 def test_generation_and_saving_after_loading(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """The command line: `iqtorch --help`.
 
 options   what the commands share
-files     formats, quantize, convert, importance, inspect
+files     formats, quantize, convert, importance, fit, inspect
 measure   demo, perplexity, kl, bench, plot
 talk      chat
 """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,6 +34,7 @@ from .options import (
     counted,
     err,
     files_of,
+    is_embedded,
     located,
     open_model,
     out,
@@ -170,6 +172,36 @@ def importance(
     found.save(output)
     if as_json:
         return print_json({"output": str(output), "weights": len(found), "windows": len(batches), "window": window})
+    out.print(f"{found} in {output}", highlight=False, soft_wrap=True)
+
+
+@command(
+    "iqtorch fit ./my-model mix.toml --bpw 2.7 --importance imatrix.dat",
+    "iqtorch quantize ./my-model ./packed --recipe mix.toml --importance imatrix.dat",
+)
+def fit(
+    model: Model,
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="Recipe file (TOML) to write.", **WRITABLE)],
+    bpw: Annotated[float, typer.Option(help="Most bits per packed weight.")],
+    importance: Annotated[Path | None, typer.Option(help="Importance file (imatrix, .dat or .gguf).")] = None,
+    text: Annotated[Path | None, text_option("UTF-8 text. Default: the calibration text inside the package.")] = None,
+    window: Annotated[int, typer.Option(help="Tokens per sequence.")] = 512,
+    windows: Annotated[int, typer.Option(help="Use the first so many windows.", min=1)] = 4,
+    device: Device = "cpu",
+    as_json: AsJson = False,
+) -> None:
+    """Find the best format for each weight of a model under a limit on its size: one pass of the text per weight."""
+    from .. import data, evaluate, hf
+    from ..fit import fit
+
+    loaded, tokenizer = open_model(model)
+    ids = hf.encode(tokenizer, read_text(text) if text else data.calibration_text())
+    batches = evaluate.windows(loaded, ids, window)[:windows].split(1)
+    file = importance or (data.TINY_LLAMA_IMPORTANCE if is_embedded(model) else None)
+    found = fit(loaded.to(device), file, target_bpw=bpw, batches=batches)
+    found.recipe.save(output)
+    if as_json:
+        return print_json({"output": str(output), **{key: value for key, value in asdict(found).items() if key != "recipe"}})
     out.print(f"{found} in {output}", highlight=False, soft_wrap=True)
 
 

@@ -24,6 +24,7 @@ from .families import FILE_NAME, config_from_gguf, family_of_file, repeats_embed
 from .family import Family
 from .reader import GGUFFile, TensorInfo
 from .tensors import Binding, bind, check_names, conv1d_weights, make_room, merge_heads, merged_halves, parameter_names
+from .tokenizer import ends_of_turns
 
 __all__ = ["load_gguf"]
 
@@ -95,7 +96,7 @@ def model_of(file: GGUFFile, config: Any, dtype: torch.dtype, device: torch.devi
         for module, name in places[id(old)]:  # tied places share the parameter
             _install(module, name, value)
         file.release(binding.tensors)
-    _set_special_tokens(model)
+    _set_special_tokens(model, file)
     if isinstance(file.metadata.get("general.name"), str):
         setattr(model.config, FILE_NAME, file.metadata["general.name"])
     adopt(model.eval(), Recipe())
@@ -231,21 +232,29 @@ def _install(module: nn.Module, name: str, value: Tensor) -> None:
         (module._parameters if isinstance(value, nn.Parameter) else module._buffers)[name] = value  # type: ignore[assignment]
 
 
-def _set_special_tokens(model: nn.Module) -> None:
+def _set_special_tokens(model: nn.Module, file: GGUFFile) -> None:
     config, generation = (getattr(model, name, None) for name in ("config", "generation_config"))
+    if generation is None:
+        return
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        if generation is not None and getattr(config, name, None) is not None:
+        if getattr(config, name, None) is not None:
             setattr(generation, name, getattr(config, name))
+    own = generation.eos_token_id
+    ends = list(dict.fromkeys([*(own if isinstance(own, list) else [] if own is None else [own]), *ends_of_turns(file)]))
+    generation.eos_token_id = ends if len(ends) > 1 else own
+
+
+def _planned(device_map: Any) -> bool:
+    """Whether accelerate places the layers, one by one."""
+    return isinstance(device_map, dict) or device_map in ("auto", "balanced", "balanced_low_0", "sequential")
 
 
 def _single_device(device_map: Any) -> torch.device:
-    if device_map is None or isinstance(device_map, dict) or device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
-        return torch.device("cpu")
-    return torch.device(device_map)
+    return torch.device("cpu" if device_map is None or _planned(device_map) else device_map)
 
 
 def _dispatch(model: nn.Module, device_map: Any, device: torch.device) -> nn.Module:
-    if isinstance(device_map, dict) or device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
+    if _planned(device_map):
         from accelerate import dispatch_model, infer_auto_device_map
 
         plan = device_map if isinstance(device_map, dict) else infer_auto_device_map(

@@ -1,9 +1,9 @@
 """Tokenizers: Hugging Face's fast tokenizers <-> the vocabulary inside GGUF files.
 
 Two kinds are converted: byte-level BPE (`gpt2` in files) and SentencePiece BPE with byte fallback (`llama`; `gemma4` is the same with
-merges in the file, and read only). Files written here
-also keep the original `tokenizer.json`, so that loading them gives the same tokenizer back; others are rebuilt from their
-vocabulary. Chat templates are copied as text, never rendered. Sources: llama.cpp convert_hf_to_gguf.py and src/llama-vocab.cpp.
+merges in the file, and read only). Files written here also keep the original `tokenizer.json`, so that loading them gives the same
+tokenizer back; others are rebuilt from their vocabulary. Chat templates are copied as text, never rendered.
+Sources: llama.cpp convert_hf_to_gguf.py and src/llama-vocab.cpp.
 """
 
 from __future__ import annotations
@@ -66,6 +66,11 @@ _SPELLINGS = {
     r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])": _CONTRACTIONS,
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|": _CONTRACTIONS + "|",
 }
+#: Texts of tokens that end an answer.
+_ENDS = {
+    "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>",
+    "<EOT>", "_<EOT>", "[EOT]", "<end_of_utterance>", "<turn|>", "<|tool_response>", "<｜end▁of▁sentence｜>",
+}  # fmt: skip
 _SPECIAL = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
 
 
@@ -195,6 +200,23 @@ def load_tokenizer(path: str | Path | GGUFFile) -> Any:
     if isinstance(meta.get("tokenizer.chat_template"), str):
         tokenizer.chat_template = meta["tokenizer.chat_template"]
     return tokenizer
+
+
+def ends_of_turns(file: GGUFFile) -> list[int]:
+    """Ids of the tokens at which an answer ends besides `eos_token_id`, for which files have room for one only.
+
+    As programs of the llama.cpp family do, by two keys and by the texts of tokens (src/llama-vocab.cpp).
+    """
+    tokens = file.metadata.get("tokenizer.ggml.tokens", [])
+    kinds = file.metadata.get("tokenizer.ggml.token_type", [])
+    if not isinstance(tokens, list) or not isinstance(kinds, list):
+        return []
+    named = [file.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eot", "eom")]
+    found = {i for i in named if isinstance(i, int) and 0 <= i < len(tokens)}
+    found |= {i for i, (token, kind) in enumerate(zip(tokens, kinds)) if kind == CONTROL and token in _ENDS}
+    if {"<|return|>", "<|call|>"} <= {tokens[i] for i in found}:  # gpt-oss, where `<|end|>` stands between its messages
+        found = {i for i in found if tokens[i] != "<|end|>"}
+    return sorted(found)
 
 
 def _list(file: GGUFFile, key: str, kind: type) -> list[Any]:
