@@ -87,6 +87,8 @@ def test_mistakes_are_found_before_a_model_is_looked_for(tmp_path: Path) -> None
         assert isinstance(runner.invoke(cli.app, words).exception, kind), words
     for words, message in (
         (["kl", "someone/model", "--device", "abacus"], "no device"),
+        (["quantize", "a/b", "c", "--format", "iq4_ks", "--calibration", text, "--device", "abacus"], "no device"),
+        (["quantize", "a/b", "c", "--format", "iq4_ks", "--device", "cpu"], "for --calibration"),
         (["quantize", "a/b", "c", "--rule", "x"], "REGEX=FORMAT"),
         (["quantize", "a/b", "c", "--format", "iq4_ks", "--windows", "3"], "for --calibration"),
         (["quantize", "a/b", "c", "--format", "iq4_ks", "--max-shard-size", "large"], "'large' is no size"),
@@ -190,6 +192,26 @@ def test_quantize_to_gguf_and_back_to_a_folder(tmp_path: Path) -> None:
     )
     scores = [run_json("perplexity", tmp_path / part, "--windows", 1)["perplexity"] for part in ("q.gguf", "folder")]
     assert scores[0] == pytest.approx(scores[1], rel=1e-6)
+
+
+@pytest.mark.parametrize(("rounding", "lent", "moved"), [("ldlq", "cpu", False), ("yaqa", None, True)])
+def test_calibrated_rounding_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rounding: str, lent: str | None, moved: bool
+) -> None:
+    """Blocks are lent to the device one by one; yaqa, which runs backward through all of them, has the model moved there."""
+    (tmp_path / "text.txt").write_text(data.calibration_text()[:8000], encoding="utf-8")
+    seen: list[object] = []
+
+    def quantize_model(model: torch.nn.Module, *_: object, device: str | None, checkpoint: Path, **__: object) -> torch.nn.Module:
+        checkpoint.mkdir()
+        seen.append(device)
+        return model
+
+    monkeypatch.setattr("iqtorch.model.quantize_model", quantize_model)
+    monkeypatch.setattr(torch.nn.Module, "to", lambda self, device: seen.append(f"moved to {device}") or self)
+    options = ["--format", "iq4_nl", "--calibration", tmp_path / "text.txt", "--rounding", rounding, "--device", "cpu"]
+    run("quantize", "tiny-llama", tmp_path / "made", *options)
+    assert seen == ["moved to cpu"] * moved + [lent]
 
 
 def test_quantize_by_rules_and_calibration(tmp_path: Path) -> None:

@@ -294,7 +294,10 @@ def _calibrated(model: str, output: Path, how: Quantization, files: Streaming, r
     if files.overwrite:
         shutil.rmtree(blocks, ignore_errors=True)
     torch.set_num_threads(files.threads or torch.get_num_threads())
-    how.apply(loaded, model, rounding=rounded.rounding or ROUNDING, calibration=batches, checkpoint=blocks)
+    rounding, device = rounded.rounding or ROUNDING, rounded.device
+    if rounding == "yaqa" and device:
+        loaded, device = loaded.to(device), None  # it runs backward through the whole model
+    how.apply(loaded, model, rounding=rounding, calibration=batches, checkpoint=blocks, device=device)
     _save(loaded, tokenizer, output, files.max_shard_size)
     shutil.rmtree(blocks)
     return report(loaded)

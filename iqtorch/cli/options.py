@@ -57,7 +57,9 @@ def _one_of(values: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _device(name: str) -> str:
+def _device(name: str | None) -> str | None:
+    if name is None:
+        return None
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
@@ -219,9 +221,15 @@ class Calibrated:
     windows: Annotated[int | None, typer.Option(help=f"With --calibration: windows of 512 tokens to use. Default: {WINDOWS}.", min=1)] = (
         None
     )
+    device: Annotated[
+        str | None,
+        typer.Option(
+            help="With --calibration: where to run and round: cuda, cuda:1, ... (one block at a time; all for yaqa).", callback=_device
+        ),
+    ] = None
 
     def __post_init__(self) -> None:
-        for option, value in (("--rounding", self.rounding), ("--windows", self.windows)):
+        for option, value in (("--rounding", self.rounding), ("--windows", self.windows), ("--device", self.device)):
             if value is not None and self.calibration is None:
                 raise typer.BadParameter("it is for --calibration TEXT, which is not given", param_hint=option)
 

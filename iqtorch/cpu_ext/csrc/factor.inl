@@ -1,6 +1,6 @@
-// Factor of a symmetric, positive definite matrix A of some hundred columns: A = U D U^T with U upper triangular, blocks of `step` columns on
-// its diagonal being the identity, and D of such blocks; and the inverses of larger blocks on the diagonal of U. Sixteen columns at a time, from the last to the first. Part of
-// feedback.inl; the version in torch is `unit_factor` in iqtorch/encode/metric.py.
+// Factor of a symmetric, positive definite matrix A of some hundred columns: A = U D U^T with U upper triangular, blocks of `step` columns
+// on its diagonal being the identity, and D of such blocks; and the inverses of larger blocks on the diagonal of U. Sixteen columns at a
+// time, from the last to the first. Part of feedback.inl; the version in torch is `unit_factor` in iqtorch/encode/metric.py.
 namespace factor {
 
 // Inverse of a positive definite matrix of at most eight columns; false if it is none.
