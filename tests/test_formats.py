@@ -16,10 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from iqtorch.errors import BlockSizeError, ShapeError, UnknownFormatError
 from iqtorch.formats import Format, format_by_ggml_type, get_format, list_formats, register
-from iqtorch.formats.base import FIELD_NAMES, Field, Run, bits_to_float, float_to_bits
+from iqtorch.formats.base import FIELD_NAMES, Field, Run, _codebook_tensor, bits_to_float, float_to_bits
 from iqtorch.formats.ik_trellis import OFFSET, OFFSET_ALTERNATE, generate
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -342,6 +343,21 @@ def test_field_read_and_write(layout: tuple[int, list[list[tuple[int, int]]]], s
                 start, width = run[e]
                 assert number >> start & ((1 << width) - 1) == int(values[row, e]) >> low & ((1 << width) - 1)
                 low += width
+
+
+@pytest.mark.parametrize("name", ["iq2_kl", "q4_k"])
+def test_decode_of_stand_ins_leaves_nothing_behind(name: str) -> None:
+    """Tables made under a `FakeTensorMode` are not those of later decodes, nor the other way round."""
+    fmt = get_format(name)
+    blocks = torch.zeros(4, fmt.row_bytes(512), dtype=torch.uint8)
+    want = fmt.decode(blocks)
+    for clear in (False, True):
+        if clear:
+            _codebook_tensor.cache_clear()
+        with FakeTensorMode() as mode:
+            stand_in = fmt.decode(mode.from_tensor(blocks))
+        assert type(stand_in) is FakeTensor and stand_in.shape == want.shape
+        assert torch.equal(fmt.decode(blocks), want)
 
 
 def test_float_patterns() -> None:

@@ -143,7 +143,10 @@ class Codebook:
 
     def tensor(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Tensor:
         """The values as a `[variants * entries, vec]` tensor (cached per device and dtype)."""
-        return _codebook_tensor(self, torch.device(device), dtype)
+        # A mode that makes stand-ins for tensors gets its own: kept, they would be in everybody's way.
+        plain = type(torch.empty(0, device="cpu")) is Tensor
+        make = _codebook_tensor if plain else _codebook_tensor.__wrapped__
+        return make(self, torch.device(device), dtype)
 
 
 @lru_cache(maxsize=256)
