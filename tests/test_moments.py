@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from calibration_cases import llama, tokens
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import iqtorch
@@ -77,5 +79,9 @@ def test_save_and_load(tmp_path: Path) -> None:
         (tmp_path / "damaged").write_bytes(damaged)
         with pytest.raises(CalibrationError, match="damaged"):
             iqtorch.Calibration.load(tmp_path / "damaged")
+    for facts, why in (({"version": 2, "tokens": {}, "keys": {}}, "has version 2"), ({"version": 1, "tokens": {}}, "damaged")):
+        save_file({}, str(tmp_path / "other"), {"iqtorch.calibration": json.dumps(facts)})
+        with pytest.raises(CalibrationError, match=why):
+            iqtorch.Calibration.load(tmp_path / "other")
     with pytest.raises(CalibrationError, match="missing"):
         iqtorch.Calibration.load(tmp_path / "missing")

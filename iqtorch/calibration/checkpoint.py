@@ -17,6 +17,10 @@ from ..formats import get_format
 from ..tensor import IQTensor
 
 
+class _OtherKeyError(Exception):
+    """A file that is whole, and belongs to something else."""
+
+
 class Checkpoint:
     """A folder of packed weights, one file per part of a model; a file counts only for the same weights, formats, text and settings.
 
@@ -33,6 +37,8 @@ class Checkpoint:
         for text in texts:
             for key, value in sorted(text.items()) if isinstance(text, Mapping) else [("", text)]:
                 digest.update(key.encode())
+                if isinstance(value, Tensor):
+                    digest.update(f"{tuple(value.shape)} {value.dtype}".encode())  # the same tokens in other rows are another text
                 digest.update(_bytes(value) if isinstance(value, Tensor) else repr(value).encode())
         self.start = digest
 
@@ -51,9 +57,7 @@ class Checkpoint:
             with safe_open(str(path), "pt") as file:
                 facts = json.loads((file.metadata() or {})["iqtorch.rounding"])
                 if facts["key"] != self._key(wanted):
-                    raise CalibrationError(
-                        f"{path} is of another text, model, recipe or setting; pass an empty folder as checkpoint, or remove it"
-                    )
+                    raise _OtherKeyError
                 found = {}
                 for name, (format_name, note) in facts["weights"].items():
                     original = wanted[name][0]
@@ -61,6 +65,10 @@ class Checkpoint:
                     blocks = file.get_tensor(name).to(original.device)
                     found[name] = (IQTensor.from_blocks(blocks, get_format(format_name), dtype), note)
                 return found
+        except _OtherKeyError:
+            raise CalibrationError(
+                f"{path} is of another text, model, recipe or setting; pass an empty folder as checkpoint, or remove it"
+            ) from None
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise CalibrationError(f"{path} is no checkpoint of a rounding, or damaged ({error}); remove it") from error
 

@@ -29,6 +29,8 @@ logger = logging.getLogger("iqtorch")
 #: Token ids `[B, T]`, or a dictionary of arguments of the model.
 Batch = Tensor | Mapping[str, Any]
 
+#: Of the files that `Calibration.save` writes.
+VERSION = 1
 #: One activation in this many (of long texts, fewer) is kept aside, to check on it that rounding by the others did help.
 HELD_OUT = 8
 #: At most this many are kept per layer; beyond, every second one is dropped and half as many are taken from then on.
@@ -134,7 +136,7 @@ class Calibration(Mapping[str, tuple[Moments, ...]]):
             for i, m in enumerate(found):
                 tensors[f"{key}/{i}/matrix"], tensors[f"{key}/{i}/sample"] = m.matrix.contiguous(), m.sample.contiguous()
         tensors |= {f"curvature/{name}": value.contiguous() for name, value in self._curvatures.items()}
-        save_file(tensors, str(path), {"iqtorch.calibration": json.dumps({"version": 1, "tokens": tokens, "keys": self._keys})})
+        save_file(tensors, str(path), {"iqtorch.calibration": json.dumps({"version": VERSION, "tokens": tokens, "keys": self._keys})})
 
     @classmethod
     def load(cls, path: str | Path) -> Calibration:
@@ -148,6 +150,7 @@ class Calibration(Mapping[str, tuple[Moments, ...]]):
         try:
             with safe_open(str(path), "pt") as file:
                 facts = json.loads((file.metadata() or {})["iqtorch.calibration"])
+                version, keys = facts["version"], facts["keys"]
                 moments = {
                     key: tuple(
                         Moments(file.get_tensor(f"{key}/{i}/matrix"), n, file.get_tensor(f"{key}/{i}/sample")) for i, n in enumerate(counts)
@@ -158,7 +161,9 @@ class Calibration(Mapping[str, tuple[Moments, ...]]):
                 curvatures = {name: file.get_tensor(f"curvature/{name}") for name in names}
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise CalibrationError(f"{path} is no calibration file, or damaged ({error}); write one with Calibration.save") from error
-        return cls(moments, facts["keys"], curvatures)
+        if version != VERSION:
+            raise CalibrationError(f"{path} has version {version} of calibration files, this iqtorch reads {VERSION}; calibrate again")
+        return cls(moments, keys, curvatures)
 
 
 # -- collecting --------------------------------------------------------------------------------------------
@@ -233,7 +238,7 @@ class _Products:
                 mean = (total + lean * pooled) / (tokens + lean)
             else:
                 mean = total / max(1, tokens)
-            sample = torch.cat(self.sample[e]) if e in self.sample else torch.zeros(0, k, device="cpu")
+            sample = torch.cat(self.sample[e]) if e in self.sample else torch.zeros(0, k, dtype=torch.float32, device="cpu")
             found.append(Moments(mean.float().cpu(), tokens, sample))
         return tuple(found)
 
