@@ -201,6 +201,29 @@ def test_compiled_pass_is_the_plain_one(name: str, monkeypatch: pytest.MonkeyPat
     torch.testing.assert_close(costs[0].mean(), costs[1].mean(), rtol=apart, atol=0)
 
 
+@pytest.mark.parametrize("name", ["iq4_k", "q4_k", "iq2_kl", "iq2_xxs"])
+@pytest.mark.parametrize("plain", [False, True])
+def test_a_default_dtype_changes_nothing(name: str, plain: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if plain:
+        monkeypatch.setattr(compiled, "available", lambda device: False)
+    x, weight = correlated(512, 1024), torch.randn(16, 512, generator=torch.Generator().manual_seed(3))
+    moments = (Moments(x.T @ x / len(x), len(x), x[:64]),)
+
+    def run() -> Tensor:
+        for table in (compiled.value_table, compiled._prepared, compiled._products, compiled._book):
+            table.cache_clear()
+        return quantize_calibrated(weight, iqtorch.get_format(name), moments)[0].to_blocks()
+
+    want, before = run(), torch.get_default_dtype()
+    for dtype in (torch.float64, torch.bfloat16):
+        torch.set_default_dtype(dtype)
+        try:
+            assert torch.equal(run(), want), dtype
+        finally:
+            torch.set_default_dtype(before)
+            run()
+
+
 @pytest.mark.parametrize("name", ["iq2_kl", "iq4_ks", "iq3_xxs", "iq4_kt"])
 def test_instruction_sets_agree_on_feedback(name: str) -> None:
     """Not so formats of vectors of eight, compared as bytes only where AVX512-VNNI is, nor scalar code, whose multiply-adds are not fused

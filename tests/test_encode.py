@@ -21,6 +21,7 @@ from iqtorch import cpu_ext
 from iqtorch.encode import compiled, encode, encoder
 from iqtorch.encode.encoder import CHUNK, CHUNK_BYTES, CHUNK_LEAST, EFFORTS, LANES, Speed, _chunk, _encode_rows, workspace
 from iqtorch.encode.nearest import SCORE_ELEMENTS, CellNearest, GridNearest, TableNearest, nearest
+from iqtorch.encode.nearest import _built as nearest_searches
 from iqtorch.encode.search import Effort, ScaleGrid, StoredFloat, large_codebook
 from iqtorch.errors import WeightError
 from iqtorch.formats import Format, get_format, list_formats
@@ -65,6 +66,29 @@ def sample(rows: int, k: int, seed: int = 1) -> tuple[Tensor, Tensor]:
         torch.from_numpy(rng.standard_t(5, (rows, k)).astype(np.float32)),
         torch.from_numpy(np.exp(rng.normal(0, 1.5, k)).astype(np.float32)),
     )
+
+
+def clear_tables() -> None:
+    for table in (compiled.value_table, compiled._prepared, compiled._plan, compiled._products, compiled._book, nearest_searches):
+        table.cache_clear()
+
+
+@pytest.mark.parametrize("fmt", KINDS, ids=lambda f: f.name)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_a_default_dtype_changes_nothing(fmt: Format, dtype: torch.dtype, engine: str) -> None:
+    """Scripts that call `torch.set_default_dtype` get the same bytes, also from tables that are made meanwhile."""
+    weight, importance = sample(8, 512)
+    want = encode(weight, fmt, importance, speed="fast")
+    before = torch.get_default_dtype()
+    clear_tables()
+    torch.set_default_dtype(dtype)
+    try:
+        assert torch.equal(encode(weight, fmt, importance, speed="fast"), want)
+        flat = encode(weight, fmt, None, speed="fast")
+    finally:
+        torch.set_default_dtype(before)
+    assert torch.equal(encode(weight, fmt, importance, speed="fast"), want) and torch.equal(encode(weight, fmt, None, speed="fast"), flat)
+    clear_tables()
 
 
 # -- quality ---------------------------------------------------------------------------------------------------

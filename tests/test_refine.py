@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import iqtorch
+from iqtorch.calibration import refine as refining
 from iqtorch.calibration.own_text import own_text
 from iqtorch.calibration.refine import _Weight, refine
 from iqtorch.errors import CalibrationError
@@ -93,6 +94,25 @@ def test_a_worse_model_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not found.kept and found.after >= found.before and "left as it was" in str(found)
     assert all(torch.equal(value, before[n]) for n, value in blocks_of(model).items())
     assert all(torch.equal(p, norms[n]) for n, p in model.named_parameters() if n in norms)
+
+
+def test_defaults_of_others_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scales are trained in float32 whatever `torch.set_default_dtype` says, and texts are drawn on the CPU."""
+    value = iqtorch.quantize(torch.randn(8, 256, generator=torch.Generator().manual_seed(0)), "q4_k")
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        weight = _Weight("weight", nn.Linear(256, 8), "weight", value, codes=True)
+        weight.assign()
+    finally:
+        torch.set_default_dtype(before)
+    assert weight.factors.dtype == weight.dense().dtype == weight.value.dtype == torch.float32
+    assert torch.equal(weight.code, weight.parts["code"])
+    monkeypatch.setattr(refining, "write", lambda model, texts, seed: list(texts))
+    texts = tokens(5)
+    want = refining._with_own_text(nn.Identity(), texts, 1)
+    with torch.device("meta"):
+        assert all(a is b for a, b in zip(refining._with_own_text(nn.Identity(), texts, 1), want, strict=True))
 
 
 def test_refusals() -> None:

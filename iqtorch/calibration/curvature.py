@@ -45,7 +45,7 @@ class Curvatures:
         def backward(gradient: Tensor) -> None:
             g = gradient.detach().reshape(-1, gradient.shape[-1]).float()
             if name not in self.total:
-                self.total[name] = torch.zeros(g.shape[1], g.shape[1], device=g.device)
+                self.total[name] = torch.zeros(g.shape[1], g.shape[1], dtype=torch.float32, device=g.device)
             self.total[name].addmm_(g.T, g)
             self.energy.setdefault(name, []).append(g.square().sum(1))
 
@@ -88,7 +88,7 @@ def pull_back(out: Any, generator: torch.Generator) -> None:
     logits = getattr(out, "logits", None)
     if logits is None:
         hidden = out if isinstance(out, Tensor) else out[0]
-        hidden.backward(torch.randn(hidden.shape, generator=generator, device="cpu").to(hidden))
+        hidden.backward(torch.randn(hidden.shape, generator=generator, dtype=torch.float32, device="cpu").to(hidden))
         return
     with torch.no_grad():
         gradient = torch.softmax(logits.detach().float(), -1).flatten(0, -2)

@@ -152,7 +152,7 @@ class _Weight:
         self.value = self.fmt.values(self.parts)  # [R, K]
         self.code = self.parts["code"]
         units = self.parts["d"].shape
-        self.factors = torch.ones((1 if low is None else 2, *units), device=self.value.device, requires_grad=True)
+        self.factors = torch.ones((1 if low is None else 2, *units), dtype=torch.float32, device=self.value.device, requires_grad=True)
         self.latent: Tensor | None = None
         self.search: Nearest | None = None
         if codes:
@@ -184,7 +184,7 @@ class _Weight:
         fmt, rows = self.fmt, len(self.value)
         n = fmt.group_size
         x = self.latent.reshape(-1, n)
-        groups = torch.ones(len(x), device=x.device)
+        groups = torch.ones(len(x), dtype=torch.float32, device=x.device)
         kind = self.parts["variant"].reshape(-1) if "variant" in self.parts and fmt.variant_size == n else torch.zeros_like(groups).int()
         code, value = self.search.codes(x, torch.ones_like(x), groups, kind)
         self.value = value.view(rows, -1)
@@ -268,7 +268,7 @@ def _divergence(ours: Tensor, base: Tensor) -> Tensor:
 
 def _with_own_text(base: nn.Module, texts: Sequence[Batch], seed: int) -> list[Batch]:
     """Half of some texts, drawn at random, and in place of the others as much that the model writes."""
-    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed)).tolist()
+    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed), device="cpu").tolist()
     half = (len(texts) + 1) // 2
     return [*(texts[i] for i in order[:half]), *write(base, [texts[i] for i in order[half:]], seed)]
 

@@ -121,7 +121,7 @@ def search_affine(units: Units, fmt: Format, near: Nearest, effort: Effort) -> F
     reach_s = best_s.gather(0, first)[0].view(count, groups).amax(1)
     reach_o = best_o.gather(0, first)[0].view(count, groups)
     reach_o = reach_o.gather(1, reach_o.abs().argmax(1, keepdim=True))[:, 0]
-    total = torch.full((count,), INF, device=x.device)
+    total = torch.full((count,), INF, dtype=torch.float32, device=x.device)
     d, dmin, fit_d, fit_dmin = (torch.zeros_like(total) for _ in range(4))
 
     def consider(d_try: Tensor, dmin_try: Tensor) -> None:

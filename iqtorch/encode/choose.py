@@ -118,7 +118,7 @@ class SignedChooser(GridChooser):
         slices = min(self.effort.shortlist, len(book))
         width = len(book) // slices
         entry = scores[:, : slices * width].unflatten(1, (slices, width)).min(2)[1] + torch.arange(slices, device=x.device) * width
-        value = book[entry] * torch.where((x < 0) ^ (s < 0)[:, None], -1.0, 1.0)[:, None]
+        value = book[entry] * torch.where((x < 0) ^ (s < 0)[:, None], -1.0, 1.0)[:, None].to(book.dtype)
         scale = s[:, None, None]
         error = x[:, None] - scale * value
         for i in range(self.fmt.vec):  # turn each sign that is better turned

@@ -79,7 +79,7 @@ def value_table(fmt: Format) -> ValueTable:
         bits,
         float(values[0]),
         float(values[-1]),
-        _search_tree(values, first, bits) if 0 < bits <= LARGEST_TREE else torch.zeros(0),
+        _search_tree(values, first, bits) if 0 < bits <= LARGEST_TREE else torch.zeros(0, dtype=torch.float32),
         torch.from_numpy((book - book[0])[:, 0].astype(np.float32)),
         torch.from_numpy(codes),
     )
@@ -99,7 +99,7 @@ class _Tables:
         if values is None:
             self.ints.append(-1)
             return
-        table = torch.as_tensor(values).reshape(-1).to(kind)
+        table = torch.as_tensor(values, dtype=kind).reshape(-1)
         which = kind.is_floating_point
         self.ints.append(self.sizes[which])
         padding = -len(table) % 16
@@ -187,7 +187,7 @@ class _Tables:
         self.floats_table(values)
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        empty = torch.zeros(16)
+        empty = torch.zeros(16, dtype=torch.float32)
         return (
             torch.tensor(self.ints, dtype=torch.int32),
             torch.tensor(self.floats, dtype=torch.float32),
@@ -279,7 +279,7 @@ def run(units: Units, fmt: Format, effort: Effort, products: bool) -> Found:
     shared = torch.zeros((3, count * groups), dtype=torch.int32)
     codes = torch.empty((count * groups, n // fmt.vec), dtype=torch.uint8 if fmt.vec == 1 else torch.int32)
     negative = torch.empty((count * groups, n) if "sign" in fmt.fields else (0,), dtype=torch.uint8)
-    product = torch.empty(count if products else 0)
+    product = torch.empty(count if products else 0, dtype=torch.float32)
     tables = _prepared(fmt, groups, effort)
     torch.ops.iqtorch_cpu.encode(
         units.x.contiguous(), units.importance.contiguous(), units.exponent.contiguous(), *tables, heads, shared, codes, negative, product
@@ -366,7 +366,7 @@ def feedback(
         shortlist: entries of a codebook with separate signs that are compared in full.
         square: what `squares` makes of `form`.
     """
-    empty = torch.zeros(0)
+    empty = torch.zeros(0, dtype=torch.float32)
     scale, minimum = [*scales, (empty, empty, empty.int(), empty.int())][:2]
     near = nearest(fmt, torch.device("cpu"))
     table = near if isinstance(near, TableNearest) else None
@@ -429,7 +429,7 @@ def squares(fmt: Format, form: Tensor) -> Tensor:
     kinds = fmt.codebook.variants if fmt.variant_size == fmt.group_size else 1
     if "sign" in fmt.fields:
         return form.diagonal(0, 1, 2) @ _products(fmt, kinds)[i == j]
-    return (form[:, i, j] * torch.where(i == j, 1.0, 2.0)) @ _products(fmt, kinds)
+    return (form[:, i, j] * (2 - (i == j).to(form.dtype))) @ _products(fmt, kinds)
 
 
 @lru_cache(maxsize=8)
@@ -462,12 +462,12 @@ class _Book:
 @on_host
 def _book(fmt: Format, kinds: int) -> _Book:
     values = torch.from_numpy(fmt.codebook.values.astype(np.float32)).reshape(kinds, -1, fmt.vec).contiguous()
-    tiles, small = torch.zeros(0), torch.zeros(0, dtype=torch.uint8)
+    tiles, small = torch.zeros(0, dtype=torch.float32), torch.zeros(0, dtype=torch.uint8)
     entries, cuts, code = values.shape[1], tiles, None
     if fmt.vec < 4 or entries < SEARCHED_WHOLE:
         return _Book(values, tiles, small, cuts, None)
     if fmt.vec == 4:
-        cuts = torch.zeros(kinds, 1 + CELLS, CELLS)
+        cuts = torch.zeros(kinds, 1 + CELLS, CELLS, dtype=torch.float32)
         slab = values[..., 0].argsort(dim=1, stable=True).view(kinds, CELLS, -1)
         cell = slab.gather(2, values[..., 1].gather(1, slab.flatten(1)).view_as(slab).argsort(dim=2, stable=True))
         code = cell.flatten(1)

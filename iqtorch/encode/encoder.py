@@ -150,11 +150,11 @@ def effort_of(fmt: Format, speed: Speed) -> Effort:
 
 def _error_weights(importance: Tensor | None, k: int, device: torch.device) -> Tensor:
     if importance is None:
-        return torch.ones(k, device=device)
+        return torch.ones(k, dtype=torch.float32, device=device)
     wide = importance.to(device, torch.float64)
     mean = wide.mean()
     if mean <= 0:
-        return torch.ones(k, device=device)
+        return torch.ones(k, dtype=torch.float32, device=device)
     return (wide / mean).clamp(min=LEAST_IMPORTANCE).float()
 
 

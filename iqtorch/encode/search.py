@@ -236,7 +236,7 @@ def share(units: Units, grid: ScaleGrid, stored: StoredFloat, effort: Effort, op
     else:
         candidates = [reach / (grid.largest * r) for r in ratios]
         candidates += [-c for c in candidates]
-    best_error = torch.full((count,), INF, device=reach.device)
+    best_error = torch.full((count,), INF, dtype=torch.float32, device=reach.device)
     best_d = torch.zeros_like(best_error)
     best_fit = torch.zeros_like(best_error)
 

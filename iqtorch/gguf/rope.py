@@ -121,7 +121,7 @@ def rope_tensors(config: Any) -> dict[str, torch.Tensor]:
     if (full := rope.get("full_attention", {})).get("rope_type") == "proportional":
         half = config.per_layer_config[config.layer_types.index("full_attention")].head_dim // 2
         turning = int(full.get("partial_rotary_factor", 1.0) * half)
-        return {"rope_freqs.weight": torch.tensor([1.0] * turning + [STILL] * (half - turning), device="cpu")}
+        return {"rope_freqs.weight": torch.tensor([1.0] * turning + [STILL] * (half - turning), dtype=torch.float32, device="cpu")}
     if rope.get("rope_type") == "longrope":
         return {
             f"rope_factors_{part}.weight": torch.tensor(rope[f"{part}_factor"], dtype=torch.float32, device="cpu")
