@@ -160,6 +160,55 @@ def test_first_figures_are_the_measured_ones() -> None:
         assert said in text, said
 
 
+def agrees(said: str, value: float) -> bool:
+    """Whether a figure is this value, rounded to the digits that it has."""
+    return abs(float(said) - value) <= 0.5 * 10.0 ** -len(said.partition(".")[2]) + 1e-9
+
+
+@pytest.mark.parametrize(("part", "memory", "cache"), [("Zen 5", "cpu_zen5_memory", "cpu_zen5"), ("Xeon with AMX", "cpu_memory", "cpu")])
+def test_products_on_cpus_are_the_measured_ones(part: str, memory: str, cache: str) -> None:
+    """Milliseconds, times the bfloat16 layer, times ik_llama.cpp of docs/cpu.md."""
+    text = (ROOT / "docs" / "cpu.md").read_text(encoding="utf-8").split(f"\n### {part}\n")[1].split("\n### ")[0]
+    cell = r" ([\d.]+) \(([\d.]+), ([\d.]+)\) \|"
+    rows = re.findall(rf"^\| (\w+) \|{cell * 4}$", text, re.MULTILINE)
+    assert len(rows) >= 6
+    for name, *said in rows:
+        for place, (file, m) in enumerate(((memory, "1"), (cache, "1"), (cache, "8"), (cache, "512"))):
+            row = results(f"{file}.csv", format=name, m=m, n="4096", k="4096")
+            measured = [float(row[key]) for key in ("ms", "speedup", "over_ik")]
+            cells = said[3 * place : 3 * place + 3]
+            assert all(map(agrees, cells, measured)), (name, file, m, cells, measured)
+
+
+@pytest.mark.parametrize(("head", "file"), [("format", "gpu_h200_linear"), ("first version", "gpu_h200_linear_first")])
+def test_products_on_a_card_are_the_measured_ones(head: str, file: str) -> None:
+    """Microseconds of docs/gpu.md."""
+    text = (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8").split(f"\n| {head} | 1 token, int8 | 1, float |")[1].split("\n\n")[0]
+    kinds = [("1", "int8"), ("1", "float"), ("2", "int8"), ("16", "float"), ("512", "float"), ("2048", "float")]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()[2:]]
+    assert len(rows) == 5
+    for name, *said in rows:
+        for cell, (tokens, precision) in zip(said, kinds, strict=True):
+            measured = cell and float(results(f"{file}.csv", format=name, tokens=tokens, precision=precision)["us"])
+            assert not cell or agrees(cell, measured), (name, tokens, precision, cell, measured)
+
+
+def test_errors_of_encoders_are_the_measured_ones() -> None:
+    """Percent beside the reference, and seconds, of docs/encoders.md."""
+    text = (ROOT / "docs" / "encoders.md").read_text(encoding="utf-8").split("\n## Error and speed\n")[1]
+    pair = r" (\S+) / (\S+) \|"
+    rows = re.findall(rf"^\| `(\w+)` \|{pair}{pair} (?:-|(\S+) / (\S+)) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", text, re.MULTILINE)
+    assert len(rows) == 36
+    for name, *said in rows:
+        row = results("quantize_trellis.csv" if name.endswith("_kt") else "quantize.csv", format=name)
+        value = {key: float(row[key] or "nan") for key in row if key not in ("format", "speed")}
+        against = [("w_gauss", "w_gauss_reference"), ("w_t5", "w_t5_reference"), ("ones_gauss", "ones_gauss_reference")]
+        against += [("ones_t5", "ones_t5_reference"), ("ones_gauss", "plain_gauss_reference"), ("ones_t5", "plain_t5_reference")]
+        measured = [100 * (value[ours] / value[theirs] - 1) for ours, theirs in against]
+        measured += [value["seconds"], value["seconds_reference"], value["seconds"] / value["seconds_reference"]]
+        assert all(agrees(cell, found) for cell, found in zip(said, measured, strict=True) if cell), (name, said, measured)
+
+
 def test_table_of_formats_is_complete_and_right() -> None:
     rows = re.findall(r"^\| `(\w+)` \| ([\d.]+) \| (\d+) \| ", TEXT, re.MULTILINE)
     expected = [(name, f"{get_format(name).bits_per_weight():.3f}", str(get_format(name).block_size)) for name in list_formats()]
