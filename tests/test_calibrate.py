@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import iqtorch
 from iqtorch import cpu_ext
 from iqtorch.calibration import sequence
+from iqtorch.calibration.curvature import Curvatures
 from iqtorch.calibration.moments import Moments
 from iqtorch.calibration.rounding import FEEDBACK, PRECISE, quantize_calibrated
 from iqtorch.encode import compiled, encode
@@ -524,6 +525,38 @@ def test_curvature_of_the_outputs(tmp_path: Path) -> None:
         for rounding in ("ldlq", "yaqa")
     ]
     assert not torch.equal(*(m.get_parameter(name).to_blocks() for m in models))
+
+
+class Twice(nn.Module):
+    """A block that calls one of its layers twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(256, 256), nn.Linear(256, 256)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.b(torch.relu(self.a(torch.relu(self.a(x)))))
+
+
+@pytest.mark.parametrize("rounding", ["ldlq", "yaqa"])
+def test_layers_that_are_called_twice(rounding: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(64, 256), nn.ModuleList([Twice(), Twice()]), nn.Linear(256, 64))
+    model.forward = lambda ids: model[2](model[1][1](model[1][0](model[0](ids))))  # type: ignore[method-assign]
+    packed = iqtorch.quantize_model(model, {r"1\..*weight": "iq4_k"}, calibration=tokens(), rounding=rounding, progress=False)  # type: ignore[arg-type]
+    assert isinstance(packed.get_submodule("1.0.a").weight, iqtorch.IQTensor)
+
+
+def test_energies_are_in_the_order_of_the_calls() -> None:
+    layer = nn.Linear(4, 3)
+    sums = Curvatures({"a": layer})
+    x, g = torch.randn(3, 5, 4), torch.randn(3, 5, 3)
+    with sums.watching():
+        outs = [layer(rows) for rows in x]
+        ((outs[0] * g[0]).sum() + (outs[2] * g[2]).sum()).backward()
+    (found,) = sums.energy["a"]
+    torch.testing.assert_close(found, torch.cat([g[0], g[2]]).square().sum(1))
+    torch.testing.assert_close(sums.total["a"], g[0].T @ g[0] + g[2].T @ g[2])
 
 
 def test_model_is_not_touched_by_the_passes() -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,8 +30,9 @@ class Curvatures:
     def __init__(self, layers: Mapping[str, nn.Module]) -> None:
         self.layers = dict(layers)
         self.total: dict[str, Tensor] = {}
-        #: squared length of each gradient, `[tokens]` per forward pass
+        #: squared length of each gradient, `[tokens]` per block of `watching`, call after call
         self.energy: dict[str, list[Tensor]] = {}
+        self._calls: dict[str, list[Tensor]] = {}
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
@@ -40,18 +42,23 @@ class Curvatures:
         finally:
             for hook in hooks:
                 hook.remove()
+            for name, calls in self._calls.items():
+                self.energy.setdefault(name, []).append(torch.cat(calls))
+            self._calls = {}
 
     def _hook(self, name: str) -> Callable[..., None]:
-        def backward(gradient: Tensor) -> None:
+        def backward(gradient: Tensor, at: int) -> None:
             g = gradient.detach().reshape(-1, gradient.shape[-1]).float()
             if name not in self.total:
                 self.total[name] = torch.zeros(g.shape[1], g.shape[1], dtype=torch.float32, device=g.device)
             self.total[name].addmm_(g.T, g)
-            self.energy.setdefault(name, []).append(g.square().sum(1))
+            self._calls[name][at] = g.square().sum(1)
 
         def forward(_: nn.Module, __: Any, out: Tensor) -> None:
             if out.requires_grad:
-                out.register_hook(backward)
+                calls = self._calls.setdefault(name, [])
+                calls.append(out.new_empty(0, dtype=torch.float32))  # gradients come in another order than calls, or not at all
+                out.register_hook(partial(backward, at=len(calls) - 1))
 
         return forward
 

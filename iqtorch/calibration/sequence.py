@@ -157,7 +157,7 @@ def quantize_in_sequence(
             for names, calls in stages:
                 path = paths[names[0]]
                 seen = _Pairs()
-                weights = original.weights(names)
+                weights = original.weights(path, names)
                 for i in range(len(texts)):
                     seen.add(original.inputs(path, i), _inputs(block, twin, path, calls, i, packed[i]), weights[i])
                 statistics = seen.finish(names[0], sum(len(mine[name].matrix) for name in names))
@@ -371,12 +371,15 @@ class _Originals:
 
         return hook
 
-    def weights(self, names: list[str]) -> list[Tensor | None]:
-        """For each text, how much its tokens count: half alike, half by the squared gradients in the outputs of some layers, which is the
-        step of YAQA's power iteration that starts from equal outputs. Half, because few tokens would count for most otherwise."""
+    def weights(self, path: str, names: list[str]) -> list[Tensor | None]:
+        """For each text, how much the inputs at `path` count, which some layers share: half alike, half by the squared gradients in the
+        outputs of these, which is the step of YAQA's power iteration that starts from equal outputs. Half, because few tokens would count
+        for most otherwise."""
+        tokens = [sum(map(len, calls)) for calls in self.found[path]]
         energy = [self.watched.energy.pop(name) for name in names if name in self.watched.energy]
+        energy = [own for own in energy if list(map(len, own)) == tokens]  # not of layers that gradients reached now and then
         if not energy:
-            return [None] * len(self.found[next(iter(self.found))])
+            return [None] * len(tokens)
         total = [torch.stack(parts).sum(0) for parts in zip(*energy, strict=True)]
         mean = torch.cat(total).mean().clamp(min=1e-30)
         return [0.5 + 0.5 * own / mean for own in total]
