@@ -316,7 +316,8 @@ def _listening_for_another_tokenizer(model: nn.Module) -> Iterator[None]:
         ids, logits = args[0] if args else kwargs.get("input_ids"), getattr(out, "logits", None)
         if not isinstance(ids, Tensor) or not isinstance(logits, Tensor) or logits.shape[:-1] != ids.shape or ids.shape[-1] < 2:
             return
-        loss = float(nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1)[:SAMPLE].float(), ids[:, 1:].flatten()[:SAMPLE]))
+        predicted, actual = logits[:, :-1].flatten(0, 1)[:SAMPLE].float(), ids[:, 1:].flatten()[:SAMPLE].to(logits.device)
+        loss = float(nn.functional.cross_entropy(predicted, actual))
         guessing = math.log(logits.shape[-1])
         if loss > guessing + UNLIKELY:
             logger.warning(

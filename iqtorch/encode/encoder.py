@@ -234,9 +234,5 @@ def _parts(found: Found, fmt: Format, rows: int) -> Parts:
         if name in fmt.fields and values is not None:
             parts[name] = values.reshape(rows, -1)
     if found.negative is not None:
-        negative = found.negative.to(torch.int32)
-        if fmt.sign_parity:
-            shifts = torch.arange(7, device=negative.device, dtype=torch.int32)
-            negative = (negative.unflatten(1, (-1, 8))[..., :7] << shifts).sum(-1, dtype=torch.int32)
-        parts["sign"] = negative.reshape(rows, -1)
+        parts["sign"] = fmt.fold_signs(found.negative.reshape(rows, -1))
     return parts
