@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -130,3 +131,9 @@ def test_sources_that_changed_since_the_build_are_named(own_sources: Path) -> No
     (own_sources / "more.inl").write_text("")
     with pytest.warns(UserWarning, match=r"C\+\+ sources changed since the kernels were built \(more\.inl, pack\.cpp\); rebuild: pip"):
         assert cpu_ext._load() is None
+
+
+def test_every_operator_is_looked_for() -> None:
+    """One that an older build lacks is missed when the extension is loaded, not when it is called."""
+    sources = "".join(file.read_text(encoding="utf-8") for file in cpu_ext.kernel_file.SOURCES.glob("*binding.cpp"))
+    assert sorted(re.findall(r'm\.def\(\s*"(\w+)\(', sources)) == sorted(cpu_ext._OPERATORS)

@@ -23,7 +23,8 @@ from .layout import ROWS, layout
 name = "cpu"
 
 _PRODUCTS = ("linear", "linear_many", "linear_transposed", "dequantize", "embedding", "grouped_linear")
-_OPERATORS = (*_PRODUCTS, "pack", "unpack", "register_format", "isa_list", "isa_select")
+_ENCODERS = ("encode", "write_field", "feedback", "unit_factor")
+_OPERATORS = (*_PRODUCTS, *_ENCODERS, "pack", "unpack", "register_format", "isa_list", "isa_select")
 
 
 def _load() -> str | None:
