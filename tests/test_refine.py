@@ -115,6 +115,17 @@ def test_defaults_of_others_change_nothing(monkeypatch: pytest.MonkeyPatch) -> N
         assert all(a is b for a, b in zip(refining._with_own_text(nn.Identity(), texts, 1), want, strict=True))
 
 
+def test_refining_within_no_grad() -> None:
+    base = llama()
+    models = [packed(base, "iq4_ks") for _ in range(2)]
+    want = refine(models[0], base, tokens(2), epochs=1)
+    with torch.no_grad():
+        found = refine(models[1], base, tokens(2), epochs=1)
+    assert found == want and all(
+        torch.equal(a, b) for a, b in zip(blocks_of(models[0]).values(), blocks_of(models[1]).values(), strict=True)
+    )
+
+
 def test_refusals() -> None:
     assert iqtorch.refine is refine  # the function, also after its module is imported
     base = llama()

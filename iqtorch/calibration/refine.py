@@ -297,7 +297,8 @@ def _train(student: _Student, base: nn.Module, epochs: Sequence[Sequence[Batch]]
             for weight in student.packed:
                 weight.assign()
             adam.zero_grad()
-            loss = _divergence(student.log_probs(texts[i]), target)
+            with torch.enable_grad():
+                loss = _divergence(student.log_probs(texts[i]), target)
             loss.backward()
             adam.step()
             step += 1
