@@ -356,7 +356,9 @@ class _Sums:
         wide = torch.float32 if x.device.type == "mps" else torch.float64
         if self.total is None:
             self.total = torch.zeros(self.experts or 1, rows.shape[-1], dtype=wide, device=x.device)
-        self.total[expert] += torch.einsum("nk,nk->k", rows, rows).to(self.total.device, wide)
+        with torch.autocast(x.device.type, enabled=False):  # which may be on for the model
+            squares = torch.einsum("nk,nk->k", rows, rows)
+        self.total[expert] += squares.to(self.total.device, wide)
         self.count[expert] += rows.shape[0]
 
     def entry(self) -> ImportanceEntry:

@@ -61,12 +61,13 @@ def quantize(
 @torch.no_grad()
 def encode_blocks(weight: Tensor, fmt: Format, importance: Tensor | None, objective: Objective, speed: Speed) -> Tensor:
     """uint8 `[..., N, row_bytes]`: `encode` for a matrix, or for each expert; arguments as `quantize` has checked them."""
-    if weight.dim() == 2:
-        return encode(weight.detach(), fmt, importance, objective, speed)
-    blocks = weight.new_empty((*weight.shape[:-1], fmt.row_bytes(weight.shape[-1])), dtype=torch.uint8)
-    for e, expert in enumerate(weight.detach()):
-        blocks[e] = encode(expert, fmt, None if importance is None else importance[e], objective, speed)
-    return blocks
+    with torch.autocast(weight.device.type, enabled=False):
+        if weight.dim() == 2:
+            return encode(weight.detach(), fmt, importance, objective, speed)
+        blocks = weight.new_empty((*weight.shape[:-1], fmt.row_bytes(weight.shape[-1])), dtype=torch.uint8)
+        for e, expert in enumerate(weight.detach()):
+            blocks[e] = encode(expert, fmt, None if importance is None else importance[e], objective, speed)
+        return blocks
 
 
 def check_options(objective: str, speed: str) -> None:

@@ -225,6 +225,33 @@ def test_a_default_dtype_changes_nothing(name: str, plain: bool, monkeypatch: py
             run()
 
 
+@pytest.mark.parametrize("name", ["iq4_k", "iq2_kl", "iq2_xxs"])
+@pytest.mark.parametrize("plain", [False, True])
+def test_autocast_changes_nothing(name: str, plain: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if plain:
+        monkeypatch.setattr(compiled, "available", lambda device: False)
+    x, weight = correlated(512, 1024), torch.randn(16, 512, generator=torch.Generator().manual_seed(3))
+    moments, curvature = (Moments(x.T @ x / len(x), len(x), x[:64]),), torch.eye(16) + 0.1
+    fmt = iqtorch.get_format(name)
+
+    def run() -> Tensor:
+        rounded, _ = quantize_calibrated(weight, fmt, moments, curvature=curvature)
+        return torch.cat([iqtorch.quantize(weight, fmt).to_blocks(), rounded.to_blocks()])
+
+    want = run()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(run(), want)
+
+
+def test_layers_are_rounded_within_autocast() -> None:
+    """The model runs as the caller asks; what is rounded is rounded in full precision."""
+    base = llama(num_hidden_layers=1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model = iqtorch.quantize_model(copy.deepcopy(base), {"down_proj": "iq2_kl"}, calibration=tokens(), rounding="ldlq", progress=False)
+    (packed,) = (p for p in model.parameters() if isinstance(p, iqtorch.IQTensor))
+    assert packed.dequantize().isfinite().all()
+
+
 @pytest.mark.parametrize("name", ["iq2_kl", "iq4_ks", "iq3_xxs", "iq4_kt"])
 def test_instruction_sets_agree_on_feedback(name: str) -> None:
     """Not so formats of vectors of eight, compared as bytes only where AVX512-VNNI is, nor scalar code, whose multiply-adds are not fused

@@ -48,6 +48,16 @@ def test_moments_are_means_of_products(in_stripes: bool, monkeypatch: pytest.Mon
     torch.testing.assert_close(found["down.weight"][0].importance, hidden.detach().square().mean(0), rtol=0.2, atol=1e-3)
 
 
+def test_autocast_is_for_the_model_alone() -> None:
+    torch.manual_seed(0)
+    model, batches = Mlp(), [torch.randn(5, 40, 64) for _ in range(2)]
+    want, importance = iqtorch.calibrate(model, batches), iqtorch.collect_importance(model, batches)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found, again = iqtorch.calibrate(model, batches), iqtorch.collect_importance(model, batches)
+    assert torch.equal(found["gate.weight"][0].matrix, want["gate.weight"][0].matrix)
+    assert torch.equal(again["gate.weight"], importance["gate.weight"])
+
+
 def test_shared_inputs_are_counted_once() -> None:
     model = llama()
     found = iqtorch.calibrate(model, tokens())

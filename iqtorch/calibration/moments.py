@@ -177,9 +177,10 @@ def zero_products(rows: Tensor) -> Tensor:
 
 
 def add_products(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """Adds a^T b, a stripe at a time."""
-    for i in range(0, len(total), STRIPE):
-        total[i : i + STRIPE] += a[:, i : i + STRIPE].T @ b
+    """Adds a^T b, a stripe at a time; in full precision also where the model runs within autocast."""
+    with torch.autocast(total.device.type, enabled=False):
+        for i in range(0, len(total), STRIPE):
+            total[i : i + STRIPE] += a[:, i : i + STRIPE].T @ b
 
 
 class _Recent:

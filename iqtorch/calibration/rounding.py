@@ -72,7 +72,8 @@ def _round_matrix(
         return Metric(shrunk(moments.matrix.to(weight.device), moments.tokens), fmt, DAMPING)
 
     sample, importance = (t.to(weight.device) for t in (moments.sample, moments.importance.contiguous()))
-    return best_of([weight], fmt, importance, metric, objective, sample, sample, curvature, speed)[0]
+    with torch.autocast(weight.device.type, enabled=False):
+        return best_of([weight], fmt, importance, metric, objective, sample, sample, curvature, speed)[0]
 
 
 def best_of(

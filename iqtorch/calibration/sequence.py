@@ -480,6 +480,7 @@ class _Statistics:
 
         importance = self.moments.diagonal().contiguous().to(device)
         x, y = self.x.to(device), self.y.to(device)
-        found = best_of([w.float() for w in weights], fmt, importance, metric, objective, x, y, curvature, speed)
+        with torch.autocast(device.type, enabled=False):
+            found = best_of([w.float() for w in weights], fmt, importance, metric, objective, x, y, curvature, speed)
         dtypes = [w.dtype if w.dtype != torch.float64 else torch.float32 for w in weights]
         return [(IQTensor.from_blocks(blocks, fmt, dtype), note) for (blocks, note), dtype in zip(found, dtypes, strict=True)]
