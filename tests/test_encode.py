@@ -25,6 +25,11 @@ from iqtorch.encode.nearest import _built as nearest_searches
 from iqtorch.encode.search import Effort, ScaleGrid, StoredFloat, large_codebook
 from iqtorch.errors import WeightError
 from iqtorch.formats import Format, get_format, list_formats
+from iqtorch.formats.base import Codebook, at, bits, integers
+from iqtorch.formats.base import table as single_values
+from iqtorch.formats.ik_trellis import OFFSET, _trellis
+from iqtorch.formats.layout import codes4
+from iqtorch.formats.tables import IQ2, IQ4
 from iqtorch.quantize import quantize
 
 FORMATS = [get_format(name) for name in list_formats()]
@@ -66,6 +71,29 @@ def sample(rows: int, k: int, seed: int = 1) -> tuple[Tensor, Tensor]:
         torch.from_numpy(rng.standard_t(5, (rows, k)).astype(np.float32)),
         torch.from_numpy(np.exp(rng.normal(0, 1.5, k)).astype(np.float32)),
     )
+
+
+#: Records unlike any there is, and the relative error that Gaussian weights may have.
+D, DMIN = {"d": at(0, 2)}, {"d": at(0, 2), "dmin": at(2, 2)}
+ANY = Codebook(lambda: np.random.default_rng(0).integers(-60, 60, (1, 256, 4)).astype(np.int8), 4, 256)
+PAIRS = Codebook(lambda: np.array([[[a, b] for a in IQ2 for b in IQ2]], np.int8), 2, 16)
+NEW = [
+    (Format("one_bit", 990, 32, 6, single_values((-1, 1)), D | {"code": bits(32, (lambda j: 16 + j, 1))}), 0.62),
+    (Format("affine7", 991, 32, 32, integers(7), DMIN | {"code": bits(32, (lambda j: 32 + 7 * j, 7))}, min_values=(-1,)), 0.012),
+    (Format("affine_table", 992, 32, 20, single_values(IQ4), DMIN | {"code": bits(32, codes4(4, half=16))}, min_values=(-1,)), 0.09),
+    (Format("one_scale", 993, 256, 54, _trellis(13, 8, OFFSET), D | {"code": bits(32, (lambda g: 16 + 13 * g, 13))}), 0.45),
+    (Format("any_vectors", 994, 32, 10, ANY, D | {"code": bits(8, (lambda g: 16 + 8 * g, 8))}), 0.45),
+    (Format("few_pairs", 995, 32, 10, PAIRS, D | {"code": bits(16, (lambda g: 16 + 4 * g, 4))}), 0.4),
+]
+
+
+@pytest.mark.parametrize(("fmt", "most"), NEW, ids=lambda v: v.name if isinstance(v, Format) else "")
+def test_a_record_is_enough_to_quantize(fmt: Format, most: float, engine: str) -> None:
+    """Whatever the compiled search has no room for is searched in torch."""
+    weight = torch.randn(19, 512, generator=torch.Generator().manual_seed(0))
+    for speed in ("fast", "default"):
+        blocks = encode(weight, fmt, None, "rmse", speed)
+        assert float((fmt.decode(blocks) - weight).norm() / weight.norm()) < most
 
 
 def clear_tables() -> None:

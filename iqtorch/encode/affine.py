@@ -21,13 +21,18 @@ SPANS = {2: (0.5, 1.25), 3: (0.6, 1.15), 4: (0.7, 1.1), 5: (0.8, 1.08)}
 OFFSETS = {2: (0.5, 0.7, 0.85, 1.0, 1.1), 3: (0.6, 0.8, 0.9, 1.0), 4: (0.75, 0.9, 1.0, 1.05), 5: (0.85, 0.95, 1.0)}
 
 
+def _bits(fmt: Format) -> int:
+    """Of a code, as far as the tables above go."""
+    return min(max(int(np.log2(fmt.codebook.entries)), min(SPANS)), max(SPANS))
+
+
 def trial_ratios(fmt: Format, trials: int) -> list[float]:
-    low, high = SPANS[int(np.log2(fmt.codebook.entries))]
+    low, high = SPANS[_bits(fmt)]
     return np.linspace(low, high, trials).tolist()
 
 
 def offset_ratios(fmt: Format) -> tuple[float, ...]:
-    return OFFSETS[int(np.log2(fmt.codebook.entries))]
+    return OFFSETS[_bits(fmt)]
 
 
 def scale_ratios(grid: ScaleGrid, steps: int) -> list[float]:
@@ -92,11 +97,15 @@ def search_affine(units: Units, fmt: Format, near: Nearest, effort: Effort) -> F
     low, high = x.amin(1), x.amax(1)
     if positive:
         low = low.clamp(max=0)
+    lowest = float(fmt.codebook.values.min())
+    span = float(fmt.codebook.values.max()) - lowest
     found: list[tuple[Tensor, ...]] = []
     for offset_ratio in offset_ratios(fmt):
         for ratio in trial_ratios(fmt, effort.trials):
-            s = (high - low) * (ratio / (fmt.codebook.entries - 1))
+            s = (high - low) * (ratio / span)
             o = low * -offset_ratio
+            if lowest:
+                o = o + s * lowest
             q = form(near.values(x + o[:, None], w, s, 0))
             found.append((q.error(*q.optimum(positive)), q.sxc, q.sc, q.scc))
     keep = min(kept_forms(effort), len(found))

@@ -26,9 +26,10 @@ SIGNS = {"none": 0, "free": 1, "even": 2}
 QUANTILES = 16
 #: Room for the parts of codebooks of vectors (csrc/encode.h).
 MOST_QUARTERS, MOST_HALVES = 32, 192
+MOST_POSITIONS, MOST_BOX_ENTRIES = 8, 1 << 16
 #: Cells of codebooks of vectors of four, entries of a tile (csrc/feedback.h), and entries from which on not all are compared in float.
 CELLS, TILE, SEARCHED_WHOLE = 16, 16, 2048
-#: Codebooks of single values with at most 2 ** this many are searched in registers.
+#: Codebooks of single values with more than two, and at most 2 ** this many, are searched in registers.
 LARGEST_TREE = 5
 NOWHERE = 1e6
 FLOAT_KINDS = {"f16": 0, "f32": 1, "e8m0": 2}
@@ -79,7 +80,7 @@ def value_table(fmt: Format) -> ValueTable:
         bits,
         float(values[0]),
         float(values[-1]),
-        _search_tree(values, first, bits) if 0 < bits <= LARGEST_TREE else torch.zeros(0, dtype=torch.float32),
+        _search_tree(values, first, bits) if 1 < bits <= LARGEST_TREE else torch.zeros(0, dtype=torch.float32),
         torch.from_numpy((book - book[0])[:, 0].astype(np.float32)),
         torch.from_numpy(codes),
     )
@@ -215,12 +216,27 @@ def _search_tree(values: np.ndarray, codes: np.ndarray, bits: int) -> Tensor:
 
 @lru_cache(maxsize=256)
 def supported(fmt: Format) -> bool:
-    """Whether the compiled search can encode this format: its lanes want variants that differ by a shift, and evenly spaced scales."""
+    """Whether the compiled search can encode this format: its lanes want variants that differ by a shift, evenly spaced scales and, beside
+    minima, codes of all integers; codebooks of vectors must fit its memory (csrc/encode.h)."""
+    if fmt.group_size % 16 or fmt.codebook.variants > 2:
+        return False
     if fmt.vec > 1:
-        return True
+        return not fmt.affine and _room_for_vectors(fmt)
+    if fmt.affine and value_table(fmt).bits:
+        return False
     book = fmt.codebook.values.astype(np.int64)
     scales = [np.unique(np.diff(np.sort(v))) for v in (fmt.scale_values, fmt.min_values) if v is not None and len(v) > 1]
     return bool((np.ptp(book - book[:1], axis=1) == 0).all()) and all(len(steps) == 1 for steps in scales) and fmt.group_size <= 32
+
+
+def _room_for_vectors(fmt: Format) -> bool:
+    if fmt.vec not in (4, 8):
+        return fmt.vec == 2
+    if search.large_codebook(fmt):
+        return fmt.group_size // fmt.vec <= MOST_POSITIONS and fmt.codebook.entries * fmt.codebook.variants <= MOST_BOX_ENTRIES
+    halves = [half for book in fmt.codebook.values for half in np.split(book, 2, axis=1)]
+    quarters = [quarter for half in halves for quarter in np.split(half, 2, axis=1)]
+    return all(len(np.unique(part, axis=0)) <= most for parts, most in ((halves, MOST_HALVES), (quarters, MOST_QUARTERS)) for part in parts)
 
 
 @lru_cache(maxsize=256)

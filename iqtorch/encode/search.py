@@ -134,7 +134,7 @@ def trial_ratios(fmt: Format, trials: int) -> list[float]:
     if fmt.d_kind == "e8m0":  # the trial scales are the only ones there are
         return [2.0**power for power in range(1, -9, -1)]
     spans, bits = SPANS[fmt.vec == 1], int(np.log2(fmt.codebook.entries))
-    low, high = spans[max(b for b in spans if b <= bits)]
+    low, high = spans[max((b for b in spans if b <= bits), default=min(spans))]
     return np.linspace(low, high, trials).tolist()
 
 
