@@ -18,7 +18,7 @@ from iqtorch import cpu_ext
 from iqtorch.cpu_ext import memory
 from iqtorch.errors import BlockSizeError, KernelUnavailableError
 from iqtorch.formats import Format, get_format, list_formats
-from iqtorch.formats.base import float_to_bits
+from iqtorch.formats.base import bits, float_to_bits
 
 PLAIN = [get_format(name) for name in list_formats() if get_format(name).interleave == 1]
 #: One of each kind of decoder, for checks that do not depend on the bits of a format.
@@ -523,6 +523,26 @@ def test_scales_that_do_not_fit_the_kernels_are_named(name: str, scales: range, 
     fmt = dataclasses.replace(get_format(name), scale_values=tuple(scales))
     with pytest.raises(KernelUnavailableError, match=f"{name} has {shown}"):
         cpu_ext.layout(fmt)
+
+
+@pytest.mark.parametrize(
+    ("name", "signs", "parity", "shown"),
+    [
+        ("iq3_xxs", None, False, "8 bits for 4 weights and no signs"),
+        ("iq2_s", None, False, "10 bits for 8 weights and no signs"),
+        ("iq2_xxs", 256, False, "8 bits for 8 weights and a sign bit per weight"),
+        ("iq1_s", 32, True, "11 bits for 8 weights and seven signs of eight"),
+        ("q4_0", 32, False, "4 bits for 1 weights and a sign bit per weight"),
+    ],
+)
+def test_signs_that_no_decoder_reads_are_named(name: str, signs: int | None, parity: bool, shown: str) -> None:
+    """Decoders are chosen by their codes: with other signs than theirs they would give wrong weights."""
+    fmt = get_format(name)
+    fields = {key: field for key, field in fmt.fields.items() if key != "sign"}
+    if signs:
+        fields["sign"] = bits(signs, (lambda i: 8 * fmt.block_bytes + (7 if parity else 1) * i, 7 if parity else 1))
+    with pytest.raises(KernelUnavailableError, match=f"{name} has codes of {shown} beside them"):
+        cpu_ext.layout(dataclasses.replace(fmt, fields=fields, sign_parity=parity))
 
 
 def test_every_plain_format_has_kernels() -> None:

@@ -43,6 +43,8 @@ MAX_PLANES = 4
 PLAIN, LOOKUP, PAIRS, WORDS, GRID, TRELLIS = range(6)
 #: How signs are stored; `enum Sign` of csrc/format.h.
 NO_SIGN, SIGN_BITS, SIGN_PARITY = range(3)
+#: How the decoders of grids take signs, by bits of code and weights of an entry: those of `find_family` in csrc/kernels.inl.
+GRIDS = {(8, 4): SIGN_PARITY, (8, 8): SIGN_PARITY, (9, 4): SIGN_BITS, (9, 8): SIGN_PARITY, (10, 8): SIGN_BITS, (11, 8): NO_SIGN}
 
 IntArray = npt.NDArray[np.int64]
 
@@ -280,6 +282,11 @@ def layout(fmt: Format) -> Layout:
     code, decoder = _codes(fmt)
     fields = {"code": code} if decoder == WORDS else {**fmt.fields, "code": code}
     sign = NO_SIGN if "sign" not in fields else SIGN_PARITY if fmt.sign_parity else SIGN_BITS
+    if decoder != TRELLIS and sign != (GRIDS.get((code.width, fmt.vec)) if decoder == GRID else NO_SIGN):
+        stored = ("no signs", "a sign bit per weight", "seven signs of eight")[sign]
+        raise KernelUnavailableError(
+            f"{fmt.name} has codes of {code.width} bits for {fmt.vec} weights and {stored} beside them, which no CPU decoder reads"
+        )
     described: dict[str, list[tuple[int, int, int]]] = {}
     parts: list[tuple[Field, tuple[Place, ...]]] = []
     offset = 0
