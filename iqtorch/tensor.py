@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections.abc import Callable, Sequence
+from functools import lru_cache
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -45,6 +48,16 @@ def dispatch_handler(*funcs: Any) -> Callable[[Callable[..., Any]], Callable[...
         return handler
 
     return add
+
+
+@lru_cache(maxsize=1)
+def _code_key() -> str:
+    """Hash of this package's Python sources. PyTorch keeps compiled code on disk, and it must not serve a later version of them: which
+    operators it calls, and with what, follows from handlers that PyTorch does not see."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 class _Packed:
@@ -229,10 +242,9 @@ class IQTensor(torch.Tensor):
         return cls(inner["packed"], meta["format"], meta["backend"], outer_size, meta["dtype"], meta["transposed"])
 
     def _stable_hash_for_caching(self) -> str:
-        # compiled code is kept on disk: the size of the packed bytes tells layouts of different versions apart, and the precision of
-        # activations is a constant of the code
+        # the precision of activations is a constant of compiled code
         parts = (self.format.name, self.backend, tuple(self.packed.shape), tuple(self.shape), self.dtype, self.transposed)
-        return "-".join(map(str, ("IQTensor", *parts, ops.activation_precision())))
+        return "-".join(map(str, ("IQTensor", _code_key(), *parts, ops.activation_precision())))
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # Pickles hold canonical bytes, never a layout of this machine.

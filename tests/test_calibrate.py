@@ -202,7 +202,7 @@ def test_compiled_pass_is_the_plain_one(name: str, monkeypatch: pytest.MonkeyPat
     torch.testing.assert_close(costs[0].mean(), costs[1].mean(), rtol=apart, atol=0)
 
 
-@pytest.mark.parametrize("name", ["iq4_k", "q4_k", "iq2_kl", "iq2_xxs"])
+@pytest.mark.parametrize("name", ["iq4_k", "q4_k", "q4_0", "iq2_kl", "iq2_xxs"])
 @pytest.mark.parametrize("plain", [False, True])
 def test_a_default_dtype_changes_nothing(name: str, plain: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if plain:

@@ -10,7 +10,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import iqtorch
-from iqtorch import IQTensor, Recipe
+from iqtorch import IQTensor, Recipe, tensor
 
 transformers = pytest.importorskip("transformers")
 
@@ -28,12 +28,19 @@ def fresh_compiler() -> object:
     iqtorch.set_activation_precision("int8")
 
 
-def test_code_kept_on_disk_is_told_apart_by_precision() -> None:
+def test_code_kept_on_disk_is_told_apart_by_precision_and_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     weight = iqtorch.quantize(torch.randn(64, 256), "iq4_ks")
     iqtorch.set_activation_precision("float")
-    other = weight._stable_hash_for_caching()
+    keys = [weight._stable_hash_for_caching()]
     iqtorch.set_activation_precision("int8")
-    assert weight._stable_hash_for_caching() != other
+    keys.append(weight._stable_hash_for_caching())
+    monkeypatch.setattr(tensor, "__file__", str(tmp_path / "tensor.py"))  # sources that differ in a letter
+    for text in ("a", "b"):
+        (tmp_path / "tensor.py").write_text(text, encoding="utf-8")
+        tensor._code_key.cache_clear()
+        keys.append(weight._stable_hash_for_caching())
+    tensor._code_key.cache_clear()
+    assert len(set(keys)) == 4
 
 
 def packed(kind: str, **changes: object) -> nn.Module:

@@ -173,12 +173,13 @@ def test_reduce_overhead(kind: str, device: str) -> None:
 
 
 @pytest.fixture
-def shared_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def shared_library(tmp_path: Path) -> Iterator[None]:
     """Inductor's compiler links the C++ library that PyTorch runs with: packages with a copy of their own crash while they are loaded."""
     script = tmp_path / "g++"
     script.write_text('#!/bin/sh\ncase " $* " in *" -shared "*) exec g++ "$@" -l:libstdc++.so.6;; esac\nexec g++ "$@"\n')
     script.chmod(0o755)
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, str(script)))
+    with torch._inductor.config.patch({"cpp.cxx": (None, str(script))}):
+        yield
 
 
 @devices

@@ -175,7 +175,7 @@ class Scales:
             self.unit, self.value, self.rank = unit[None], grid.sorted, rank.contiguous()
             self.near = neighbours(grid, reach, stride)
             return
-        away = torch.arange(-reach, reach + 1, device=unit.device)
+        away = torch.arange(-reach, reach + 1, dtype=torch.float32, device=unit.device)
         factors = 2.0 ** away[away.abs() <= 1] if stored.kind == "e8m0" else 1 + away * stride  # e8m0 has powers of two only
         self.unit = stored.round(unit * factors[:, None, None])
         self.value = grid.sorted.expand(len(factors)).contiguous()

@@ -65,7 +65,7 @@ struct HalfTables {
 enum Signs : int32_t { kUnsigned, kFree, kEven };
 enum FloatKind : int32_t { kHalf, kSingle, kExponent };
 
-// Same order as `_ints` and `_floats` in compiled.py.
+// Same order as `_prepared` in iqtorch/encode/compiled.py lists them.
 struct EncodeInts {
   int32_t group, groups, vec, entries, variants, code_parity, signs, d_kind, affine, two_signs, free_minimum;
   int32_t keep, shortlist, rounds, box_bits;

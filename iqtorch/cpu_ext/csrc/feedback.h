@@ -40,7 +40,6 @@ struct FeedbackData {
 
 constexpr int kFeedbackRows = 16;  // rows rounded together, one per lane
 constexpr int kMaxGroup = 32;
-constexpr int kMaxShortlist = 64;
 constexpr int kCells = 16;     // entries are in order of kCells slabs by their first value, and of kCells cells by their second within each
 
 // Bytes of scratch for one call, 64-byte aligned.
