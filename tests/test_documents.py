@@ -209,6 +209,35 @@ def test_errors_of_encoders_are_the_measured_ones() -> None:
         assert all(agrees(cell, found) for cell, found in zip(said, measured, strict=True) if cell), (name, said, measured)
 
 
+def test_divergences_are_the_measured_ones() -> None:
+    """The tables of docs/quality.md: all formats, refining, and the second model."""
+    text = (ROOT / "docs" / "quality.md").read_text(encoding="utf-8")
+
+    def line(name: str, rounding: str) -> dict[str, str]:
+        return results("quality.csv", format=name, rounding=rounding, windows="48", seed="0")
+
+    numbers = r"([\d.]+) \| ([\d.]+) \| ([\d.]+)"
+    rows = re.findall(rf"^\| `(\w+)` \| [\d.]+ \| \S+ \| {numbers} \| [^|]* \| \S+, (\S+), (\S+), (\S+) \|$", text, re.MULTILINE)
+    assert len(rows) == 25
+    for name, *said in rows:
+        own = [line(name, rounding) for rounding in ("nearest", "ldlq", "yaqa")]
+        assert said == [row["mean_kl"] for row in own] + [f"{float(row['perplexity']):.2f}" for row in own], name
+    refined = re.findall(r"^\| `(\w+)` \| ([\d.]+) \| \**([\d.]+)\** \| (\d+) % \| ([\d.]+), ([\d.]+) \|$", text, re.MULTILINE)
+    assert len(refined) == 8
+    for name, before, after, off, *perplexities in refined:
+        own = [line(name, rounding) for rounding in ("yaqa", "yaqa+refine")]
+        assert [before, after] == [row["mean_kl"] for row in own] and agrees(off, 100 * (1 - float(after) / float(before))), name
+        assert perplexities == [f"{float(row['perplexity']):.2f}" for row in own], name
+    second = re.findall(
+        rf"^\| `(\w+)` \| ([\d.]+) \| {numbers} \| [^|]* \| [^|]* \|$", text.split("A second trained model")[1], re.MULTILINE
+    )
+    assert len(second) == 3
+    for name, *said in second:
+        for cell, rounding in zip(said, ("reference", "nearest", "ldlq", "yaqa"), strict=True):
+            measured = float(results("quality_models.csv", model="qwen2-512", format=name, rounding=rounding)["error"])
+            assert float(cell) == pytest.approx(measured, abs=5.1e-6), (name, rounding)
+
+
 def test_table_of_formats_is_complete_and_right() -> None:
     rows = re.findall(r"^\| `(\w+)` \| ([\d.]+) \| (\d+) \| ", TEXT, re.MULTILINE)
     expected = [(name, f"{get_format(name).bits_per_weight():.3f}", str(get_format(name).block_size)) for name in list_formats()]
