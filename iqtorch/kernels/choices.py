@@ -166,8 +166,8 @@ def gemm_tile(rows: int, tokens: int, steps: int, processors: int, most: int = 1
     64 rows per warp group of 4 (one tensor-core instruction high), tokens padded to a power of two (at most `most`). The sum over K
     is split, not below four steps per part, so that rounds of programs end about together: four per processor with 16 tokens, else
     three, or one of 8 warps. Each part costs writing and reading its sums. Only the power of two at or above `tokens` counts.
-    Activations are loaded two stages ahead, one where `most` is 32: there threads decode twice as many weights, and registers would be
-    too few.
+    Activations are loaded two stages ahead; one for the largest tile where `most` is 32 (threads decode twice as many weights there, and
+    registers would be too few) or 64 (AMD's processors have 64 KiB of shared memory).
     """
     padded = power_of_two(tokens)
     tile_tokens = min(max(padded, 16), most)
@@ -175,7 +175,7 @@ def gemm_tile(rows: int, tokens: int, steps: int, processors: int, most: int = 1
     tiles = -(-rows // tile_rows) * -(-padded // tile_tokens)
     room = processors * (4 if tile_tokens == 16 else 3 if warps == 4 else 1)
     split = min(range(1, max(1, min(steps // 4, 16)) + 1), key=lambda s: -(-tiles * s // room) / s + 0.01 * s * padded / 16)
-    return GemmTile(tile_rows, tile_tokens, split, warps, 2 if tile_tokens == most == 32 else 3)
+    return GemmTile(tile_rows, tile_tokens, split, warps, 2 if tile_tokens == most < 128 else 3)
 
 
 Tile = TypeVar("Tile", GemvTile, GemmTile)
