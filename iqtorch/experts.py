@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import ops
+from .derivatives import needs_derivative
 from .tensor import IQTensor
-from .tensor_ops import grouped_linear, needs_derivative
+from .tensor_ops import grouped_linear
 
 #: Parameters in the place of `gate_up_proj` where the formats of the two differ.
 SPLIT = ("gate_proj", "up_proj")

@@ -13,9 +13,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from . import ops
+from .derivatives import needs_derivative
 from .linear import Linear
 from .tensor import IQTensor
-from .tensor_ops import autocasts, needs_derivative
+from .tensor_ops import autocasts
 
 #: Names under which models keep linear layers that read the same activations.
 SIBLINGS: tuple[tuple[str, ...], ...] = (

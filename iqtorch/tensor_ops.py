@@ -13,12 +13,11 @@ from typing import Any, NoReturn
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
 from . import ops
+from .derivatives import GroupedLinear, differentiable, needs_derivative
 from .errors import ShapeError, UnsupportedOperationError, WeightError
-from .formats import Format
 from .tensor import FROZEN, FUNCTIONS, IQTensor, dispatch_handler, function_handler
 
 aten = torch.ops.aten
@@ -72,90 +71,10 @@ def fallback(func: Any, args: Any, kwargs: Any) -> Any:
 # -- products (the fast door, __torch_function__) --------------------------------------------------------------
 
 
-class _Linear(torch.autograd.Function):
-    """`x -> x W^T` for a packed W; `_LinearTransposed` is its derivative, and the reverse."""
-
-    @staticmethod
-    def compute(x: Tensor, packed: Tensor, fmt: Format, backend: str, rows: int, k: int) -> Tensor:
-        return ops.get_backend(backend).linear(x, packed, fmt, rows, None, ops.FLOAT)
-
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> Tensor:
-        _, packed, *ctx.meta = args
-        ctx.save_for_backward(packed)
-        return _Linear.compute(*args)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return (_LinearTransposed.apply(grads[0], *ctx.saved_tensors, *ctx.meta), None, None, None, None, None)
-
-
-class _LinearTransposed(torch.autograd.Function):
-    """`g -> g W`."""
-
-    @staticmethod
-    def compute(g: Tensor, packed: Tensor, fmt: Format, backend: str, rows: int, k: int) -> Tensor:
-        return ops.get_backend(backend).linear_transposed(g, packed, fmt, k)
-
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> Tensor:
-        _, packed, *ctx.meta = args
-        ctx.save_for_backward(packed)
-        return _LinearTransposed.compute(*args)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return (_Linear.apply(grads[0], *ctx.saved_tensors, *ctx.meta), None, None, None, None, None)
-
-
-class _Transformed(torch.autograd.Function):
-    """Both of them for torch.func, which asks for another form; to go through it takes 30 microseconds, so that nobody else does.
-
-    Arguments: whether it is `_LinearTransposed`, then theirs.
-    """
-
-    @staticmethod
-    def forward(transposed: bool, *args: Any) -> Tensor:
-        return (_LinearTransposed if transposed else _Linear).compute(*args)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.transposed, _, packed, *ctx.meta = inputs
-        ctx.save_for_backward(packed)
-        ctx.save_for_forward(packed)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad = _Transformed.apply(not ctx.transposed, grads[0], *ctx.saved_tensors, *ctx.meta)
-        return (None, grad, None, None, None, None, None)
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        return _Transformed.apply(ctx.transposed, tangents[1], *ctx.saved_tensors, *ctx.meta)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], transposed: bool, x: Tensor, *matrix: Any) -> tuple[Tensor, int]:
-        batch = in_dims[1]
-        assert batch is not None, "there is nothing else to be batched"
-        return _Transformed.apply(transposed, x.movedim(batch, 0), *matrix), 0
-
-
-def _differentiable(transposed: bool, *args: Any) -> Tensor:
-    """A product that autograd or torch.func can differentiate."""
-    if forward_ad._current_level >= 0 or (not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()):
-        return _Transformed.apply(transposed, *args)
-    return (_LinearTransposed if transposed else _Linear).apply(*args)
-
-
 def _plain(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """`func` without our __torch_function__ handlers (it still reaches __torch_dispatch__)."""
     with torch._C.DisableTorchFunctionSubclass():
         return func(*args, **kwargs)
-
-
-def needs_derivative(x: Tensor) -> bool:
-    """Whether what is computed from `x` has to be differentiable: backward, or forward (dual tensors, which do not say that they are)."""
-    return (x.requires_grad and torch.is_grad_enabled()) or forward_ad._current_level >= 0
 
 
 def autocasts(x: Tensor) -> bool:
@@ -185,7 +104,7 @@ def _product(x: Tensor, w: IQTensor, bias: Tensor | None, transposed: bool, auto
         return F.linear(x, dense.T if transposed else dense, bias)
     backend = ops.get_backend(w.backend)
     if needs_derivative(x) or (bias is not None and needs_derivative(bias)):
-        y = _differentiable(transposed, x, w.packed, w.format, w.backend, w.rows, w.k)
+        y = differentiable(transposed, x, w.packed, w.format, w.backend, w.rows, w.k)
         return y if bias is None else y + bias.to(y.dtype)
     if transposed:
         y = backend.linear_transposed(x, w.packed, w.format, outer)
@@ -289,65 +208,8 @@ def grouped_linear(x: Tensor, w: IQTensor, offsets: Tensor) -> Tensor:
         x = x.to(torch.get_autocast_dtype(x.device.type))
     offsets = offsets.to(torch.int32)
     if needs_derivative(x):
-        return _GroupedLinear.apply(x, w.packed, offsets, w.format, w.backend, w.rows, w.k)
+        return GroupedLinear.apply(x, w.packed, offsets, w.format, w.backend, w.rows, w.k)
     return ops.get_backend(w.backend).grouped_linear(x, w.packed, offsets, w.format, w.rows, ops.activation_precision())
-
-
-class _GroupedLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, packed: Tensor, offsets: Tensor, fmt: Format, backend: str, rows: int, k: int) -> Tensor:
-        ctx.save_for_backward(packed, offsets)
-        ctx.meta = (fmt, backend, rows, k)
-        return ops.get_backend(backend).grouped_linear(x, packed, offsets, fmt, rows, ops.FLOAT)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        packed, offsets = ctx.saved_tensors
-        fmt, backend, rows, k = ctx.meta
-        if grads[0].dtype == torch.bfloat16 and rows % 8 == 0 and grouped_mm_stays_on(packed.device):
-            return grouped_transposed(grads[0], packed, offsets, fmt, backend, rows, k), None, None, None, None, None, None
-        out = grads[0].new_zeros((grads[0].shape[0], k))
-        start = 0
-        for expert, end in enumerate(offsets.tolist()):
-            if end > start:
-                out[start:end] = ops.get_backend(backend).linear_transposed(grads[0][start:end], packed[expert], fmt, k)
-            start = max(start, end)
-        return out, None, None, None, None, None, None
-
-
-#: Weights of experts that are dequantized at a time for gradients: bounds the temporary copy (half a GiB in bfloat16, and one expert).
-DENSE_WEIGHTS = 1 << 28
-
-
-def grouped_mm_stays_on(device: torch.device) -> bool:
-    """Whether PyTorch's product of groups in bfloat16 is a kernel for this device; elsewhere it reads the offsets on the host."""
-    if device.type != "cuda" or not hasattr(F, "grouped_mm"):
-        return False
-    card = torch.cuda.get_device_capability(device)
-    return card == (9, 0) or (card == (10, 0) and torch.__version__ >= "2.13")  # compares as versions do
-
-
-def grouped_transposed(g: Tensor, packed: Tensor, offsets: Tensor, fmt: Format, backend: str, rows: int, k: int) -> Tensor:
-    """bfloat16 gradients `g [T, rows]`, sorted by expert, times the matrix of each one's expert: `[T, K]`.
-
-    Some experts at a time are dequantized and multiplied by `F.grouped_mm`, which wants `rows` to be a multiple of 8. Here the host
-    reads no value and no shape depends on the routing: where `grouped_mm_stays_on` the device, it can be captured in a graph.
-    """
-    out = g.new_zeros((g.shape[0], k))
-    if g.shape[0] == 0:
-        return out
-    g = g.clone(memory_format=torch.contiguous_format)  # `contiguous` leaves a single row its stride, and memory that is not aligned
-    row = torch.arange(g.shape[0], device=g.device)[:, None]
-    begin = offsets.new_zeros(1)
-    step = max(1, DENSE_WEIGHTS // (rows * k))
-    for start in range(0, packed.shape[0], step):
-        # with the expert before: the group of all rows up to `begin`, whose result is dropped
-        group = slice(max(start - 1, 0), start + step)
-        dense = ops.get_backend(backend).dequantize(packed[group], fmt, rows, k, g.dtype)
-        end = offsets[group][-1:]
-        out = torch.where((row >= begin) & (row < end), F.grouped_mm(g, dense, offs=offsets[group]), out)
-        begin = end
-    return out
 
 
 def _grouped_mm(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import iqtorch
-from iqtorch import IQTensor, Recipe, experts, tensor_ops
+from iqtorch import IQTensor, Recipe, derivatives, experts
 from iqtorch.experts import experts_forward
 from iqtorch.model import plan_formats
 from iqtorch.tensor_ops import grouped_linear
@@ -142,17 +142,17 @@ def test_gradients_of_experts_without_the_host(step: int, monkeypatch: pytest.Mo
 
     rows, k, ends = 64, 96, torch.tensor([2, 2, 7, 8, 11], dtype=torch.int32)
     w = iqtorch.quantize(torch.randn(5, rows, k) / 8, "q8_0")
-    monkeypatch.setattr(tensor_ops, "DENSE_WEIGHTS", step * rows * k)
+    monkeypatch.setattr(derivatives, "DENSE_WEIGHTS", step * rows * k)
     g = torch.randn(13, rows, dtype=torch.bfloat16)
     wanted = torch.zeros(13, k)
     for expert, (a, b) in enumerate(zip([0, *ends.tolist()], ends.tolist(), strict=False)):
         wanted[a:b] = g[a:b].float() @ w.dequantize()[expert].float()
-    found = tensor_ops.grouped_transposed(g, w.packed, ends, w.format, w.backend, rows, k)
+    found = derivatives.grouped_transposed(g, w.packed, ends, w.format, w.backend, rows, k)
     torch.testing.assert_close(found.float(), wanted, rtol=0.02, atol=0.02)
     assert not found[11:].any()
     with FakeTensorMode() as mode:
         fake = [mode.from_tensor(t) for t in (g, w.packed, ends)]
-        assert tensor_ops.grouped_transposed(*fake, w.format, w.backend, rows, k).shape == (13, k)
+        assert derivatives.grouped_transposed(*fake, w.format, w.backend, rows, k).shape == (13, k)
 
 
 @pytest.mark.skipif(not hasattr(nn.functional, "grouped_mm"), reason="this PyTorch has no grouped_mm")
@@ -160,7 +160,7 @@ def test_gradients_of_experts_without_the_host(step: int, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("rows", [64, 30])
 def test_gradients_of_experts_of_any_strides(rows: int, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Gradients as sums, concatenations, transpositions and slices leave them, on the way of GPUs."""
-    monkeypatch.setattr(tensor_ops, "grouped_mm_stays_on", lambda device: True)
+    monkeypatch.setattr(derivatives, "grouped_mm_stays_on", lambda device: True)
     w = iqtorch.quantize(torch.randn(3, rows, 96) / 8, "q8_0")
     dense, ends = w.dequantize().float(), torch.tensor([0, tokens // 2, tokens])
     for use in (
@@ -193,10 +193,10 @@ def test_gradients_of_experts_bound_their_dense_copy(step: int, monkeypatch: pyt
             return out
 
     w = iqtorch.quantize(torch.randn(5, 64, 96), "q8_0")
-    monkeypatch.setattr(tensor_ops, "DENSE_WEIGHTS", step * 64 * 96)
+    monkeypatch.setattr(derivatives, "DENSE_WEIGHTS", step * 64 * 96)
     g, ends = torch.randn(9, 64, dtype=torch.bfloat16), torch.tensor([1, 3, 4, 6, 9], dtype=torch.int32)
     with Record():
-        tensor_ops.grouped_transposed(g, w.packed, ends, w.format, w.backend, 64, 96)
+        derivatives.grouped_transposed(g, w.packed, ends, w.format, w.backend, 64, 96)
     assert made == {1: [1, 2, 2, 2, 2], 2: [2, 3, 2]}[step]
 
 
@@ -206,9 +206,9 @@ def test_cards_whose_products_of_groups_stay_on_the_device(monkeypatch: pytest.M
         card_properties = SimpleNamespace(major=card[0], minor=card[1])
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card_properties)
         monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion(version))
-        return tensor_ops.grouped_mm_stays_on(torch.device("cuda"))
+        return derivatives.grouped_mm_stays_on(torch.device("cuda"))
 
-    assert not tensor_ops.grouped_mm_stays_on(torch.device("cpu"))
+    assert not derivatives.grouped_mm_stays_on(torch.device("cpu"))
     assert [stays(card, "2.13.0") for card in ((8, 0), (9, 0), (10, 0), (10, 3), (12, 0))] == [False, True, True, False, False]
     assert [stays(card, "2.9.1") for card in ((9, 0), (10, 0))] == [True, False]
 
