@@ -80,6 +80,14 @@ _ROLES: tuple[tuple[str, str], ...] = (
 _LAYER = re.compile(r"(?:^|\.)(?:layers?|h|blocks?|block)\.(\d+)\.")
 
 
+def check_pattern(pattern: str) -> None:
+    """Raises RecipeError for what is no regular expression."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise RecipeError(f"rule {pattern!r} is no regular expression: {error}") from None
+
+
 def role_of(name: str) -> str:
     """Role of a parameter, from its name (see `WeightFacts.role`; embeddings are told apart by the caller)."""
     return next((role for pattern, role in _ROLES if re.search(pattern, name)), "other")
@@ -201,12 +209,10 @@ class Recipe:
     def __post_init__(self) -> None:
         """Raises RecipeError for an unknown format or a regular expression that does not compile."""
         for pattern, name in (("base", self.base), *self.rules):
+            check_pattern(pattern)
             try:
-                re.compile(pattern)
                 if name is not None:
                     get_format(name)
-            except re.error as error:
-                raise RecipeError(f"rule {pattern!r} is no regular expression: {error}") from None
             except UnknownFormatError as error:
                 raise RecipeError(f"rule {pattern!r}: {error}") from None
 

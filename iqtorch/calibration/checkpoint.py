@@ -17,10 +17,6 @@ from ..formats import get_format
 from ..tensor import IQTensor
 
 
-class _OtherKeyError(Exception):
-    """A file that is whole, and belongs to something else."""
-
-
 class Checkpoint:
     """A folder of packed weights, one file per part of a model; a file counts only for the same weights, formats, text and settings.
 
@@ -56,21 +52,17 @@ class Checkpoint:
         try:
             with safe_open(str(path), "pt") as file:
                 facts = json.loads((file.metadata() or {})["iqtorch.rounding"])
-                if facts["key"] != self._key(wanted):
-                    raise _OtherKeyError
-                found = {}
-                for name, (format_name, note) in facts["weights"].items():
-                    original = wanted[name][0]
-                    dtype = original.dtype if original.dtype != torch.float64 else torch.float32
-                    blocks = file.get_tensor(name).to(original.device)
-                    found[name] = (IQTensor.from_blocks(blocks, get_format(format_name), dtype), note)
-                return found
-        except _OtherKeyError:
-            raise CalibrationError(
-                f"{path} is of another text, model, recipe or setting; pass an empty folder as checkpoint, or remove it"
-            ) from None
+                if facts["key"] == self._key(wanted):
+                    found = {}
+                    for name, (format_name, note) in facts["weights"].items():
+                        original = wanted[name][0]
+                        dtype = original.dtype if original.dtype != torch.float64 else torch.float32
+                        blocks = file.get_tensor(name).to(original.device)
+                        found[name] = (IQTensor.from_blocks(blocks, get_format(format_name), dtype), note)
+                    return found
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise CalibrationError(f"{path} is no checkpoint of a rounding, or damaged ({error}); remove it") from error
+        raise CalibrationError(f"{path} is of another text, model, recipe or setting; pass an empty folder as checkpoint, or remove it")
 
     def save(self, part: str, wanted: Mapping[str, tuple[Tensor, str]], packed: Mapping[str, tuple[IQTensor, str]]) -> None:
         """Writes a part; the file appears whole or not at all."""

@@ -17,7 +17,7 @@ from ..encode import Objective, Speed
 from ..errors import CalibrationError, CheckpointError, RecipeError, UnknownFormatError
 from ..formats import Format, get_format
 from ..quantize import ROUNDINGS, Rounding, check_options, check_rounding
-from ..recipe import MIXES, Recipe
+from ..recipe import MIXES, Recipe, check_pattern
 from ..tensor import IQTensor
 
 
@@ -175,7 +175,8 @@ class IQConfig(QuantizationConfigMixin):
         self.recipe = Recipe.of(recipe or {}) if format is None else Recipe.default(format).with_rules(recipe or {})  # type: ignore[arg-type]
         self.importance = importance
         self.skip = (skip,) if isinstance(skip, str) else tuple(skip)
-        Recipe(None, tuple((pattern, None) for pattern in self.skip))  # refuses what is no regular expression
+        for pattern in self.skip:
+            check_pattern(pattern)
         self.objective, self.speed, self.rounding, self.calibration = objective, speed, rounding, calibration
         self.tensors: dict[str, StoredTensor] = {}
         for name, entry in (tensors or {}).items():

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..errors import RecipeError
+from ..recipe import check_pattern
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -36,10 +37,7 @@ def place(model: M, rules: Mapping[str, str | torch.device], default: str | torc
     from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 
     for pattern in rules:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise RecipeError(f"rule {pattern!r} is no regular expression: {error}") from None
+        check_pattern(pattern)
     placed: dict[str, str | torch.device] = {}
     rest = []
     for name, module in model.named_modules():
